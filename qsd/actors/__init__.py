@@ -1,0 +1,1 @@
+"""Who lives: actors, their supervisor, the node graph, objects, events."""

@@ -1,0 +1,1 @@
+"""The pure arithmetic and graph of the block layer, as values."""

@@ -1,0 +1,1 @@
+"""What a block node can be: protocols, formats, filters."""

@@ -1,0 +1,1 @@
+"""The QMP contract as Python types, the visitors over it, and its introspection."""

@@ -1,0 +1,1 @@
+"""Who listens: NBD, character devices, QMP monitors."""
