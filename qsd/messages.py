@@ -85,7 +85,18 @@ class Request:
     ``result`` carries the extents (a list of ``Extent``) of a completed BLOCK_STATUS. ``extents_wanted`` bounds it.
     """
 
-    __slots__ = ("buffer", "error", "extents_wanted", "flags", "length", "offset", "op", "reply", "result", "tag")
+    __slots__ = (
+        "buffer",
+        "error",
+        "extents_wanted",
+        "flags",
+        "length",
+        "offset",
+        "op",
+        "reply",
+        "result",
+        "tag",
+    )
 
     def __init__(
         self,
@@ -118,7 +129,9 @@ class Request:
             reply.notify()
 
     def __repr__(self) -> str:
-        return f"<{Op(self.op).name} {self.offset}+{self.length}{f' error {self.error}' if self.error else ''}>"
+        return (
+            f"<{Op(self.op).name} {self.offset}+{self.length}{f' error {self.error}' if self.error else ''}>"
+        )
 
 
 class Submitter:

@@ -1,0 +1,257 @@
+"""The contract of a block driver: what a node can be.
+
+A driver never checks what the node's funnel (``qsd.actors.node.Node.submit``) has already checked. When ``submit``
+is called: the node is active and not drained; offset and length lie inside ``length`` rounded up to 512; both are
+multiples of ``request_alignment``; a writing request comes only to a node that may write; FLUSH does not come
+when the node ignores flushes; DISCARD comes only when the node passes discards on; MAY_UNMAP is set
+only when discard=unmap allows it.
+
+Life: ``__init__`` (no I/O) -> children are attached by the graph with ``child_permissions`` -> ``open`` -> use ->
+``close``. Permission changes, reopen and activation come in pairs: prepare may await and raise, commit and abort
+may neither await nor raise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+import attrs
+import trio
+
+from qsd.block.permissions import Perm
+from qsd.messages import Request
+
+SECTOR = 512
+
+
+class DetectZeroes(str, Enum):
+    """The node option detect-zeroes."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
+
+
+@attrs.frozen
+class Mode:
+    """How a node is opened: the options every node takes (FM 3.1), resolved, inheritance applied."""
+
+    read_only: bool = False
+    auto_read_only: bool = False
+    force_share: bool = False
+    discard_unmap: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    cache_direct: bool = False
+    cache_no_flush: bool = False
+    active: bool = True
+
+
+@attrs.define
+class Limits:
+    """What the node's requests must keep to, and what ``query-named-block-nodes`` shows. Bytes."""
+
+    request_alignment: int = 1  # offset and length of every request
+    min_mem_alignment: int = 1  # address of a buffer: below this the driver bounces
+    opt_mem_alignment: int = 4096  # address of a buffer that need not be bounced
+    max_transfer: int = 0  # 0: no limit of its own
+    max_iov: int = 1024
+    pwrite_zeroes_alignment: int = 0
+    pdiscard_alignment: int = 0
+
+
+class ChildRole(str, Enum):
+    """What a parent uses a child for; decides permissions and option inheritance."""
+
+    DATA = "data"  # a format's or raw's file
+    FILTERED = "filtered"  # a filter's child
+    COW = "backing"  # a backing file
+
+
+class Child(Protocol):
+    """An edge of the graph, seen from the parent's driver."""
+
+    @property
+    def name(self) -> str:
+        """The edge's name: file, backing..."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the child node."""
+
+    @property
+    def limits(self) -> Limits:
+        """The child node's limits."""
+
+    @property
+    def node_name(self) -> str:
+        """The child node's name."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass requests on."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Slow-path read; raises OSError."""
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Slow-path write; raises OSError."""
+
+    async def flush(self) -> None:
+        """Slow-path flush; raises OSError."""
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the child; raises QmpError."""
+
+
+class Aio(Protocol):
+    """An engine for file I/O that must not block the loop (io_uring, or a small pool of threads).
+
+    ``done`` is called with the result of the system call, or a negative errno. Buffers are lent until then.
+    Nothing is started before ``flush``.
+    """
+
+    name: str
+
+    def read(self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None]) -> None: ...
+
+    def write(
+        self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None], *, dsync: bool = False
+    ) -> None: ...
+
+    def fsync(self, fd: int, done: Callable[[int], None]) -> None:
+        """fdatasync."""
+
+    def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
+        """Run a blocking function off the loop; its result, or minus the errno of its OSError, goes to done."""
+
+    def flush(self) -> None:
+        """Start what was queued: one system call for all of it."""
+
+
+class Host(Protocol):
+    """What the daemon lends a driver."""
+
+    aio: Aio
+
+    def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:
+        """Start a task in the node actor's own nursery."""
+
+    def warn(self, text: str) -> None:
+        """One line on the daemon's standard error."""
+
+
+class Driver(ABC):
+    """Base of all drivers. Sizes and offsets are bytes."""
+
+    name: ClassVar[str]
+    is_format: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False
+    # Child edges in order: name, role. An option attribute of the same name holds the child.
+    child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = ()
+
+    def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
+        self.node_name = node_name
+        self.options = options
+        self.mode = mode
+        self.host = host
+        self.children: dict[str, Child] = {}
+        self.limits = Limits()
+        self.length = 0
+        # Requests this driver has started and not completed yet, and who waits for none.
+        self.in_flight = 0
+        self._idle: trio.Event | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Open; sets ``length`` and ``limits``. Raises QmpError in the reference's words, leaving nothing open."""
+
+    async def close(self) -> None:
+        """Let go of everything; flushing has been done by the node. Must not raise."""
+        return
+
+    # -- data -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def submit(self, batch: list[Request]) -> None:
+        """Serve, start or forward every request. Never blocks for long, never awaits."""
+
+    def started(self) -> None:
+        """Count a request that will end later."""
+        self.in_flight += 1
+
+    def finished(self) -> None:
+        """Count its end."""
+        self.in_flight -= 1
+        if not self.in_flight and self._idle is not None:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return when nothing this driver started is unfinished."""
+        while self.in_flight:
+            if self._idle is None or self._idle.is_set():
+                self._idle = trio.Event()
+            await self._idle.wait()
+
+    # -- permissions ------------------------------------------------------------------------------------------
+
+    def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What this node uses and shares on child ``name``, given what its own parents use and share together.
+
+        The default is a filter's (and raw's): exactly the parents' sums.
+        """
+        return perm, shared
+
+    async def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Get ready for the parents to use ``perm`` and share ``shared`` (locks, write access). Raises QmpError."""
+        return
+
+    def commit_permissions(self) -> None:
+        """Keep what was prepared, release what is no longer needed."""
+
+    def abort_permissions(self) -> None:
+        """Undo what was prepared."""
+
+    # -- change -----------------------------------------------------------------------------------------------
+
+    async def prepare_reopen(self, options: Any, mode: Mode) -> None:
+        """Get ready to live with new options. Raises QmpError (``Cannot change the option 'x'``)."""
+        return
+
+    def commit_reopen(self, options: Any, mode: Mode) -> None:
+        """Take the new options."""
+        self.options = options
+        self.mode = mode
+
+    def abort_reopen(self) -> None:
+        """Forget the prepared reopen."""
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Change the length and update ``length``. Raises QmpError."""
+        raise NotImplementedError
+
+    can_truncate: ClassVar[bool] = False
+
+    def refresh_length(self) -> None:
+        """Look again at how long the thing below is (after a child was resized)."""
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    def allocated_size(self) -> int | None:
+        """Bytes used on the host, when known (``actual-size``)."""
+        return None
+
+    def filename(self) -> str:
+        """The name the node is reported by (``file`` in query-named-block-nodes): plain or ``json:{...}``."""
+        return ""
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """``format-specific`` of ImageInfo as JSON, or None."""
+        return None
+
+    def driver_statistics(self) -> dict[str, Any] | None:
+        """``driver-specific`` of BlockStats as JSON, or None."""
+        return None
