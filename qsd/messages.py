@@ -129,9 +129,7 @@ class Request:
             reply.notify()
 
     def __repr__(self) -> str:
-        return (
-            f"<{Op(self.op).name} {self.offset}+{self.length}{f' error {self.error}' if self.error else ''}>"
-        )
+        return f"<{Op(self.op).name} {self.offset}+{self.length}{f' error {self.error}' if self.error else ''}>"
 
 
 class Submitter:

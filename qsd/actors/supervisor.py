@@ -6,6 +6,7 @@ goes from the last floor to the first. One table (``FAILURES``) says what the en
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Callable
@@ -141,10 +142,8 @@ class Supervisor:
         if actor.stopped.is_set() or actor not in self._places:
             return
         with trio.move_on_after(deadline):
-            try:
+            with contextlib.suppress(ActorStopped):
                 actor.ref.tell(Stop())
-            except ActorStopped:
-                pass
             await actor.stopped.wait()
             return
         log.warning("%s did not stop within %g s: forced", actor.name, deadline)

@@ -1,0 +1,353 @@
+"""A block node: an actor around a driver, and the one funnel every request to it passes.
+
+The funnel checks the contract once: drained? active? writable? inside the node? aligned? It counts, watches the
+write threshold, turns zero writes into WRITE_ZEROES, and serialises what must not overlap. A batch in which
+every request is plain costs one pass over it and goes to the driver as it came; ``_sort`` looks at the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import trio
+
+from qsd.actors.core import Actor
+from qsd.actors.rmw import Serialiser, unaligned
+from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
+from qsd.drivers.calls import call
+from qsd.messages import Extent, Flag, Op, Request
+
+READ = Op.READ.value
+WRITE = Op.WRITE.value
+WRITE_ZEROES = Op.WRITE_ZEROES.value
+DISCARD = Op.DISCARD.value
+FLUSH = Op.FLUSH.value
+
+_ZEROES = bytes(1 << 20)
+
+
+@attrs.define
+class NodeStatistics:
+    """What a node has been asked for since it was opened: operations and bytes."""
+
+    rd_operations: int = 0
+    rd_bytes: int = 0
+    wr_operations: int = 0
+    wr_bytes: int = 0
+    flush_operations: int = 0
+    unmap_operations: int = 0
+    unmap_bytes: int = 0
+    zeroes_operations: int = 0
+    zeroes_bytes: int = 0
+    refused: int = 0
+    wr_highest_offset: int = 0
+
+
+class Node(Actor):
+    """One block node. ``info`` is the graph's own record about it; the node never reads it."""
+
+    kind = "node"
+
+    def __init__(self, name: str, driver: Driver) -> None:
+        super().__init__(name)
+        self.driver = driver
+        self.stats = NodeStatistics()
+        self.info: Any = None
+        self.write_threshold = 0
+        self.on_write_threshold: Callable[[Node, int, int], None] | None = None
+        self.length = 0
+        self.active = driver.mode.active
+        # True while a parent may write: the graph sets it when permissions are committed.
+        self.writable = False
+        self._mask = 0
+        self._plain_writes = False
+        self._holds = 0
+        self._held: list[Request] = []
+        self._tasks = 0
+        self._tasks_done = trio.Event()
+        self._broken = False
+        self.serialiser = Serialiser(self._pass)
+        self.refresh()
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """How the node is opened."""
+        return self.driver.mode
+
+    @property
+    def limits(self) -> Limits:
+        """The driver's limits."""
+        return self.driver.limits
+
+    @property
+    def in_flight(self) -> int:
+        """Requests started here that have not ended."""
+        return self._tasks + self.driver.in_flight + self.serialiser.in_flight
+
+    @property
+    def is_held(self) -> bool:
+        """True inside a drained scope."""
+        return self._holds > 0
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts and the node's."""
+        stats = self.stats
+        return super().statistics() | {
+            "reads": stats.rd_operations,
+            "writes": stats.wr_operations,
+            "in_flight": self.in_flight,
+            "held": len(self._held) if self._holds else "no",
+        }
+
+    def refresh(self) -> None:
+        """Take over what opening, resizing, reopening or activation has changed. Call while drained or idle."""
+        driver = self.driver
+        self.length = (driver.length + SECTOR - 1) // SECTOR * SECTOR
+        self._mask = driver.limits.request_alignment - 1
+        self._plain_writes = (
+            self.active
+            and self.writable
+            and not driver.mode.read_only
+            and not self.write_threshold
+            and driver.mode.detect_zeroes is DetectZeroes.OFF
+            and not self._mask
+        )
+
+    def set_writable(self, *, writable: bool) -> None:
+        """Whether any parent may write now."""
+        self.writable = writable
+        self.refresh()
+
+    def set_active(self, *, active: bool) -> None:
+        """Take part in I/O, or refuse writes until the other owner of the image is done (blockdev-set-active)."""
+        self.active = active
+        self.refresh()
+
+    def set_write_threshold(self, threshold: int) -> None:
+        """Arm the one-shot threshold at ``threshold`` bytes; 0 disarms."""
+        self.write_threshold = threshold
+        self.refresh()
+
+    # -- the funnel -------------------------------------------------------------------------------------------
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take every request of the batch; see the module. Never blocks, never awaits."""
+        if self._holds or self._broken:
+            self._submit_stopped(batch)
+            return
+        length = self.length
+        mask = self._mask
+        reads = read_bytes = writes = write_bytes = highest = 0
+        plain_writes = self._plain_writes
+        for request in batch:
+            op = request.op
+            size = request.length
+            end = request.offset + size
+            if end > length or (request.offset | size) & mask:
+                self._sort(batch)
+                return
+            if op == READ:
+                reads += 1
+                read_bytes += size
+            elif op == WRITE and plain_writes:
+                writes += 1
+                write_bytes += size
+                if end > highest:
+                    highest = end
+            else:
+                self._sort(batch)
+                return
+        stats = self.stats
+        if reads:
+            stats.rd_operations += reads
+            stats.rd_bytes += read_bytes
+        if writes:
+            stats.wr_operations += writes
+            stats.wr_bytes += write_bytes
+            if highest > stats.wr_highest_offset:
+                stats.wr_highest_offset = highest
+        self.driver.submit(batch)
+
+    def _submit_stopped(self, batch: list[Request]) -> None:
+        if self._broken:
+            for request in batch:
+                request.complete(errno.EIO)
+        else:
+            self._held.extend(batch)
+
+    def _sort(self, batch: list[Request]) -> None:
+        """The careful pass: refuse what is not allowed, detour what needs care, pass on the rest in order."""
+        plain: list[Request] = []
+        for request in batch:
+            error = self._refusal(request)
+            if error is not None:
+                self.stats.refused += error != 0
+                request.complete(error)
+                continue
+            op = request.op
+            if op == WRITE:
+                self._watch(request)
+            elif op == WRITE_ZEROES:
+                self._watch_threshold(request)
+                if not self.mode.discard_unmap:
+                    request.flags &= ~Flag.MAY_UNMAP
+            self._count(request)
+            if not self._mask or op == FLUSH:
+                plain.append(request)
+            elif (request.offset | request.length) & self._mask:
+                self._task(unaligned, self, request, name=f"unaligned {Op(op).name.lower()}")
+            elif op in (WRITE, WRITE_ZEROES, DISCARD):
+                self.serialiser.submit(request, plain)
+            else:
+                plain.append(request)
+        if plain:
+            self.driver.submit(plain)
+
+    def _pass(self, batch: list[Request]) -> None:
+        self.driver.submit(batch)
+
+    def _refusal(self, request: Request) -> int | None:
+        """The errno that refuses the request, 0 when there is nothing to do, None when it is to be done."""
+        op = request.op
+        if op == FLUSH:
+            if not self.active:
+                return errno.EPERM
+            if self.mode.cache_no_flush and not self._has_children():
+                return 0
+            return None
+        if request.offset + request.length > self.length:
+            return errno.EIO
+        if op in (WRITE, WRITE_ZEROES, DISCARD):
+            if not self.active or self.mode.read_only or not self.writable:
+                return errno.EPERM
+            if op == DISCARD and not self.mode.discard_unmap:
+                return 0
+        elif op == Op.BLOCK_STATUS and not request.length:
+            return errno.EINVAL
+        return None
+
+    def _has_children(self) -> bool:
+        return bool(self.driver.children)
+
+    def _watch(self, request: Request) -> None:
+        self._watch_threshold(request)
+        detect = self.mode.detect_zeroes
+        if detect is not DetectZeroes.OFF and request.buffer is not None and _is_zero(request.buffer):
+            request.op = WRITE_ZEROES
+            request.buffer = None
+            if detect is DetectZeroes.UNMAP:
+                request.flags |= Flag.MAY_UNMAP
+
+    def _watch_threshold(self, request: Request) -> None:
+        end = request.offset + request.length
+        threshold = self.write_threshold
+        if threshold and end > threshold:
+            self.set_write_threshold(0)
+            if self.on_write_threshold is not None:
+                self.on_write_threshold(self, end - threshold, threshold)
+
+    def _count(self, request: Request) -> None:
+        stats = self.stats
+        op, size = request.op, request.length
+        if op == READ:
+            stats.rd_operations += 1
+            stats.rd_bytes += size
+        elif op == WRITE:
+            stats.wr_operations += 1
+            stats.wr_bytes += size
+        elif op == WRITE_ZEROES:
+            stats.zeroes_operations += 1
+            stats.zeroes_bytes += size
+        elif op == DISCARD:
+            stats.unmap_operations += 1
+            stats.unmap_bytes += size
+        elif op == FLUSH:
+            stats.flush_operations += 1
+        if op in (WRITE, WRITE_ZEROES):
+            stats.wr_highest_offset = max(stats.wr_highest_offset, request.offset + size)
+
+    # -- tasks of the node's own ------------------------------------------------------------------------------
+
+    def _task(self, function: Callable[..., Any], *args: Any, name: str) -> None:
+        self._tasks += 1
+        self.spawn(self._counted, function, args, name=name)
+
+    async def _counted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        try:
+            await function(*args)
+        finally:
+            self._tasks -= 1
+            if not self._tasks:
+                self._tasks_done.set()
+                self._tasks_done = trio.Event()
+
+    # -- drain ------------------------------------------------------------------------------------------------
+
+    async def hold(self) -> None:
+        """Keep back what is submitted from now on; return when all that came before has ended. Nests."""
+        self._holds += 1
+        while self._tasks or self.serialiser.in_flight or self.driver.in_flight:
+            if self._tasks:
+                await self._tasks_done.wait()
+            await self.serialiser.wait_idle()
+            await self.driver.wait_idle()
+
+    def release(self) -> None:
+        """End one ``hold``; the last one lets go of what was kept back."""
+        self._holds -= 1
+        if not self._holds and self._held:
+            held, self._held = self._held, []
+            self.submit(held)
+
+    def break_down(self) -> None:
+        """The node's actor has crashed, or the node is gone: answer EIO from now on."""
+        self._broken = True
+        held, self._held = self._held, []
+        for request in held:
+            request.complete(errno.EIO)
+
+    # -- slow-path I/O ----------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes; raises OSError."""
+        buffer = bytearray(length)
+        await call(self, Op.READ, offset, length, memoryview(buffer))
+        return bytes(buffer)
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+        """Write ``data``; raises OSError."""
+        await call(self, Op.WRITE, offset, len(data), memoryview(data), flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make the range read as zeroes; raises OSError."""
+        await call(self, Op.WRITE_ZEROES, offset, length, None, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Tell that the range is not needed; raises OSError."""
+        await call(self, Op.DISCARD, offset, length)
+
+    async def flush(self) -> None:
+        """Make everything that was completed before reach stable storage; raises OSError."""
+        await call(self, Op.FLUSH, 0, 0)
+
+    async def block_status(self, offset: int, length: int, extents: int = 1) -> list[Extent]:
+        """What the range is made of: at most ``extents`` extents from ``offset`` on; raises OSError."""
+        request = await call(self, Op.BLOCK_STATUS, offset, length, extents=extents)
+        result: list[Extent] = request.result
+        return result
+
+
+def _is_zero(buffer: memoryview) -> bool:
+    # bytes compare with memcmp; a memoryview compares item by item.
+    length = len(buffer)
+    step = len(_ZEROES)
+    for start in range(0, length, step):
+        part = bytes(buffer[start : start + step])
+        if part != (_ZEROES if len(part) == step else _ZEROES[: len(part)]):
+            return False
+    return True
