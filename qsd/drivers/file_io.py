@@ -1,0 +1,399 @@
+"""The data plane of ``file`` and ``host_device``: requests against one descriptor.
+
+Buffered reads are tried on the spot with RWF_NOWAIT and go to the aio engine when the page cache lacks them.
+Buffered writes are done on the spot while the kernel takes them quickly; when it starts to throttle
+(a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes through
+the engine, with a bounce buffer where the request's own is not aligned. What may block otherwise
+(discard, write zeroes, cache) runs on a thread. Reads beyond the end of the file are zeroes: the node's length is
+rounded up to 512, the file's need not be.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+from qsd.drivers.base import Driver
+from qsd.host import files
+from qsd.host.memory import address_of
+from qsd.messages import BlockState, Extent, Flag, Op, Request
+
+READ = Op.READ.value
+WRITE = Op.WRITE.value
+FLUSH = Op.FLUSH.value
+
+_NOWAIT = os.RWF_NOWAIT
+
+# The kernel throttles a writer that dirties memory faster than the disk takes it (balance_dirty_pages): single
+# writes then take milliseconds. The loop must answer QMP within 50 ms.
+SLOW_WRITE_NS = 2_000_000
+SLOW_WRITE_PAUSE_NS = 100_000_000
+# Largest buffered transfer done on the spot: copying it takes about 100 us.
+ON_THE_SPOT = 2 << 20
+# Zero bytes are written in pieces of this size when the file system cannot zero a range.
+ZERO_CHUNK = 1 << 20
+# Results that say: the same again.
+_RETRY = (-errno.EINTR, -errno.EAGAIN)
+# Most extents one BLOCK_STATUS looks for, each of which is two lseek calls.
+MAX_EXTENTS = 4096
+
+_ZEROES = memoryview(mmap.mmap(-1, ZERO_CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+class FileIo:
+    """Serves batches on ``fd``. The driver sets the attributes when it opens or commits a reopen."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._aio = driver.host.aio
+        self.fd = -1
+        self.is_device = False
+        self.direct = False
+        self.writable = False
+        self.aio_mode = "threads"
+        self._slow_until = 0
+        # Set by a completed write, cleared when a flush that came after it succeeds.
+        self._generation = 0
+        self._flushed = 0
+        # A failed fdatasync of the page cache leaves pages marked clean that never reached the disk: no later flush
+        # may claim success (fsync(2); the reference does the same).
+        self._cache_lost = False
+        self.discard_ok = 0
+        self.discard_failed = 0
+        self.discard_bytes_ok = 0
+
+    # -- the batch --------------------------------------------------------------------------------------------
+
+    def submit(self, batch: list[Request]) -> None:
+        """Serve or start every request."""
+        if self.direct:
+            self._submit_direct(batch)
+            return
+        fd = self.fd
+        preadv = os.preadv
+        started = False
+        for request in batch:
+            op = request.op
+            if op == READ:
+                buffer = request.buffer
+                length = request.length
+                try:
+                    count = preadv(fd, (buffer,), request.offset, _NOWAIT)  # type: ignore[arg-type]  # lent
+                except BlockingIOError:
+                    count = 0
+                except OSError as error:
+                    if error.errno != errno.EOPNOTSUPP:
+                        request.complete(error.errno or errno.EIO)
+                        continue
+                    count = 0
+                if count == length:
+                    reply = request.reply
+                    reply.ready.append(request)
+                    if reply.armed:
+                        reply.armed = False
+                        reply.notify()
+                else:
+                    self._start_read(request, count)
+                    started = True
+            elif op == WRITE:
+                started |= self._write(request)
+            else:
+                started |= self._other(request)
+        if started:
+            self._aio.flush()
+
+    def _submit_direct(self, batch: list[Request]) -> None:
+        alignment = self._driver.limits.min_mem_alignment
+        started = False
+        for request in batch:
+            op = request.op
+            if op == READ:
+                buffer = request.buffer
+                assert buffer is not None
+                if address_of(buffer) % alignment:
+                    self._bounced_read(request, buffer)
+                else:
+                    self._start_read(request, 0)
+                started = True
+            elif op == WRITE:
+                buffer = request.buffer
+                assert buffer is not None
+                if address_of(buffer) % alignment:
+                    bounce = memoryview(mmap.mmap(-1, request.length))
+                    bounce[:] = buffer
+                    buffer = bounce
+                self._start_write(request, buffer, 0)
+                started = True
+            else:
+                started |= self._other(request)
+        if started:
+            self._aio.flush()
+
+    def _other(self, request: Request) -> bool:
+        return _SERVE[request.op](self, request)
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def _start_read(self, request: Request, done: int) -> None:
+        """Read what is missing behind the first ``done`` bytes."""
+        assert request.buffer is not None
+        self._driver.started()
+        buffer = request.buffer[done:] if done else request.buffer
+        self._aio.read(self.fd, buffer, request.offset + done, partial(self._read_done, request, done))
+
+    def _read_done(self, request: Request, before: int, result: int) -> None:
+        self._driver.finished()
+        if result in _RETRY:
+            self._read_on(request, before)
+            return
+        if result < 0:
+            request.complete(-result)
+            return
+        have = before + result
+        if have >= request.length:
+            request.complete(0)
+        elif result and not self.direct:
+            self._read_on(request, have)
+        else:
+            assert request.buffer is not None
+            # The end of the file: the rest of the node reads as zeroes.
+            request.buffer[have:] = bytes(request.length - have)
+            request.complete(0)
+
+    def _read_on(self, request: Request, have: int) -> None:
+        self._start_read(request, have)
+        self._aio.flush()
+
+    def _bounced_read(self, request: Request, buffer: memoryview) -> None:
+        bounce = memoryview(mmap.mmap(-1, request.length))
+        self._driver.started()
+
+        def done(result: int) -> None:
+            self._driver.finished()
+            if result < 0:
+                request.complete(-result)
+                return
+            buffer[:result] = bounce[:result]
+            buffer[result:] = bytes(request.length - result)
+            request.complete(0)
+
+        self._aio.read(self.fd, bounce, request.offset, done)
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def _write(self, request: Request) -> bool:
+        """A buffered write; True when it was started rather than done."""
+        buffer = request.buffer
+        assert buffer is not None
+        length = request.length
+        if request.flags & Flag.FUA or length > ON_THE_SPOT or self._slow_until:
+            if self._slow_until and time.perf_counter_ns() > self._slow_until:
+                self._slow_until = 0
+            self._start_write(request, buffer, 0)
+            return True
+        before = time.perf_counter_ns()
+        try:
+            count = os.pwrite(self.fd, buffer, request.offset)
+        except OSError as error:
+            request.complete(error.errno or errno.EIO)
+            return False
+        after = time.perf_counter_ns()
+        if after - before > SLOW_WRITE_NS:
+            self._slow_until = after + SLOW_WRITE_PAUSE_NS
+        self._generation += 1
+        if count == length:
+            reply = request.reply
+            reply.ready.append(request)
+            if reply.armed:
+                reply.armed = False
+                reply.notify()
+            return False
+        self._start_write(request, buffer, count)
+        return True
+
+    def _start_write(self, request: Request, buffer: memoryview, done: int) -> None:
+        self._driver.started()
+        dsync = bool(request.flags & Flag.FUA)
+        rest = buffer[done:] if done else buffer
+        self._aio.write(
+            self.fd, rest, request.offset + done, partial(self._write_done, request, buffer, done), dsync=dsync
+        )
+
+    def _write_done(self, request: Request, buffer: memoryview, before: int, result: int) -> None:
+        self._driver.finished()
+        if result in _RETRY:
+            result = 0
+        elif result < 0:
+            request.complete(-result)
+            return
+        elif result == 0:
+            request.complete(errno.ENOSPC)
+            return
+        have = before + result
+        if have < request.length:
+            self._start_write(request, buffer, have)
+            self._aio.flush()
+            return
+        self._generation += 1
+        request.complete(0)
+
+    # -- the rest ---------------------------------------------------------------------------------------------
+
+    def _flush(self, request: Request) -> bool:
+        if self._cache_lost:
+            request.complete(errno.EIO)
+            return False
+        if self._flushed == self._generation:
+            request.complete(0)
+            return False
+        generation = self._generation
+        self._driver.started()
+
+        def done(result: int) -> None:
+            self._driver.finished()
+            if result < 0:
+                self._cache_lost = self._cache_lost or not self.direct
+                request.complete(-result)
+                return
+            self._flushed = max(self._flushed, generation)
+            request.complete(0)
+
+        self._aio.fsync(self.fd, done)
+        return True
+
+    def _blocking(self, request: Request, function: Callable[[], int], ended: Callable[[int], None]) -> bool:
+        self._driver.started()
+
+        def done(result: int) -> None:
+            self._driver.finished()
+            ended(result)
+
+        self._aio.call(function, done)
+        return True
+
+    def _discard(self, request: Request) -> bool:
+        def ended(result: int) -> None:
+            self._generation += 1
+            if result < 0:
+                self.discard_failed += 1
+            else:
+                self.discard_ok += 1
+                self.discard_bytes_ok += request.length
+            # A discard is advice: a file system that cannot do it has not failed.
+            request.complete(0 if result in (0, -errno.EOPNOTSUPP) else -result)
+
+        offset, length = request.offset, self._inside(request)
+        if not length:
+            request.complete(0)
+            return False
+        return self._blocking(
+            request, lambda: files.punch_hole(self.fd, offset, length, is_device=self.is_device), ended
+        )
+
+    def _write_zeroes(self, request: Request) -> bool:
+        flags = request.flags
+
+        def ended(result: int) -> None:
+            self._generation += 1
+            if result == -errno.EOPNOTSUPP and not flags & Flag.NO_FALLBACK:
+                self._write_zero_bytes(request, 0)
+                self._aio.flush()
+            elif result < 0:
+                request.complete(-result)
+            elif flags & Flag.FUA:
+                self._sync_then_complete(request)
+            else:
+                request.complete(0)
+
+        def zero() -> int:
+            return files.zero_range(
+                self.fd,
+                request.offset,
+                request.length,
+                may_unmap=bool(flags & Flag.MAY_UNMAP),
+                no_fallback=bool(flags & Flag.NO_FALLBACK),
+                is_device=self.is_device,
+            )
+
+        if not request.length:
+            request.complete(0)
+            return False
+        return self._blocking(request, zero, ended)
+
+    def _write_zero_bytes(self, request: Request, done: int) -> None:
+        chunk = min(ZERO_CHUNK, request.length - done)
+        self._driver.started()
+
+        def ended(result: int) -> None:
+            self._driver.finished()
+            if result <= 0:
+                request.complete(-result or errno.ENOSPC)
+            elif done + result < request.length:
+                self._write_zero_bytes(request, done + result)
+                self._aio.flush()
+            else:
+                request.complete(0)
+
+        dsync = bool(request.flags & Flag.FUA)
+        self._aio.write(self.fd, _ZEROES[:chunk], request.offset + done, ended, dsync=dsync)
+
+    def _sync_then_complete(self, request: Request) -> None:
+        self._driver.started()
+
+        def done(result: int) -> None:
+            self._driver.finished()
+            request.complete(-result if result < 0 else 0)
+
+        self._aio.fsync(self.fd, done)
+        self._aio.flush()
+
+    def _block_status(self, request: Request) -> bool:
+        """Answer on the spot: SEEK_DATA and SEEK_HOLE look at metadata that is in memory after the first time."""
+        offset, end = request.offset, request.offset + request.length
+        file_end = self._driver.length
+        extents: list[Extent] = []
+        wanted = min(request.extents_wanted, MAX_EXTENTS)
+        try:
+            while offset < end and len(extents) < wanted:
+                if offset >= file_end:
+                    extents.append(Extent(end - offset, BlockState.ZERO | BlockState.ALLOCATED))
+                    break
+                is_data, length = files.seek_extent(self.fd, offset, min(end, file_end))
+                state = BlockState.DATA if is_data else BlockState.ZERO
+                extents.append(Extent(length, state | BlockState.ALLOCATED))
+                offset += length
+        except OSError as error:
+            request.complete(error.errno or errno.EIO)
+            return False
+        request.result = extents
+        request.complete(0)
+        return False
+
+    def _cache(self, request: Request) -> bool:
+        offset, length = request.offset, request.length
+
+        def advise() -> int:
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+            return 0
+
+        if self.direct or not length:
+            request.complete(0)
+            return False
+        return self._blocking(request, advise, lambda result: request.complete(max(0, -result)))
+
+    def _inside(self, request: Request) -> int:
+        """Bytes of the request that lie inside the file."""
+        return max(0, min(request.length, self._driver.length - request.offset))
+
+
+_SERVE: dict[int, Callable[[FileIo, Request], bool]] = {
+    Op.WRITE_ZEROES.value: FileIo._write_zeroes,
+    Op.DISCARD.value: FileIo._discard,
+    Op.FLUSH.value: FileIo._flush,
+    Op.BLOCK_STATUS.value: FileIo._block_status,
+    Op.CACHE.value: FileIo._cache,
+}

@@ -1,0 +1,41 @@
+"""Where a buffer lies: addresses for the kernel, and for alignment."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class _PyBuffer(ctypes.Structure):
+    """CPython's Py_buffer, as far as the address needs it (PEP 3118)."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
+_char = ctypes.c_char
+
+
+def address_of(buffer: memoryview) -> int:
+    """The memory address of a contiguous buffer; valid while the buffer's owner lives and does not resize."""
+    if not buffer.readonly:
+        return ctypes.addressof(_char.from_buffer(buffer)) if len(buffer) else 0
+    view = _PyBuffer()
+    _get_buffer(buffer, ctypes.byref(view), 0)
+    address = view.buf or 0
+    _release_buffer(ctypes.byref(view))
+    return int(address)

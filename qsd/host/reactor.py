@@ -1,0 +1,182 @@
+"""The data plane's own readiness loop: one nested epoll inside the trio loop.
+
+Sockets and completion rings of the data plane are registered here, not with trio: everything that is ready is
+served in one round of plain calls, and trio pays for one wake-up per round instead of one per socket. After a
+round the loop polls a little before it sleeps (``PollPolicy``), because waking up costs more than the client needs
+to send its next request; it gives trio a turn every millisecond, and an idle daemon sleeps and uses no CPU.
+
+A handler that raises ends itself, not the loop: its ``crashed`` is told, as the supervisor is told of an actor's.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable
+
+import attrs
+import trio
+
+EPOLLIN = select.EPOLLIN
+EPOLLOUT = select.EPOLLOUT
+EPOLLERR = select.EPOLLERR
+EPOLLHUP = select.EPOLLHUP
+
+# Longest time the reactor keeps trio waiting, in nanoseconds: bounds the latency of QMP under full load.
+SLICE_NS = 1_000_000
+# First polling window when polling starts to pay (the reference starts with the same).
+FIRST_WINDOW_NS = 4_000
+MAX_EVENTS = 64
+
+
+@attrs.frozen
+class PollPolicy:
+    """How long to poll before sleeping, as the properties of an iothread object say it. 0 switches polling off."""
+
+    max_ns: int = 100_000
+    grow: int = 2
+    shrink: int = 2
+
+
+@attrs.define(eq=False)
+class Registration:
+    """One descriptor of the data plane."""
+
+    fd: int
+    ready: Callable[[int], None]
+    crashed: Callable[[Exception], None]
+    events: int
+
+
+class Reactor:
+    """See the module. ``run`` is the task; everything else may be called from any task of the same thread."""
+
+    def __init__(self, policy: PollPolicy | None = None) -> None:
+        self._epoll = select.epoll()
+        self._registrations: dict[int, Registration] = {}
+        self._deferred: list[tuple[Callable[[], None], Callable[[Exception], None]]] = []
+        self._in_round = False
+        self.policy = policy or PollPolicy()
+        self._window = 0
+        self._last_event = 0
+        self.rounds = 0
+        self.events = 0
+        self.sleeps = 0
+
+    def close(self) -> None:
+        """Close the epoll descriptor."""
+        self._epoll.close()
+
+    def statistics(self) -> dict[str, int]:
+        """Rounds served, events seen, times slept, the present polling window."""
+        return {
+            "descriptors": len(self._registrations),
+            "rounds": self.rounds,
+            "events": self.events,
+            "sleeps": self.sleeps,
+            "window_ns": self._window,
+        }
+
+    # -- registration -----------------------------------------------------------------------------------------
+
+    def register(
+        self, fd: int, ready: Callable[[int], None], crashed: Callable[[Exception], None], events: int = EPOLLIN
+    ) -> Registration:
+        """Call ``ready(events)`` while ``fd`` is ready for ``events`` (level triggered)."""
+        registration = Registration(fd, ready, crashed, events)
+        self._epoll.register(fd, events)
+        self._registrations[fd] = registration
+        return registration
+
+    def set_events(self, registration: Registration, events: int) -> None:
+        """Change what a registered descriptor waits for; 0 waits for errors and hang-up only."""
+        if events != registration.events:
+            registration.events = events
+            self._epoll.modify(registration.fd, events)
+
+    def unregister(self, registration: Registration) -> None:
+        """Forget a descriptor; call before closing it. Idempotent."""
+        if self._registrations.get(registration.fd) is registration:
+            del self._registrations[registration.fd]
+            self._epoll.unregister(registration.fd)
+
+    def defer(self, function: Callable[[], None], crashed: Callable[[Exception], None]) -> None:
+        """Run ``function`` when the present round's completions have been collected; at once outside a round."""
+        if self._in_round:
+            self._deferred.append((function, crashed))
+        else:
+            _guarded(function, crashed)
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve for ever."""
+        clock = time.perf_counter_ns
+        while True:
+            if self._serve_slice():
+                await trio.lowlevel.checkpoint()
+                continue
+            asleep = clock()
+            self.sleeps += 1
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            now = clock()
+            self._adapt(now - asleep)
+            self._last_event = now
+
+    def _adapt(self, slept: int) -> None:
+        policy = self.policy
+        if slept > policy.max_ns:
+            self._window = self._window // policy.shrink if policy.shrink else 0
+            if self._window < FIRST_WINDOW_NS:
+                self._window = 0
+        elif self._window < policy.max_ns:
+            grown = self._window * (policy.grow or 2) if self._window else FIRST_WINDOW_NS
+            self._window = min(policy.max_ns, grown)
+
+    def _serve_slice(self) -> bool:
+        """Serve rounds until trio's turn (True) or until nothing came for the polling window (False)."""
+        clock = time.perf_counter_ns
+        poll = self._epoll.poll
+        end = clock() + SLICE_NS
+        while True:
+            events = poll(0, MAX_EVENTS)
+            now = clock()
+            if events:
+                self._round(events)
+                now = clock()
+                self._last_event = now
+            elif now - self._last_event >= self._window:
+                return False
+            else:
+                # The client may live on this very CPU: let it run.
+                os.sched_yield()
+            if now >= end:
+                return True
+
+    def _round(self, events: list[tuple[int, int]]) -> None:
+        self.rounds += 1
+        self.events += len(events)
+        registrations = self._registrations
+        self._in_round = True
+        for fd, mask in events:
+            registration = registrations.get(fd)
+            if registration is None:
+                continue  # unregistered by an earlier handler of this round
+            try:
+                registration.ready(mask)
+            except Exception as error:  # noqa: BLE001  # a crash of this handler's owner, told to it
+                self.unregister(registration)
+                registration.crashed(error)
+        while self._deferred:
+            deferred, self._deferred = self._deferred, []
+            for function, crashed in deferred:
+                _guarded(function, crashed)
+        self._in_round = False
+
+
+def _guarded(function: Callable[[], None], crashed: Callable[[Exception], None]) -> None:
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001  # a crash of the function's owner, told to it
+        crashed(error)

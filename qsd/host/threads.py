@@ -1,0 +1,135 @@
+"""A small pool of threads for system calls that have no other way of not blocking the loop.
+
+Work goes in through a queue, results come back through a deque and one eventfd, so a burst of results costs one
+wake-up. Threads start when they are needed and end after they were idle for a while. ``ThreadAio`` is the
+``Aio`` engine for kernels without io_uring.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+
+Done = Callable[[int], None]
+
+MAX_THREADS = 16
+IDLE_SECONDS = 10.0
+
+_RWF_DSYNC = getattr(os, "RWF_DSYNC", 2)
+
+
+class ThreadPool:
+    """Runs blocking functions; ``fileno`` becomes readable when results wait, ``reap`` delivers them."""
+
+    def __init__(self, limit: int = MAX_THREADS) -> None:
+        self._limit = limit
+        self._work: queue.SimpleQueue[tuple[Callable[[], int], Done] | None] = queue.SimpleQueue()
+        self._results: deque[tuple[Done, int]] = deque()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        self._pending = 0
+        self._closed = False
+
+    def fileno(self) -> int:
+        """The eventfd."""
+        return self._event
+
+    @property
+    def in_flight(self) -> int:
+        """Functions that have not been reported yet."""
+        return self._pending
+
+    def call(self, function: Callable[[], int], done: Done) -> None:
+        """Run ``function`` on a thread; its result, or minus the errno of its OSError, goes to ``done``."""
+        self._pending += 1
+        self._work.put((function, done))
+        with self._lock:
+            if self._idle >= self._work.qsize() or self._threads >= self._limit:
+                return
+            self._threads += 1
+        threading.Thread(target=self._serve, name="qsd-io", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            try:
+                item = self._work.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                item = None
+            with self._lock:
+                self._idle -= 1
+                if item is None:
+                    self._threads -= 1
+                    return
+            function, done = item
+            try:
+                result = function()
+            except OSError as error:
+                result = -(error.errno or 5)
+            self._results.append((done, result))
+            if not self._closed:
+                os.eventfd_write(self._event, 1)
+
+    def reap(self, _events: int = 0) -> None:
+        """Deliver every result there is."""
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return
+        results = self._results
+        while results:
+            done, result = results.popleft()
+            self._pending -= 1
+            done(result)
+
+    def close(self) -> None:
+        """Let the threads go. Nothing may be in flight."""
+        self._closed = True
+        for _ in range(self._threads):
+            self._work.put(None)
+        os.close(self._event)
+
+
+class ThreadAio:
+    """The ``Aio`` engine on a pool of threads."""
+
+    name = "threads"
+
+    def __init__(self, pool: ThreadPool) -> None:
+        self._pool = pool
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that have not been reported yet."""
+        return self._pool.in_flight
+
+    def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
+        """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""
+        self._pool.call(lambda: os.preadv(fd, [buffer], offset), done)
+
+    def write(self, fd: int, buffer: memoryview, offset: int, done: Done, *, dsync: bool = False) -> None:
+        """pwritev from ``buffer``; ``dsync`` makes it stable before ``done``."""
+        flags = _RWF_DSYNC if dsync else 0
+        self._pool.call(lambda: os.pwritev(fd, [buffer], offset, flags), done)
+
+    def fsync(self, fd: int, done: Done) -> None:
+        """fdatasync."""
+
+        def sync() -> int:
+            os.fdatasync(fd)
+            return 0
+
+        self._pool.call(sync, done)
+
+    def call(self, function: Callable[[], int], done: Done) -> None:
+        """Run a blocking function on a thread."""
+        self._pool.call(function, done)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,207 @@
+"""io_uring through ctypes: reads, writes and fdatasync that must not block the loop, one system call a batch.
+
+Layouts and constants: io_uring(7), io_uring_setup(2), io_uring_enter(2), <linux/io_uring.h>. Buffers are named by
+address, so whoever lends one keeps it alive; the slot table holds a reference to it until the completion.
+
+Memory order: the rings are shared with the kernel. The tail is published by the system call itself, which is a full
+barrier; completions are read after epoll or after io_uring_enter said that there are some.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Callable
+
+from qsd.host.memory import address_of
+from qsd.host.threads import ThreadPool
+
+_SYS_IO_URING_SETUP = 425
+_SYS_IO_URING_ENTER = 426
+_SYS_IO_URING_REGISTER = 427
+_OFF_SQ_RING = 0
+_OFF_SQES = 0x10000000
+_FEAT_SINGLE_MMAP = 1
+_FEAT_NODROP = 2
+_SETUP_CLAMP = 1 << 4
+_SETUP_COOP_TASKRUN = 1 << 8
+_REGISTER_PROBE = 8
+
+_OP_FSYNC = 3
+_OP_READ = 22
+_OP_WRITE = 23
+_FSYNC_DATASYNC = 1
+_RWF_DSYNC = 2
+
+_PARAMS = struct.Struct("<10I" + "10I" + "10I")  # io_uring_params: 10 u32, then sq and cq offsets (40 bytes each)
+_SQE = struct.Struct("<BBHiQQIIQ24x")  # opcode flags ioprio fd off addr len rw_flags user_data
+_CQE = struct.Struct("<QiI")
+
+ENTRIES = 256
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+Done = Callable[[int], None]
+
+
+def _setup(entries: int) -> tuple[int, tuple[int, ...]]:
+    for flags in (_SETUP_CLAMP | _SETUP_COOP_TASKRUN, 0):
+        params = bytearray(_PARAMS.size)
+        struct.pack_into("<I", params, 8, flags)
+        view = (ctypes.c_char * len(params)).from_buffer(params)
+        fd = _syscall(_SYS_IO_URING_SETUP, ctypes.c_uint(entries), ctypes.byref(view))
+        if fd >= 0:
+            del view
+            return int(fd), _PARAMS.unpack(params)
+        error = ctypes.get_errno()
+        if error != errno.EINVAL:
+            break
+    raise OSError(error, os.strerror(error))
+
+
+class Uring:
+    """An ``Aio`` engine (drivers/base.py) on one ring. ``fileno`` becomes readable when completions wait.
+
+    Raises OSError when the kernel has no io_uring, or refuses it.
+    """
+
+    name = "io_uring"
+
+    def __init__(self, pool: ThreadPool, entries: int = ENTRIES) -> None:
+        self._pool = pool
+        self._fd, params = _setup(entries)
+        sq_entries, cq_entries, _flags, _cpu, _idle, features = params[:6]
+        if not (features & _FEAT_SINGLE_MMAP and features & _FEAT_NODROP):
+            os.close(self._fd)
+            raise OSError(errno.ENOSYS, "io_uring is too old")
+        sq_head, sq_tail, sq_mask, _, _sq_flags, _, sq_array = params[10:17]
+        cq_head, cq_tail, cq_mask, _, _, cq_cqes = params[20:26]
+        size = max(sq_array + sq_entries * 4, cq_cqes + cq_entries * _CQE.size)
+        try:
+            self._ring = mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQ_RING)
+            self._sqes = mmap.mmap(
+                self._fd, sq_entries * _SQE.size, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFF_SQES
+            )
+        except OSError:
+            os.close(self._fd)
+            raise
+        self._words = memoryview(self._ring).cast("B")[: size // 4 * 4].cast("I")
+        self._sq_head, self._sq_tail, self._cq_head, self._cq_tail = (
+            offset // 4 for offset in (sq_head, sq_tail, cq_head, cq_tail)
+        )
+        self._sq_mask = self._words[sq_mask // 4]
+        self._cq_mask = self._words[cq_mask // 4]
+        self._cq_cqes = cq_cqes
+        for index in range(sq_entries):
+            self._words[sq_array // 4 + index] = index
+        self._entries = sq_entries
+        self._queued = 0
+        self._tail = self._words[self._sq_tail]
+        # user_data -> (done, buffer): what to call and what to keep alive.
+        self._slots: dict[int, tuple[Done, memoryview | None]] = {}
+        self._next = 0
+        # Operations that found the completion queue's worth in flight; started as others end.
+        self._backlog: list[tuple[int, int, int, int, int, int, Done, memoryview | None]] = []
+        self._limit = cq_entries
+
+    def fileno(self) -> int:
+        """The ring's descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the ring. Nothing may be in flight."""
+        self._words.release()
+        self._ring.close()
+        self._sqes.close()
+        os.close(self._fd)
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that have not been reported yet."""
+        return len(self._slots) + len(self._backlog)
+
+    # -- operations -------------------------------------------------------------------------------------------
+
+    def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
+        """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""
+        self._queue(_OP_READ, fd, offset, address_of(buffer), len(buffer), 0, done, buffer)
+
+    def write(self, fd: int, buffer: memoryview, offset: int, done: Done, *, dsync: bool = False) -> None:
+        """pwritev from ``buffer``; ``dsync`` makes it stable before ``done``."""
+        flags = _RWF_DSYNC if dsync else 0
+        self._queue(_OP_WRITE, fd, offset, address_of(buffer), len(buffer), flags, done, buffer)
+
+    def fsync(self, fd: int, done: Done) -> None:
+        """fdatasync."""
+        self._queue(_OP_FSYNC, fd, 0, 0, 0, _FSYNC_DATASYNC, done, None)
+
+    def call(self, function: Callable[[], int], done: Done) -> None:
+        """Run a blocking function on a thread."""
+        self._pool.call(function, done)
+
+    def _queue(
+        self,
+        opcode: int,
+        fd: int,
+        offset: int,
+        address: int,
+        length: int,
+        flags: int,
+        done: Done,
+        buffer: memoryview | None,
+    ) -> None:
+        if len(self._slots) >= self._limit:
+            self._backlog.append((opcode, fd, offset, address, length, flags, done, buffer))
+            return
+        if self._queued == self._entries:
+            self.flush()
+        token = self._next
+        self._next = (token + 1) & 0xFFFFFFFFFFFFFFFF
+        self._slots[token] = (done, buffer)
+        position = (self._tail & self._sq_mask) * 64
+        _SQE.pack_into(self._sqes, position, opcode, 0, 0, fd, offset, address, length, flags, token)
+        self._tail = (self._tail + 1) & 0xFFFFFFFF
+        self._queued += 1
+
+    def flush(self) -> None:
+        """Submit what was queued: one system call."""
+        words = self._words
+        while self._queued:
+            words[self._sq_tail] = self._tail
+            count = _syscall(_SYS_IO_URING_ENTER, self._fd, self._queued, 0, 0, None, ctypes.c_size_t(0))
+            if count < 0:
+                error = ctypes.get_errno()
+                if error in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                    # EBUSY: completions must be taken first; EAGAIN: the kernel is short of memory for now.
+                    self.reap()
+                    continue
+                raise OSError(error, os.strerror(error))
+            self._queued -= count
+
+    # -- completions ------------------------------------------------------------------------------------------
+
+    def reap(self, _events: int = 0) -> None:
+        """Take every completion there is and call its ``done``."""
+        words = self._words
+        cqes = self._ring
+        mask = self._cq_mask
+        base = self._cq_cqes
+        unpack = _CQE.unpack_from
+        slots = self._slots
+        head = words[self._cq_head]
+        while head != words[self._cq_tail]:
+            token, result, _flags = unpack(cqes, base + (head & mask) * 16)
+            head = (head + 1) & 0xFFFFFFFF
+            words[self._cq_head] = head
+            done, _buffer = slots.pop(token)
+            done(result)
+        if self._backlog:
+            backlog, self._backlog = self._backlog, []
+            for item in backlog:
+                self._queue(*item)
+            self.flush()
