@@ -1,0 +1,149 @@
+"""How scalars are read: from JSON values (strictly typed) and from the strings of a keyval tree."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Protocol
+
+from qsd.errors import QmpError
+from qsd.qapi.types import BOOL, NUMBER, STR, Builtin, Integer
+
+_NAMES = {"string": "string", "boolean": "boolean", "number": "number"}
+
+
+class Flavour(Protocol):
+    """One source of input: reads scalars, and knows how paths spell a list index."""
+
+    def scalar(self, wanted: Builtin, value: Any, path: str) -> Any: ...
+
+    def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int: ...
+
+    def index(self, path: str, position: int) -> str: ...
+
+
+def invalid_type(path: str, expected: str) -> QmpError:
+    return QmpError(f"Invalid parameter type for '{path}', expected: {expected}")
+
+
+def _fit(wanted: Integer, value: int, name: str) -> int:
+    """Check a 64 bit value against a narrower type. The reference names only the last part of the path here."""
+    if not wanted.low <= value <= wanted.high:
+        raise QmpError(f"Parameter '{name}' expects {wanted.c_name}")
+    return value
+
+
+class JsonFlavour:
+    """JSON values: no conversion between types, ever."""
+
+    def scalar(self, wanted: Builtin, value: Any, path: str) -> Any:
+        if wanted is STR:
+            if type(value) is str:
+                return value
+        elif wanted is BOOL:
+            if type(value) is bool:
+                return value
+        elif type(value) is float or type(value) is int:
+            return float(value)
+        raise invalid_type(path, _NAMES[wanted.json_type])
+
+    def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int:
+        if wanted.signed:
+            if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+                raise invalid_type(path, "integer")
+            return _fit(wanted, value, name)
+        # Negative numbers are accepted as their two's complement, as the reference does.
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+            raise QmpError(f"Parameter '{path}' expects uint64")
+        return _fit(wanted, value % (1 << 64), name)
+
+    def index(self, path: str, position: int) -> str:
+        return f"{path}[{position}]"
+
+
+_TRUE = frozenset(("on", "yes", "true", "y"))
+_FALSE = frozenset(("off", "no", "false", "n"))
+_INTEGER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))")
+_SIZE = re.compile(
+    r"[ \t\n\v\f\r]*\+?"
+    r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<whole>[0-9]*)(?:\.(?P<fraction>[0-9]*))?(?P<unit>[bkmgtpeBKMGTPE]?))"
+)
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50, "E": 1 << 60}
+_DIGITS_LIMIT = 400  # more cannot be in range; int() of megabytes of digits would take its time
+
+
+def parse_bool(text: str) -> bool | None:
+    """Read a command line boolean; None if it is none."""
+    return True if text in _TRUE else False if text in _FALSE else None
+
+
+def parse_integer(text: str) -> int | None:
+    """Read a C integer literal (decimal, 0x, octal; a sign and leading blanks allowed); None if it is none."""
+    match = _INTEGER.fullmatch(text) if len(text) < _DIGITS_LIMIT else None
+    if match is None:
+        return None
+    sign, hexadecimal, octal, decimal = match.groups()
+    value = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
+    return -value if sign == "-" else value
+
+
+def parse_size(text: str) -> int | None:
+    """Read a byte count with an optional unit (powers of 1024, fractions allowed with one); None if it is none.
+
+    The result may exceed 64 bits: what that means is the caller's to say.
+    """
+    match = _SIZE.fullmatch(text) if len(text) < _DIGITS_LIMIT else None
+    if match is None:
+        return None
+    if match["hex"]:
+        return int(match["hex"], 16)
+    whole, fraction, unit = match["whole"] or "", match["fraction"] or "", _UNITS[match["unit"].upper()]
+    if not whole and not fraction:
+        return None
+    if fraction.strip("0") and unit == 1:
+        return None
+    scale: int = 10 ** len(fraction)
+    rounded: int = (int(fraction or "0") * unit * 2 + scale) // (2 * scale)
+    return int(whole or "0") * unit + rounded
+
+
+class KeyvalFlavour:
+    """Strings of a keyval tree: converted by what the declaration wants."""
+
+    def scalar(self, wanted: Builtin, value: Any, path: str) -> Any:
+        text = self._leaf(value, path)
+        if wanted is STR:
+            return text
+        if wanted is BOOL:
+            flag = parse_bool(text)
+            if flag is None:
+                raise QmpError(f"Parameter '{path}' expects 'on' or 'off'")
+            return flag
+        assert wanted is NUMBER
+        try:
+            return float(text)
+        except ValueError:
+            raise invalid_type(path, "number") from None
+
+    def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int:
+        text = self._leaf(value, path)
+        if wanted.is_size:
+            size = parse_size(text)
+            if size is None or size >= 1 << 64:
+                raise QmpError(f"Parameter '{path}' expects size")
+            return size
+        number = parse_integer(text)
+        if wanted.signed:
+            if number is None or not -(1 << 63) <= number < 1 << 63:
+                raise QmpError(f"Parameter '{path}' expects integer")
+            return _fit(wanted, number, name)
+        if number is None or not -(1 << 64) < number < 1 << 64:
+            raise QmpError(f"Parameter '{path}' expects integer")
+        return _fit(wanted, number % (1 << 64), name)
+
+    def index(self, path: str, position: int) -> str:
+        return f"{path}.{position}"
+
+    def _leaf(self, value: Any, path: str) -> str:
+        if not isinstance(value, str):
+            raise QmpError(f"Parameters '{path}.*' are unexpected")
+        return value
