@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Protocol
 
 from qsd.errors import QmpError
 from qsd.qapi.types import BOOL, NUMBER, STR, Builtin, Integer
+from qsd.wire.literals import parse_bool, parse_integer, parse_size
 
 _NAMES = {"string": "string", "boolean": "boolean", "number": "number"}
 
@@ -58,52 +58,6 @@ class JsonFlavour:
 
     def index(self, path: str, position: int) -> str:
         return f"{path}[{position}]"
-
-
-_TRUE = frozenset(("on", "yes", "true", "y"))
-_FALSE = frozenset(("off", "no", "false", "n"))
-_INTEGER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))")
-_SIZE = re.compile(
-    r"[ \t\n\v\f\r]*\+?"
-    r"(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<whole>[0-9]*)(?:\.(?P<fraction>[0-9]*))?(?P<unit>[bkmgtpeBKMGTPE]?))"
-)
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50, "E": 1 << 60}
-_DIGITS_LIMIT = 400  # more cannot be in range; int() of megabytes of digits would take its time
-
-
-def parse_bool(text: str) -> bool | None:
-    """Read a command line boolean; None if it is none."""
-    return True if text in _TRUE else False if text in _FALSE else None
-
-
-def parse_integer(text: str) -> int | None:
-    """Read a C integer literal (decimal, 0x, octal; a sign and leading blanks allowed); None if it is none."""
-    match = _INTEGER.fullmatch(text) if len(text) < _DIGITS_LIMIT else None
-    if match is None:
-        return None
-    sign, hexadecimal, octal, decimal = match.groups()
-    value = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else int(decimal)
-    return -value if sign == "-" else value
-
-
-def parse_size(text: str) -> int | None:
-    """Read a byte count with an optional unit (powers of 1024, fractions allowed with one); None if it is none.
-
-    The result may exceed 64 bits: what that means is the caller's to say.
-    """
-    match = _SIZE.fullmatch(text) if len(text) < _DIGITS_LIMIT else None
-    if match is None:
-        return None
-    if match["hex"]:
-        return int(match["hex"], 16)
-    whole, fraction, unit = match["whole"] or "", match["fraction"] or "", _UNITS[match["unit"].upper()]
-    if not whole and not fraction:
-        return None
-    if fraction.strip("0") and unit == 1:
-        return None
-    scale: int = 10 ** len(fraction)
-    rounded: int = (int(fraction or "0") * unit * 2 + scale) // (2 * scale)
-    return int(whole or "0") * unit + rounded
 
 
 class KeyvalFlavour:
