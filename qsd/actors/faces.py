@@ -1,0 +1,68 @@
+"""What chardevs and monitors look like in the object tree; they live elsewhere and publish a face here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import attrs
+
+from qsd.actors.qom import Property, QomObject, declare_type
+
+
+@attrs.define(eq=False, slots=False)
+class MonitorFace(QomObject):
+    """A QMP monitor under ``/objects``. ``remove`` ends the monitor when its object is deleted."""
+
+    typename = "monitor-qmp"
+
+    chardev: str
+    pretty: bool
+    remove: Callable[[], Awaitable[None]]
+    close_action: str = "none"
+
+
+@attrs.define(eq=False, slots=False)
+class ChardevFace(QomObject):
+    """A chardev under ``/chardevs``; ``backend`` is its kind on the wire (``null``, ``stdio``)."""
+
+    backend: str
+
+    @property
+    def typename(self) -> str:  # type: ignore[override]  # one class for all kinds without properties of their own
+        return f"chardev-{self.backend}"
+
+
+@attrs.define(eq=False, slots=False)
+class SocketChardevFace(QomObject):
+    """A socket chardev: also says whether a peer is there, and the address as JSON (``SocketAddress``)."""
+
+    typename = "chardev-socket"
+
+    connected: Callable[[], bool]
+    addr: Callable[[], Any]
+
+
+declare_type("monitor", "object", abstract=True)
+declare_type(
+    "monitor-qmp",
+    "monitor",
+    Property("chardev", "string", lambda item: item.chardev),
+    Property("pretty", "bool", lambda item: item.pretty),
+    Property("close-action", "MonitorQMPCloseAction", lambda item: item.close_action),
+)
+declare_type("chardev", "object", abstract=True)
+declare_type("chardev-fd", "chardev", abstract=True)
+declare_type("chardev-file", "chardev-fd")
+declare_type("chardev-null", "chardev")
+declare_type("chardev-pipe", "chardev-fd")
+declare_type("chardev-pty", "chardev")
+declare_type("chardev-ringbuf", "chardev")
+declare_type("chardev-memory", "chardev-ringbuf")
+declare_type("chardev-stdio", "chardev-fd")
+declare_type(
+    "chardev-socket",
+    "chardev",
+    Property("connected", "bool", lambda item: item.connected()),
+    Property("addr", "SocketAddress", lambda item: item.addr()),
+)
