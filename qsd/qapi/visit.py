@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from qsd.errors import QmpError
-from qsd.qapi.core import NULL, NullType, is_declared, resolve, wire_members
+from qsd.qapi.core import NULL, Command, NullType, is_declared, resolve, wire_members
 from qsd.qapi.scalars import Flavour, JsonFlavour, KeyvalFlavour, invalid_type
 from qsd.qapi.types import (
     ANY,
@@ -38,6 +38,18 @@ def from_json(wanted: Any, value: Any, path: str = "") -> Any:
     ``path`` is put before the names in messages. Raises QmpError for the first problem, in the reference's words.
     """
     return _guarded(_JSON, resolve(wanted), value, path)
+
+
+def visit_arguments(command: Command, arguments: dict[str, Any]) -> Any:
+    """Visit a command's ``arguments`` (``{}`` when the message had none); None if the command takes none.
+
+    Raises QmpError.
+    """
+    if command.args is not None:
+        return from_json(command.args, arguments)
+    for key in arguments:
+        raise QmpError(f"Parameter '{key}' is unexpected")
+    return None
 
 
 def from_keyval(wanted: Any, tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The options of ``--chardev``: one table for all backends, as the command line has no structure to hang them on."""
+"""The options of ``--chardev``: one table for all backends, as this command line has no structure."""
 
 from __future__ import annotations
 
