@@ -19,7 +19,7 @@ from collections.abc import Callable
 Sink = Callable[[str], None]
 
 
-def _nowhere(line: str) -> None:
+def nowhere(line: str) -> None:
     """Where lines go until the command line says where."""
 
 
@@ -44,7 +44,7 @@ class TraceRegistry:
 
     def __init__(self) -> None:
         self.events: dict[str, TraceEvent] = {}
-        self.sink: Sink = _nowhere
+        self.sink: Sink = nowhere
         self._patterns: list[tuple[re.Pattern[str], bool]] = []
 
     def event(self, name: str) -> TraceEvent:

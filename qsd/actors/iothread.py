@@ -13,6 +13,7 @@ import attrs
 
 from qsd.actors.qom import Property, QomObject, declare_type
 from qsd.errors import QmpError
+from qsd.host.reactor import PollPolicy
 
 _INT64_MAX = 2**63 - 1
 
@@ -26,21 +27,6 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "poll-grow": ("poll_grow", 2, _INT64_MAX),
     "poll-shrink": ("poll_shrink", 2, _INT64_MAX),
 }
-
-
-@attrs.frozen
-class PollingPolicy:
-    """How long the loop looks for work before it sleeps.
-
-    ``poll_max_ns`` bounds the time in nanoseconds (0: never poll); the time is multiplied by ``poll_grow`` when
-    polling longer would have paid, and divided by ``poll_shrink`` when it was in vain (0: back to nothing).
-    ``poll_weight`` says how much a new interval counts against the average of the earlier ones.
-    """
-
-    poll_max_ns: int
-    poll_grow: int
-    poll_shrink: int
-    poll_weight: int
 
 
 @attrs.define(eq=False, slots=False)
@@ -72,8 +58,8 @@ class IoThread(QomObject):
         return made
 
     @property
-    def policy(self) -> PollingPolicy:
-        return PollingPolicy(self.poll_max_ns, self.poll_grow, self.poll_shrink, self.poll_weight)
+    def policy(self) -> PollPolicy:
+        return PollPolicy(self.poll_max_ns, self.poll_grow, self.poll_shrink)
 
     def check_pool(self) -> None:
         """Raise QmpError unless 0 <= thread-pool-min <= thread-pool-max and the latter allows a thread."""

@@ -130,7 +130,7 @@ async def test_iothread_out_of_range(daemon: Daemon, properties: dict[str, int],
 async def test_iothread_policy_follows_qom_set(daemon: Daemon) -> None:
     await daemon.iothread("io0")
     await daemon("qom-set", path="io0", property="poll-max-ns", value=5)
-    assert daemon.objects.iothreads.get("io0").policy.poll_max_ns == 5
+    assert daemon.objects.iothreads.get("io0").policy.max_ns == 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+# Everything this file makes lives in .venv, ./demo, temporary directories, and (as root) Debian packages.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help run test check bench clean
+
+help:
+	@echo "make run     start a daemon that exports a demo disk over NBD (until Ctrl-C)"
+	@echo "make test    run all tests"
+	@echo "make check   ruff, mypy --strict and the layer rule"
+	@echo "make bench   compare speed with the reference daemon; writes bench/results/"
+	@echo "make clean   remove .venv, ./demo and caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tools/packages python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+# The daemon alone, then with what the tests and checks need. The stamps say which is installed.
+$(VENV)/.qsd: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.qsd-all: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	@touch $@ $(VENV)/.qsd
+
+run: $(VENV)/.qsd
+	@$(BIN)/python tools/demo.py
+
+test: $(VENV)/.qsd-all
+	@tools/packages qemu-utils libnbd-bin python3-libnbd nbdkit fio
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.qsd-all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict qsd
+	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+bench: $(VENV)/.qsd-all
+	@tools/packages qemu-utils libnbd-bin fio
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
