@@ -196,10 +196,26 @@ def test_underscored_members_keep_their_spelling() -> None:
     off = block.BlockdevDetectZeroesOptions.OFF
     image = block_info.ImageInfo(filename="f", format="raw", virtual_size=0)
     info = block_info.BlockDeviceInfo(
-        file="f", node_name="n", ro=False, drv="raw", backing_file_depth=0, children=(), active=True,
-        encrypted=False, detect_zeroes=off, bps=0, bps_rd=0, bps_wr=0, iops=0, iops_rd=0, iops_wr=0, image=image, cache=cache,
-        write_threshold=0, dirty_bitmaps=(),
-    )  # fmt: skip
+        file="f",
+        node_name="n",
+        ro=False,
+        drv="raw",
+        backing_file_depth=0,
+        children=(),
+        active=True,
+        encrypted=False,
+        detect_zeroes=off,
+        bps=0,
+        bps_rd=0,
+        bps_wr=0,
+        iops=0,
+        iops_rd=0,
+        iops_wr=0,
+        image=image,
+        cache=cache,
+        write_threshold=0,
+        dirty_bitmaps=(),
+    )
     names = set(to_json(info))
     assert {"node-name", "dirty-bitmaps", "backing_file_depth", "detect_zeroes", "write_threshold"} <= names
     assert to_json(info)["cache"] == {"writeback": True, "direct": False, "no-flush": False}
