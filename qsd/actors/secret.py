@@ -75,10 +75,9 @@ async def _source(options: Any) -> bytes:
 
 
 async def _read(path: str) -> bytes:
-    # In a thread: the file may be a pipe whose writer is slow.
+    # In a thread that may be left behind: the file may be a pipe nobody writes to, and the daemon must still end.
     try:
-        async with await trio.open_file(path, "rb") as file:
-            content = await file.read(MAX_FILE_BYTES + 1)
+        content = await trio.to_thread.run_sync(_read_bounded, path, abandon_on_cancel=True)
     except ValueError:  # a NUL in the name
         raise QmpError(f"Unable to read {path}: Failed to open file “{path}”: Invalid argument") from None
     except OSError as error:
@@ -88,6 +87,11 @@ async def _read(path: str) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise QmpError(f"Unable to read {path}: File “{path}” is too large")
     return content
+
+
+def _read_bounded(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def decode_base64(text: bytes) -> bytes:

@@ -24,10 +24,8 @@ class Background:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
-        os.close(null)
-        self.tell()
-
-    def tell(self) -> None:
+        if null > 2:
+            os.close(null)
         os.write(self._pipe, _UP)
         os.close(self._pipe)
 

@@ -25,7 +25,7 @@ ROOMS = [
     {"actors"},
     {"servers"},
     {"commands"},
-    {"daemon", "cli", "__main__"},
+    {"daemon", "life", "cli", "__main__"},
 ]
 PURE = {"errors", "units", "trace", "messages", "block", "wire", "qapi"}
 # What talks to the system or waits: not for pure rooms.

@@ -1,0 +1,102 @@
+"""The command line: what the reference's first pass decides, then a daemon that takes the rest in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qsd.cli_getopt import Given, Option, UsageError, options
+from qsd.cli_report import Report
+from qsd.errors import QmpError, errno_text
+
+if TYPE_CHECKING:
+    from qsd.host.daemonize import Background
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the program with ``words`` (the process's own when None); return its exit code."""
+    # Until the daemon listens for signals they simply end the process: there is nothing to clean up yet.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    prog = os.path.basename(sys.argv[0])
+    if not prog or prog == "__main__.py":
+        prog = "qsd"
+    try:
+        return _main(prog, sys.argv[1:] if words is None else words)
+    except BrokenPipeError:  # a reader of our help had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def _main(prog: str, words: Sequence[str]) -> int:
+    given: list[Given] = []
+    pidfile: str | None = None
+    daemonize = False
+    try:
+        for item in options(words):
+            if item.option in (Option.HELP, Option.VERSION):
+                return _tell(prog, item.option)
+            if item.option is Option.DAEMONIZE:
+                daemonize = True
+            elif item.option is Option.PIDFILE:
+                pidfile = item.argument
+            else:
+                given.append(item)
+    except UsageError as error:
+        Report(prog).error(QmpError(str(error)))
+        return 1
+    background = None
+    if daemonize:
+        from qsd.host import daemonize as daemonizing
+
+        try:
+            background = daemonizing.fork()
+        except OSError as error:
+            Report(prog).error(QmpError(f"Cannot fork: {errno_text(error.errno or 0)}"))
+            return 1
+    return _run(prog, given, pidfile, background)
+
+
+def _tell(prog: str, what: Option) -> int:
+    from qsd import cli_help
+
+    text = cli_help.help_text(prog) if what is Option.HELP else cli_help.version_text(prog)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return 0
+
+
+def _run(prog: str, given: list[Given], pidfile: str | None, background: Background | None) -> int:
+    # Imported late: the help must not wait for the daemon's modules.
+    import logging
+
+    import trio
+
+    from qsd import cli_options
+    from qsd.actors.supervisor import Supervisor
+    from qsd.daemon import build
+    from qsd.life import Process, run
+
+    logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
+
+    async def start(supervisor: Supervisor) -> int | None:
+        daemon = await build(supervisor, is_background=background is not None)
+        for item in given:
+            report = Report(prog, item.where)
+            try:
+                await cli_options.apply(daemon, item, report)
+            except QmpError as error:
+                report.error(error)
+                return 1
+            except cli_options.Finish as finish:
+                return finish.code
+        return None
+
+    def came_up() -> None:
+        if background is not None:
+            background.ready()
+
+    return trio.run(run, start, Process(pidfile, came_up, Report(prog).error))

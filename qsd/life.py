@@ -1,0 +1,100 @@
+"""The daemon's life: come up, wait, go down.
+
+Going down is the same path for SIGTERM, SIGINT, SIGHUP, ``quit`` and a failed start: the supervisor closes the
+floors from the inside, each within its deadline; the pid file goes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import attrs
+import trio
+
+from qsd.actors.supervisor import Supervisor
+from qsd.errors import QmpError
+from qsd.host.notify import notify
+from qsd.host.pidfile import PidFile
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@attrs.frozen
+class Process:
+    """What surrounds the daemon.
+
+    ``came_up`` runs when everything works, before that is announced: it detaches a background daemon. ``failed``
+    prints why the daemon cannot come up.
+    """
+
+    pidfile: str | None
+    came_up: Callable[[], None]
+    failed: Callable[[QmpError], None]
+
+
+Start = Callable[[Supervisor], Awaitable[int | None]]
+
+
+async def run(start: Start, process: Process) -> int:
+    """Live until someone asks to stop; return the exit code.
+
+    ``start`` builds everything on the supervisor it is given; it returns None when all is up, or the exit code if
+    there is nothing to wait for (it has printed why). A signal that comes meanwhile cancels it.
+    """
+    supervisor = Supervisor()
+    pidfile: list[PidFile] = []
+    try:
+        with trio.open_signal_receiver(*_SIGNALS) as arrivals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_obey, arrivals, supervisor, name="signals")
+                async with supervisor:
+                    code = await _live(supervisor, start, process, pidfile)
+                    notify("STOPPING=1")
+                nursery.cancel_scope.cancel()
+    finally:
+        for held in pidfile:
+            held.remove()
+    return code
+
+
+async def _live(supervisor: Supervisor, start: Start, process: Process, pidfile: list[PidFile]) -> int:
+    code: int | None = 0
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await supervisor.stop_requested.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up, name="stop during start-up")
+        code = await start(supervisor)
+        nursery.cancel_scope.cancel()
+    if code is not None or supervisor.stop_requested.is_set():
+        return _exit_code(supervisor) or code or 0
+    try:
+        if process.pidfile is not None:
+            pidfile.append(PidFile.create(process.pidfile))
+    except QmpError as error:
+        process.failed(error)
+        return 1
+    process.came_up()
+    notify(f"READY=1\nMAINPID={os.getpid()}")
+    await supervisor.stop_requested.wait()
+    return _exit_code(supervisor)
+
+
+def _exit_code(supervisor: Supervisor) -> int:
+    return 0 if supervisor.fatal is None else 1
+
+
+async def _obey(arrivals: AsyncIterator[int], supervisor: Supervisor) -> None:
+    async for number in arrivals:
+        if number == signal.SIGUSR1:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(supervisor.tree())
+                sys.stderr.flush()
+        else:
+            supervisor.stop_daemon()

@@ -1,0 +1,366 @@
+"""The daemon as a process: options, messages, exit codes, signals, pid file, going into the background."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import PROGRAM, QmpFailure, RunningDaemon, run
+
+Start = Callable[..., RunningDaemon]
+
+# Arguments whose outcome must be the reference's: same exit code, same words (its name replaced by ours).
+REFUSED = [
+    ["--bogus"],
+    ["-x"],
+    ["-blockdev", "x"],
+    ["--blockdev"],
+    ["-T"],
+    ["--daemonize=1"],
+    ["--=x"],
+    ["x"],
+    ["-"],
+    [""],
+    ["--bogus", "--version"],
+    ["--blockdev", "help"],
+    ["--blockdev", "null-co,help"],
+    ["--export", "help"],
+    ["--nbd-server", "help"],
+    ["--monitor", "help"],
+    ["--object", ""],
+    ["--object", "iothread"],
+    ["--obj", "iothread"],
+    ["--object=iothread"],
+    ["--object", "iothread,id=1"],
+    ["--object", "iothread,id=a b"],
+    ["--object", "id=a"],
+    ["--object", "nope,id=a"],
+    ["--object", "iothread,help=on"],
+    ["--object", "help,iothread"],
+    ["--object", '{"qom-type":"iothread"}'],
+    ["--object", '{"qom-type":"iothread","id":"1"}'],
+    ["--object", '{"qom-type":"iothread"'],
+    ["--object", "{}x"],
+    ["--object", " {}"],
+    ["--object", "iothread,id=a", "--object", "iothread,id=a"],
+    ["--object", "secret,id=s"],
+    ["--object", "secret,id=s,data=a,file=b"],
+    ["--object", "secret,id=s,file=/nonexistent"],
+    ["--object", "secret,id=s,data=a,keyid=nope"],
+    ["--object", "iothread,id=a,poll-max-ns=abc"],
+    ["--object", "iothread,id=a,poll-max-ns=-1"],
+    ["--object", "iothread,id=a,poll-max-ns=1k"],
+    ["--blockdev", ""],
+    ["--blockdev", "null-co"],
+    ["--blockdev", "null-co,node-name=a,size=1M"],
+    ["--blockdev", "foo=bar"],
+    ["--blockdev", "foo"],
+    ["--blockdev", "file,node-name=f,filename=/nonexistent"],
+    ["--blockdev", "null-co,node-name=a,a.b.c=1,a=2"],
+    ["--blockdev", "null-co,node-name=a,9=2"],
+    ["--blockdev", "null-co,node-name=a", "--blockdev", "null-co,node-name=a"],
+    ["--blockdev", "null-co,node-name=1a"],
+    ["--export", ""],
+    ["--export", "nbd"],
+    ["--export", "nbd,id=a,node-name=n"],
+    ["--blockdev", "null-co,node-name=n", "--export", "nbd,id=a,node-name=n"],
+    ["--blockdev", "null-co,node-name=n", "--export", "nbd,id=a,node-name=n,iothread=x"],
+    ["--nbd-server", ""],
+    ["--nbd-server", "unix"],
+    ["--nbd-server", "addr.type=inet"],
+    ["--nbd-server", "addr.type=unix,addr.path=/nonexistent/x"],
+    ["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--nbd-server", "addr.type=unix,addr.path=nbd.sock"],
+    ["--monitor", ""],
+    ["--monitor", "x"],
+    ["--chardev", "null,id=c", "--monitor", "c", "--monitor", "c"],
+    ["--chardev", "null,id=c", "--monitor", "c,mode=readline"],
+    ["--chardev", "null,id=c", "--monitor", "c,pretty"],
+    ["--chardev", "null,id=c", "--monitor", "c,id=1"],
+    ["--chardev", "null,id=c", "--monitor", "c,mode=foo"],
+    ["--chardev", "null,id=c", "--monitor", "c,pretty=1"],
+    ["--chardev", ""],
+    ["--chardev", "null"],
+    ["--chardev", "foo,id=a"],
+    ["--chardev", "null,id=1"],
+    ["--chardev", "null,id=a", "--chardev", "null,id=a"],
+    ["--chardev", "null,id=a,foo=1"],
+    ["--chardev", "socket,id=a"],
+    ["--chardev", "id=a"],
+    ["--chardev", "socket,id=a,path=/nonexistent/x,server"],
+    ["--pidfile", "/nonexistent/x"],
+    ["--pidfile", "/"],
+    ["--pidfile", ""],
+    ["--pidfile", "first.pid", "--pidfile", "/nonexistent/x"],
+    ["--daemonize", "--object", ""],
+    ["--daemonize", "--chardev", "stdio,id=a"],
+    ["--daemonize", "--pidfile", "/nonexistent/x"],
+    ["-T", "help,x"],
+    ["-T", "nope", "--object", ""],
+    ["-Tnope", "--object", ""],
+    ["-T", "-nope", "--object", ""],
+    ["-T", "nope,foo=1"],
+    ["-T", "events=/nonexistent"],
+    ["-T", "file=/nonexistent/x"],
+    ["-T", "nbd*", "--object", ""],
+    ["-T", "file=log%x"],
+]
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_refused_as_the_reference_does(arguments: list[str], reference: Path, tmp_path: Path) -> None:
+    theirs = run(*arguments, program=(str(reference),), cwd=tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    ours = run(*arguments, cwd=tmp_path)
+    assert ours.stderr == theirs.stderr.replace("qemu-storage-daemon", "qsd")
+    assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout) == (1, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--object", "iothread,help"], ["--object", "iothread,id=a,?"], ["--object", "secret,help"]],
+    ids=" ".join,
+)
+def test_help_of_an_object_type_as_the_reference_gives_it(arguments: list[str], reference: Path) -> None:
+    theirs = run(*arguments, program=(str(reference),))
+    ours = run(*arguments)
+    assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, theirs.returncode)
+
+
+@pytest.mark.parametrize("arguments", [["--object", "help"], ["--object", "?"], ["--object", "nope,help"]])
+def test_help_lists_the_types_that_work(arguments: list[str]) -> None:
+    ours = run(*arguments)
+    assert ours.stdout == "List of user creatable objects:\n  iothread\n  secret\n"
+    assert (ours.stderr, ours.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-V"], ["--vers"], ["x", "-V"], ["--blockdev", "bad", "-V"]])
+def test_version_wins_over_what_is_not_looked_at(arguments: list[str]) -> None:
+    ours = run(*arguments)
+    assert ours.stdout.startswith("qsd version ")
+    assert "qemu-storage-daemon 11" in ours.stdout
+    assert (ours.stderr, ours.returncode) == ("", 0)
+
+
+def test_help_covers_every_option() -> None:
+    ours = run("--help")
+    for option in (
+        *("--help", "--version", "--trace", "--blockdev", "--chardev", "--export", "--monitor", "--nbd-server"),
+        *("--object", "--pidfile", "--daemonize"),
+    ):
+        assert option in ours.stdout
+    assert (ours.stderr, ours.returncode) == ("", 0)
+
+
+def test_trace_help_lists_events() -> None:
+    ours = run("--trace", "help")
+    names = ours.stdout.split()
+    assert names == sorted(names)
+    assert (ours.stderr, ours.returncode) == ("", 0)
+
+
+def test_option_processing_is_in_order(tmp_path: Path) -> None:
+    ours = run("--monitor", "c", "--chardev", "null,id=c", cwd=tmp_path)
+    assert ours.stderr == 'qsd: --monitor c: chardev "c" not found\n'
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_shuts_down_cleanly(daemon: Start, tmp_path: Path, number: signal.Signals) -> None:
+    running = daemon(
+        *("--blockdev", "null-co,node-name=n", "--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
+        *("--export", "nbd,id=e,node-name=n", "--pidfile", "qsd.pid"),
+    )
+    assert (tmp_path / "nbd.sock").exists()
+    assert running.terminate(number) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signal_during_start_up(daemon: Start, tmp_path: Path) -> None:
+    fifo = tmp_path / "secret"
+    os.mkfifo(fifo)
+    running = daemon("--pidfile", "qsd.pid", "--object", f"secret,id=s,file={fifo}", wait=False)
+    # Opening it for writing returns once the daemon has opened it for reading.
+    with fifo.open("wb"):
+        assert running.terminate() == 0
+    assert not (tmp_path / "qsd.pid").exists()
+
+
+def test_quit_answers_and_ends(daemon: Start, tmp_path: Path) -> None:
+    running = daemon("--pidfile", "qsd.pid")
+    monitor = running.qmp()
+    assert monitor.command("quit") == {"return": {}}
+    assert all("event" in message for message in monitor.rest())
+    assert running.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigusr1_prints_the_tree(daemon: Start) -> None:
+    running = daemon("--blockdev", "null-co,node-name=disk0")
+    running.expected_stderr.append(r"^\w+/$|^ +\S")
+    monitor = running.qmp()
+    running.process.send_signal(signal.SIGUSR1)
+    # A signal is handled soon, not at once: commands pass the time until it was.
+    while "monitors/" not in running.stderr():
+        monitor.execute("query-version")
+    assert "disk0" in running.stderr()
+
+
+def test_sigpipe_is_ignored(daemon: Start) -> None:
+    running = daemon()
+    running.process.send_signal(signal.SIGPIPE)
+    running.qmp().execute("query-version")
+
+
+def test_pidfile_is_written_last_and_removed(daemon: Start, tmp_path: Path) -> None:
+    running = daemon("--pidfile", "qsd.pid")
+    path = tmp_path / "qsd.pid"
+    assert path.read_text() == f"{running.pid}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert running.terminate() == 0
+    assert not path.exists()
+
+
+def test_pidfile_refuses_a_second_instance(daemon: Start, tmp_path: Path) -> None:
+    running = daemon("--pidfile", "qsd.pid")
+    second = run("--pidfile", "qsd.pid", cwd=tmp_path)
+    assert second.stderr == (
+        "qsd: cannot create PID file: Cannot lock pid file: Resource temporarily unavailable\n"
+    )
+    assert second.returncode == 1
+    assert (tmp_path / "qsd.pid").read_text() == f"{running.pid}\n"
+
+
+def test_pidfile_locks_out_the_reference(daemon: Start, any_reference: Path, tmp_path: Path) -> None:
+    daemon("--pidfile", "qsd.pid")
+    second = run("--pidfile", "qsd.pid", program=(str(any_reference),), cwd=tmp_path)
+    assert "Cannot lock pid file" in second.stderr
+    assert second.returncode == 1
+
+
+@pytest.fixture
+def background(tmp_path: Path) -> object:
+    """Starts ``--daemonize`` and returns the pid from the pid file; ends it after the test."""
+    pids: list[int] = []
+
+    def start(*arguments: str) -> int:
+        parent = run("--daemonize", "--pidfile", "qsd.pid", *arguments, cwd=tmp_path)
+        assert (parent.returncode, parent.stdout, parent.stderr) == (0, "", "")
+        pids.append(int((tmp_path / "qsd.pid").read_text()))
+        return pids[-1]
+
+    yield start
+    for pid in pids:
+        try:
+            ended = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        os.kill(pid, signal.SIGTERM)
+        # Not our child: its end shows by the pid file's disappearance and the pidfd becoming readable.
+        import select
+
+        assert select.select([ended], [], [], 30)[0], "the background daemon did not end"
+        os.close(ended)
+    assert not (tmp_path / "qsd.pid").exists()
+
+
+def test_daemonize_detaches(background: Callable[..., int], tmp_path: Path) -> None:
+    pid = background("--blockdev", "null-co,node-name=n")
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+    assert os.getsid(pid) != os.getsid(0)
+    assert os.getsid(pid) != pid  # no session leader: it can never get a terminal
+
+
+def test_daemonize_takes_relative_names_from_the_callers_directory(
+    background: Callable[..., int], tmp_path: Path
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    background(
+        *("--blockdev", "file,node-name=f,filename=disk"),
+        *("--chardev", "socket,id=c,path=qmp.sock,server=on,wait=off", "--monitor", "c"),
+    )
+    from harness import Qmp
+
+    monitor = Qmp(tmp_path / "qmp.sock")
+    names = [node["node-name"] for node in monitor.execute("query-named-block-nodes")]
+    assert names == ["f"]
+    with pytest.raises(QmpFailure, match="No such file or directory"):
+        monitor.execute_raw("blockdev-add", {"driver": "file", "node-name": "g", "filename": "disk"})
+    monitor.close()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--object", ""], ["--pidfile", "/nonexistent/x"], ["--chardev", "stdio,id=a"]]
+)
+def test_daemonize_says_in_the_foreground_what_went_wrong(arguments: list[str], tmp_path: Path) -> None:
+    ours = run("--daemonize", *arguments, cwd=tmp_path)
+    assert ours.returncode == 1
+    assert ours.stderr.startswith("qsd: ")
+    assert ours.stderr.count("\n") == 1
+
+
+def test_ready_is_announced_to_the_manager(daemon: Start) -> None:
+    # The fixture waits for exactly this message; without it the test would fail there.
+    daemon().qmp().execute("query-version")
+
+
+def test_monitor_on_stdio(tmp_path: Path) -> None:
+    ours = subprocess.run(
+        [*PROGRAM, "--chardev", "stdio,id=c", "--monitor", "c"],
+        input='{"execute": "qmp_capabilities"} {"execute": "quit"}\n',
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (ours.returncode, ours.stderr) == (0, "")
+    assert ours.stdout.count('{"return": {}}\r\n') == 2
+
+
+def test_socket_passed_as_file_descriptor(daemon: Start, tmp_path: Path) -> None:
+    # The manual page's way: the socket listens before the daemon exists, so nobody has to wait for it.
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "passed.sock"))
+        listener.listen()
+        number = listener.fileno()
+        running = daemon(
+            *("--chardev", f"socket,fd={number},server=on,wait=off,id=c", "--monitor", "chardev=c"),
+            monitor=False,
+            pass_fds=(number,),
+        )
+        running.qmp("passed.sock").execute("query-version")
+
+
+def test_two_monitors_at_once(daemon: Start) -> None:
+    running = daemon("--chardev", "socket,id=second,path=second.sock,server=on,wait=off", "--monitor", "second")
+    first, second = running.qmp(), running.qmp("second.sock")
+    first.execute_raw("object-add", {"qom-type": "iothread", "id": "io0"})
+    assert second.execute("qom-get", path="/objects/io0", property="poll-max-ns") == 32768
+    second.execute("object-del", id="io0")
+
+
+def test_monitors_are_objects(daemon: Start) -> None:
+    monitor = daemon().qmp()
+    listed = monitor.execute("qom-list", path="/objects")
+    assert {"name": "compat_monitor0", "type": "child<monitor-qmp>"} in listed
+    assert monitor.execute("qom-get", path="/objects/compat_monitor0", property="chardev") == "qmp"
+    assert monitor.refusal("object-del", id="compat_monitor0") == "Cannot delete the current QMP monitor"
+    listed = monitor.execute("qom-list", path="/chardevs")
+    assert {"name": "qmp", "type": "child<chardev-socket>"} in listed
+
+
+def test_trace_goes_to_the_file(daemon: Start, tmp_path: Path) -> None:
+    running = daemon("-T", "handle_qmp_command,file=log")
+    running.qmp().execute("query-version")
+    assert running.terminate() == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines
+    assert all(line.startswith("handle_qmp_command ") for line in lines)
+    (tmp_path / "log").unlink()
