@@ -121,8 +121,24 @@ _cache: dict[Any, Type] = {}
 
 
 def _frozen(cls: type[T]) -> type[T]:
+    # One comparison and one repr for all: attrs would compile them for each of the many classes, a third of the
+    # time it takes the daemon to start.
+    for name, method in (("__eq__", _is_equal), ("__hash__", _hash), ("__repr__", _repr)):
+        setattr(cls, name, method)
     # No slots: a branch may inherit from its union's base and from a struct at once (two slotted bases cannot).
-    return attrs.frozen(cls, kw_only=True, slots=False)  # type: ignore[return-value, call-overload, no-any-return, unused-ignore] # attrs' stubs want literals
+    return attrs.frozen(cls, kw_only=True, slots=False, eq=False, repr=False)  # type: ignore[return-value, call-overload, no-any-return, unused-ignore] # attrs' stubs want literals
+
+
+def _is_equal(self: object, other: object) -> bool:
+    return vars(self) == vars(other) if other.__class__ is self.__class__ else NotImplemented
+
+
+def _hash(self: object) -> int:
+    return hash((self.__class__, *vars(self).values()))
+
+
+def _repr(self: object) -> str:
+    return f"{self.__class__.__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(member,))

@@ -38,14 +38,16 @@ class Qmp:
     """A QMP connection. ``events`` collects what came between answers."""
 
     def __init__(self, path: Path | str, *, negotiate: bool = True) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE)
-        self.socket.connect(str(path))
-        self._stream = self.socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        self.greeting = self.receive()
-        if negotiate:
-            self.execute("qmp_capabilities")
+        with contextlib.ExitStack() as stack:
+            self.socket = stack.enter_context(socket.socket(socket.AF_UNIX))
+            self.socket.settimeout(DEADLINE)
+            self.socket.connect(str(path))
+            self._stream = stack.enter_context(self.socket.makefile("rb"))
+            self.greeting = self.receive()
+            if negotiate:
+                self.execute("qmp_capabilities")
+            stack.pop_all()  # from here on it is ``close`` that closes
 
     def send(self, text: str | bytes) -> None:
         """Send raw text."""
