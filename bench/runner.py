@@ -14,7 +14,7 @@ from bench.daemons import Daemon, DaemonError, Placement, Setup, Side, prefix_of
 from bench.stats import median
 from bench.workloads import Workload
 
-# Rounds of calibration. One is too few on a noisy machine: a single bad run hands the reference its second-best mode.
+# Rounds of calibration. With one, a single bad run would hand the reference its second-best mode.
 CALIBRATIONS = 2
 
 
