@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -70,7 +71,9 @@ def _tell(prog: str, what: Option) -> int:
 
 
 def _run(prog: str, given: list[Given], pidfile: str | None, background: Background | None) -> int:
-    # Imported late: the help must not wait for the daemon's modules.
+    # Imported late: the help must not wait for the daemon's modules. What they make lives as long as the process,
+    # so the garbage collector need not look at it, neither now nor in any later round.
+    gc.disable()
     import logging
 
     import trio
@@ -80,6 +83,8 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
     from qsd.daemon import build
     from qsd.life import Process, run
 
+    gc.freeze()
+    gc.enable()
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
 
     async def start(supervisor: Supervisor) -> int | None:

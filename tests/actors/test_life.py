@@ -1,0 +1,159 @@
+"""Coming up, waiting and going down, with a start function of the test's own instead of a command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from qsd.actors.core import Actor, receives
+from qsd.actors.supervisor import Floor, Supervisor
+from qsd.errors import QmpError
+from qsd.life import Process, run
+
+
+@attrs.frozen
+class Boom:
+    """Makes the actor crash."""
+
+
+class Fragile(Actor):
+    kind = "fragile"
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        super().__init__(name)
+        self.log = log
+
+    async def started(self) -> None:
+        self.log.append(f"{self.name} up")
+
+    async def stopping(self) -> None:
+        self.log.append(f"{self.name} down")
+
+    @receives(Boom)
+    async def _boom(self, message: Boom) -> None:
+        raise RuntimeError("boom")
+
+
+class Life:
+    """Records what ``run`` does around a start function."""
+
+    def __init__(self, pidfile: Path | None = None) -> None:
+        self.log: list[str] = []
+        self.supervisor: Supervisor | None = None
+        self.up = trio.Event()
+        self.process = Process(str(pidfile) if pidfile else None, self._came_up, self._failed)
+
+    def _came_up(self) -> None:
+        self.log.append("ready")
+        self.up.set()
+
+    def _failed(self, error: QmpError) -> None:
+        self.log.append(error.desc)
+
+    async def start(self, supervisor: Supervisor) -> int | None:
+        self.supervisor = supervisor
+        await supervisor.start(Fragile("low", self.log), Floor.CORE)
+        self.high = Fragile("high", self.log)
+        await supervisor.start(self.high, Floor.MONITORS)
+        return None
+
+
+WHOLE_LIFE = ["low up", "high up", "ready", "high down", "low down"]
+
+
+async def test_stop_request_closes_the_floors_from_the_inside(tmp_path: Path) -> None:
+    life = Life(tmp_path / "pid")
+    async with trio.open_nursery() as nursery:
+
+        async def stop() -> None:
+            await life.up.wait()
+            assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
+            assert life.supervisor is not None
+            life.supervisor.stop_daemon()
+
+        nursery.start_soon(stop)
+        assert await run(life.start, life.process) == 0
+    assert life.log == WHOLE_LIFE
+    assert not (tmp_path / "pid").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_signal_stops(number: signal.Signals) -> None:
+    life = Life()
+    async with trio.open_nursery() as nursery:
+
+        async def kill() -> None:
+            await life.up.wait()
+            os.kill(os.getpid(), number)
+
+        nursery.start_soon(kill)
+        assert await run(life.start, life.process) == 0
+    assert life.log == WHOLE_LIFE
+
+
+async def test_sigusr1_prints_the_tree_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    life = Life()
+    async with trio.open_nursery() as nursery:
+
+        async def kill() -> None:
+            await life.up.wait()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        nursery.start_soon(kill)
+        assert await run(life.start, life.process) == 0
+    assert life.log == WHOLE_LIFE
+    printed = capsys.readouterr().err
+    assert "monitors/\n  high [fragile] served=0" in printed
+
+
+async def test_exit_code_of_a_start_that_has_nothing_to_wait_for(tmp_path: Path) -> None:
+    life = Life(tmp_path / "pid")
+
+    async def refuse(supervisor: Supervisor) -> int | None:
+        await life.start(supervisor)
+        return 1
+
+    assert await run(refuse, life.process) == 1
+    assert life.log == ["low up", "high up", "high down", "low down"]
+    assert not (tmp_path / "pid").exists()
+
+
+async def test_stop_while_starting_cancels_it() -> None:
+    life = Life()
+
+    async def stuck(supervisor: Supervisor) -> int | None:
+        await life.start(supervisor)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep_forever()
+        return None
+
+    assert await run(stuck, life.process) == 0
+    assert life.log == ["low up", "high up", "high down", "low down"]
+
+
+async def test_pidfile_that_cannot_be_made_ends_the_start(tmp_path: Path) -> None:
+    life = Life(tmp_path / "no" / "pid")
+    assert await run(life.start, life.process) == 1
+    wanted = f"cannot create PID file: Could not create '{tmp_path}/no/pid': No such file or directory"
+    assert life.log == ["low up", "high up", wanted, "high down", "low down"]
+
+
+async def test_crash_nobody_planned_for_ends_the_daemon_as_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    life = Life()
+    async with trio.open_nursery() as nursery:
+
+        async def crash() -> None:
+            await life.up.wait()
+            life.high.ref.tell(Boom())
+
+        nursery.start_soon(crash)
+        assert await run(life.start, life.process) == 1
+    assert life.log == WHOLE_LIFE
+    assert "high crashed" in caplog.text
+    assert "boom" in caplog.text
