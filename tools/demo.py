@@ -75,7 +75,7 @@ def main() -> int:
         listener.bind(str(ready))
         daemon = subprocess.Popen(
             [
-                *(sys.executable, "-m", "qsd", "--pidfile", "demo/qsd.pid"),
+                *(str(Path(sys.executable).with_name("qsd")), "--pidfile", "demo/qsd.pid"),
                 *("--blockdev", f"driver=file,node-name=disk,filename={image}"),
                 *("--nbd-server", "addr.type=unix,addr.path=demo/nbd.sock"),
                 *("--export", "type=nbd,id=demo,node-name=disk,name=demo,writable=on"),
