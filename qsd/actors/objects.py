@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from qsd import trace
 from qsd.actors.faces import MonitorFace
 from qsd.actors.iothread import IoThread
 from qsd.actors.qom import Children, Container, QomObject, list_types
@@ -17,6 +18,8 @@ from qsd.errors import QmpError
 from qsd.qapi.schema.objects import IothreadProperties, SecretProperties
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
+_NEW = trace.event("object_new")
+_FINALIZE = trace.event("object_finalize")
 IDENTIFIER_HINT = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 
 
@@ -66,6 +69,8 @@ class Objects:
         finally:
             self._reserved.discard(name)
         self.user[name] = made
+        if _NEW.enabled:
+            _NEW("{} ({})", name, made.typename)
 
     async def delete(self, name: str, session: str | None = None) -> None:
         """Delete a user's object. ``session`` is the id of the monitor that asks. Raises QmpError.
@@ -82,6 +87,8 @@ class Objects:
             await found.remove()
             return
         self.withdraw("objects", name)
+        if _FINALIZE.enabled:
+            _FINALIZE("{} ({})", name, found.typename)
 
     def publish(self, container: str, name: str, item: QomObject) -> None:
         """Show ``item`` as ``/container/name``. Raises QmpError when the name is taken."""
