@@ -1,4 +1,4 @@
-"""The daemon: the one place where everything meets. Builds the services in the order of the floors they stand on."""
+"""The daemon: the one place where everything meets. Builds the services, each on the floor it belongs to."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Daemon:
 
 
 async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
-    """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away (``--daemonize``)."""
+    """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away."""
     del is_background  # for the character devices: stdio is refused then
     services = Services(
         supervisor=supervisor,
