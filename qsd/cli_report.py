@@ -11,10 +11,10 @@ from qsd.errors import QmpError
 
 @attrs.frozen
 class Report:
-    """Prints about one place, usually an option as it was typed; with an empty place, about the program."""
+    """Prints about one place, usually an option as it was typed; without a place, about the program."""
 
     prog: str
-    where: str = ""
+    where: str | None = None
 
     def error(self, error: QmpError) -> None:
         """Print an error and its hint."""
@@ -36,7 +36,7 @@ class Report:
 
     @property
     def _place(self) -> str:
-        return f"{self.where}: " if self.where else ""
+        return "" if self.where is None else f"{self.where}: "
 
     def _print(self, text: str) -> None:
         self._write(f"{self.prog}: {text}\n")
