@@ -10,7 +10,7 @@ from qsd.errors import QmpError, errno_text
 
 
 class PidFile:
-    """A pid file this process holds. The lock is a POSIX record lock like the reference's: either sees the other's."""
+    """A pid file this process holds. The lock is a POSIX record lock as the reference's: each sees the other's."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
