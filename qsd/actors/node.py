@@ -8,6 +8,7 @@ every request is plain costs one pass over it and goes to the driver as it came;
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from qsd.actors.rmw import Serialiser, unaligned
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
 from qsd.drivers.calls import call
 from qsd.messages import Extent, Flag, Op, Request
+
+log = logging.getLogger("qsd.node")
 
 READ = Op.READ.value
 WRITE = Op.WRITE.value
@@ -69,6 +72,8 @@ class Node(Actor):
         self._tasks = 0
         self._tasks_done = trio.Event()
         self._broken = False
+        # True from a successful driver.open() to its close.
+        self.is_open = False
         self.serialiser = Serialiser(self._pass)
         self.refresh()
 
@@ -310,6 +315,19 @@ class Node(Actor):
         held, self._held = self._held, []
         for request in held:
             request.complete(errno.EIO)
+
+    async def stopping(self) -> None:
+        """Close the node: what came before ends, data reaches stable storage, then the driver lets go."""
+        await self.hold()
+        if self.is_open:
+            self.is_open = False
+            if self.active and not self.mode.read_only and not self.mode.cache_no_flush and not self._broken:
+                try:
+                    await call(self.driver, Op.FLUSH, 0, 0)
+                except OSError as error:
+                    log.error("flushing node %s while closing: %s", self.name, error)
+            await self.driver.close()
+        self.break_down()
 
     # -- slow-path I/O ----------------------------------------------------------------------------------------
 

@@ -30,9 +30,10 @@ class Floor(IntEnum):
     OBJECTS = 1
     CHARDEVS = 2
     NODES = 3
-    JOBS = 4
-    EXPORTS = 5
-    MONITORS = 6
+    GRAPH = 4
+    JOBS = 5
+    EXPORTS = 6
+    MONITORS = 7
 
 
 # Seconds a floor has to close before it is cut off. Jobs and exports wait for in-flight I/O, hence the longest.
@@ -41,6 +42,7 @@ DEADLINES: dict[Floor, float] = {
     Floor.OBJECTS: 2.0,
     Floor.CHARDEVS: 2.0,
     Floor.NODES: 30.0,
+    Floor.GRAPH: 60.0,
     Floor.JOBS: 30.0,
     Floor.EXPORTS: 30.0,
     Floor.MONITORS: 2.0,

@@ -21,32 +21,12 @@ from typing import Any, ClassVar, Protocol
 import attrs
 import trio
 
+from qsd.block.mode import DetectZeroes as DetectZeroes
+from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
 from qsd.messages import Request
 
 SECTOR = 512
-
-
-class DetectZeroes(str, Enum):
-    """The node option detect-zeroes."""
-
-    OFF = "off"
-    ON = "on"
-    UNMAP = "unmap"
-
-
-@attrs.frozen
-class Mode:
-    """How a node is opened: the options every node takes (FM 3.1), resolved, inheritance applied."""
-
-    read_only: bool = False
-    auto_read_only: bool = False
-    force_share: bool = False
-    discard_unmap: bool = False
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    cache_direct: bool = False
-    cache_no_flush: bool = False
-    active: bool = True
 
 
 @attrs.define

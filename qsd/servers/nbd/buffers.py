@@ -1,8 +1,8 @@
 """Memory of the transmission phase: slabs that replies are built in, and buffers requests are received into.
 
-Both come from one pool for all connections, page-aligned (an anonymous mapping), and go back when they are empty: an
-idle connection holds no slab. A slab is a bump allocator: slots are taken one after the other, and when every slot
-has been sent it starts again at 0, so a busy connection works in memory that is still in the CPU's cache.
+Both come from one pool for all connections, page-aligned (an anonymous mapping), and go back when they are
+empty: an idle connection holds no slab. A slab is a bump allocator: slots are taken one after the other, and when
+every slot has been sent it starts again at 0, so a busy connection works in memory that is still in the CPU's cache.
 """
 
 from __future__ import annotations

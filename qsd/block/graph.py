@@ -1,0 +1,119 @@
+"""The block graph as a value: nodes and edges, and what follows from them.
+
+A snapshot may be a part of the graph: an edge whose parent is not in it is held by somebody outside (an export, a
+node that does not change) and counts as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from qsd.block.permissions import Perm
+from qsd.errors import QmpError
+
+UNNAMED = "an unnamed block device"
+
+
+@attrs.frozen
+class NodeFacts:
+    """A node. ``changing`` says that the planned change gives it a new mode."""
+
+    name: str
+    read_only: bool = False
+    active: bool = True
+    changing: bool = False
+
+
+@attrs.frozen
+class EdgeFacts:
+    """An edge from ``parent`` (None: ``parent_text`` is no node) to ``child``, with what it uses and shares."""
+
+    key: int
+    parent: int | None
+    child: int
+    name: str
+    parent_text: str = UNNAMED
+    perm: Perm = Perm.NONE
+    shared: Perm = Perm.ALL
+
+    @property
+    def text(self) -> str:
+        """How conflict texts name the user."""
+        return self.parent_text
+
+
+@attrs.frozen
+class Snapshot:
+    """Nodes by key, and edges in the order in which they were attached."""
+
+    nodes: Mapping[int, NodeFacts]
+    edges: tuple[EdgeFacts, ...] = ()
+
+    def edges_to(self, node: int) -> tuple[EdgeFacts, ...]:
+        """Who uses ``node``, newest first (the order in which conflicts are looked for)."""
+        return tuple(edge for edge in reversed(self.edges) if edge.child == node)
+
+    def edges_from(self, node: int) -> tuple[EdgeFacts, ...]:
+        """What ``node`` uses, oldest first."""
+        return tuple(edge for edge in self.edges if edge.parent == node)
+
+    def with_edge(self, edge: EdgeFacts) -> Snapshot:
+        """Attach ``edge`` as the newest. Raises QmpError when it would close a cycle or join what must not be."""
+        if edge.parent is not None:
+            self._check(edge, edge.parent)
+        return attrs.evolve(self, edges=(*self.edges, edge))
+
+    def without_edges(self, keys: Iterable[int]) -> Snapshot:
+        """Detach edges."""
+        gone = frozenset(keys)
+        return attrs.evolve(self, edges=tuple(edge for edge in self.edges if edge.key not in gone))
+
+    def with_node(self, key: int, facts: NodeFacts) -> Snapshot:
+        """Add or change a node."""
+        return attrs.evolve(self, nodes={**self.nodes, key: facts})
+
+    def _check(self, edge: EdgeFacts, parent_key: int) -> None:
+        parent, child = self.nodes[parent_key], self.nodes[edge.child]
+        if parent_key in self.below({edge.child}):
+            raise QmpError(f"Making '{child.name}' a {edge.name} child of '{parent.name}' would create a cycle")
+        if parent.active and not child.active:
+            raise QmpError(f"Inactive '{child.name}' can't be a {edge.name} child of active '{parent.name}'")
+
+    def below(self, nodes: Iterable[int]) -> set[int]:
+        """``nodes`` and everything they stand on."""
+        children: dict[int, list[int]] = {}
+        for edge in self.edges:
+            if edge.parent is not None:
+                children.setdefault(edge.parent, []).append(edge.child)
+        found: set[int] = set()
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting.extend(children.get(node, ()))
+        return found
+
+    def order(self) -> list[int]:
+        """The nodes, every parent before its children: the order to drain in.
+
+        A parent waits for its children, so holding a child first would keep the parent from ever getting idle.
+        """
+        waiting_for = dict.fromkeys(self.nodes, 0)
+        children: dict[int, list[int]] = {}
+        for edge in self.edges:
+            if edge.parent in waiting_for and edge.child in waiting_for:
+                waiting_for[edge.child] += 1
+                children.setdefault(edge.parent, []).append(edge.child)
+        ready = [node for node, count in waiting_for.items() if not count]
+        order: list[int] = []
+        for node in ready:
+            order.append(node)
+            for child in children.get(node, ()):
+                waiting_for[child] -= 1
+                if not waiting_for[child]:
+                    ready.append(child)
+        assert len(order) == len(waiting_for), "the graph has a cycle"
+        return order

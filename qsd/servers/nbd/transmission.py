@@ -1,0 +1,465 @@
+"""The transmission phase of one NBD client: everything that has arrived in one pass, one send for the answers.
+
+A request's successful reply is laid out when the request is parsed: header in front, room for the data behind, in
+a slab. When the batch comes back without an error and in order, as it does when the page cache holds the data, the
+answer to it is one contiguous piece of the slab. Replies that end later or fail are sent in pieces.
+
+Backpressure: what a client has in flight or unsent is bounded (``MAX_REQUESTS``, ``MAX_BYTES``); beyond it the
+socket is not read, and the client waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+import attrs
+
+from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, Reactor, Registration
+from qsd.messages import Op, ReplyQueue, Request
+from qsd.servers.nbd.buffers import Pool, Receive, Slab
+from qsd.servers.nbd.outgoing import Outgoing
+from qsd.servers.nbd.replies import Encoder
+from qsd.wire.nbd import constants as c
+from qsd.wire.nbd import transmission as wire
+
+READ = Op.READ.value
+WRITE = Op.WRITE.value
+MAX_LENGTH = c.MAX_PAYLOAD
+
+# Requests one client may have in flight or unsent. The reference takes 16; fio and the kernel send up to 128.
+MAX_REQUESTS = 256
+# Bytes of replies and payloads one client may hold. A single request larger than what is left is taken when the
+# client has nothing else under way.
+MAX_BYTES = 8 << 20
+# Replies are laid out for about this much before they are submitted and sent: stays in the CPU's cache.
+BATCH_BYTES = 1 << 20
+# A partial request of more than this is received exactly to its end, so that the next one starts a fresh buffer.
+EXACT = 64 << 10
+# Less room than this in the receive buffer is not worth a system call.
+MIN_ROOM = 16 << 10
+
+# Cookie; slab, start and end of the prepared reply (start -1: none is prepared); the receive buffer of a write's
+# payload; offset and length as the client sent them; the command type; the block status contexts wanted.
+Tag = tuple[int, Slab | None, int, int, Receive | None, int, int, int, tuple[int, ...]]
+
+
+class Target(Protocol):
+    """What the connection serves: an export's edge to its node."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass requests on."""
+
+
+@attrs.define
+class TransmissionStatistics:
+    """What one client asked for."""
+
+    requests: int = 0
+    refused: int = 0
+    bytes_received: int = 0
+
+
+class Transmission:
+    """See the module. ``ended(reason)`` is called once: the client has gone and nothing is in flight."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        reactor: Reactor,
+        target: Target,
+        encoder: Encoder,
+        pool: Pool,
+        *,
+        alignment: int,
+        leftover: bytes,
+        ended: Callable[[str], None],
+        crashed: Callable[[Exception], None],
+    ) -> None:
+        self._sock = sock
+        self._reactor = reactor
+        self._target = target
+        self._encoder = encoder
+        self._pool = pool
+        self._alignment = alignment
+        self._ended = ended
+        self._crashed = crashed
+        self.stats = TransmissionStatistics()
+        self._replies = ReplyQueue(self._notified)
+        self._receive_buffer = pool.receive(len(leftover))
+        self._receive_buffer.view[: len(leftover)] = leftover
+        self._position = 0
+        self._end = len(leftover)
+        self._wanted = encoder.request_size  # bytes of the message that is being received
+        self._skip = 0  # payload bytes of a refused write still to be thrown away
+        self._out = Outgoing(sock, pool)
+        self._submitted = 0  # parsed, not completed
+        self._payload_bytes = 0  # of writes not completed
+        self._closing = ""  # why no more is read; the connection ends when the answers are out
+        self._gone = False  # the socket is closed
+        self._registration: Registration | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take over the socket."""
+        self._sock.setblocking(False)
+        self._registration = self._reactor.register(self._sock.fileno(), self._ready, self._crashed)
+        if self._end:
+            self._reactor.defer(self._work, self._crashed)
+        else:
+            self._replies.armed = True
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not completed."""
+        return self._submitted
+
+    def disconnect(self, reason: str) -> None:
+        """Drop the client now; what is in flight goes on and ends unseen."""
+        if self._gone:
+            return
+        self._gone = True
+        self._closing = self._closing or reason
+        if self._registration is not None:
+            self._reactor.unregister(self._registration)
+        # shutdown as well: close alone does not end a connection whose descriptor was inherited somewhere.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._out.drop()
+        self._replies.armed = True
+        self._finish_if_idle()
+
+    def _finish_if_idle(self) -> None:
+        if self._submitted or self._replies.ready:
+            return
+        ended, self._ended = self._ended, _ignore
+        self._out.rest()
+        self._replies.armed = False
+        ended(self._closing)
+
+    # -- events -----------------------------------------------------------------------------------------------
+
+    def _ready(self, events: int) -> None:
+        if events & EPOLLOUT:
+            self._send()
+        if self._gone:
+            return
+        if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
+            self._receive()
+        else:
+            self._work()
+
+    def _receive(self) -> None:
+        limit = self._make_room()
+        try:
+            count = self._sock.recv_into(self._receive_buffer.view[self._end : limit])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.disconnect(error.strerror or "connection lost")
+            return
+        if not count:
+            self.disconnect(self._closing or "end of file")
+            return
+        self.stats.bytes_received += count
+        self._end += count
+        self._work()
+
+    def _notified(self) -> None:
+        self._reactor.defer(self._work, self._crashed)
+
+    def _work(self) -> None:
+        """Parse, submit, collect and send until nothing more can be done now."""
+        replies = self._replies
+        replies.armed = False
+        out = self._out
+        while True:
+            batch = None
+            if not self._closing and not (out and self._out.reply_bytes >= BATCH_BYTES):
+                batch = self._parse()
+                if batch:
+                    count = len(batch)
+                    self._out.requests += count
+                    self._submitted += count
+                    self.stats.requests += count
+                    self._target.submit(batch)
+            if replies.ready:
+                self._collect()
+            elif not batch:
+                break
+            if out:
+                self._send()
+        if self._gone:
+            replies.armed = True
+            self._finish_if_idle()
+            return
+        replies.armed = True
+        if out:
+            self._send()
+        if not self._out.requests:
+            if self._closing:
+                self.disconnect(self._closing)
+                return
+            out.rest()
+        if self._gone:
+            return
+        events = EPOLLOUT if out else 0
+        if not self._closing and not self._is_full():
+            events |= EPOLLIN
+        registration = self._registration
+        if registration is not None and events != registration.events:
+            self._reactor.set_events(registration, events)
+
+    def _is_full(self) -> bool:
+        return self._out.requests >= MAX_REQUESTS or self._out.reply_bytes + self._payload_bytes >= MAX_BYTES
+
+    # -- receiving --------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> int:
+        """Make room for the message being received; where receiving has to stop."""
+        receive = self._receive_buffer
+        have = self._end - self._position
+        wanted = max(self._wanted, have + 1)
+        if not have and not receive.lent:
+            self._position = self._end = 0
+        if wanted > receive.size or (receive.lent and self._position + wanted > receive.size - MIN_ROOM):
+            self._change_buffer(wanted, have)
+        elif self._position + wanted > receive.size - MIN_ROOM and not receive.lent:
+            receive.view[:have] = receive.view[self._position : self._end]
+            self._position, self._end = 0, have
+        if wanted > EXACT:
+            return self._position + wanted
+        return self._receive_buffer.size
+
+    def _change_buffer(self, wanted: int, have: int) -> None:
+        old = self._receive_buffer
+        new = self._pool.receive(wanted + MIN_ROOM)
+        new.view[:have] = old.view[self._position : self._end]
+        self._receive_buffer = new
+        self._position, self._end = 0, have
+        if not old.lent:
+            self._pool.give_back(old)
+
+    # -- parsing ----------------------------------------------------------------------------------------------
+
+    def _parse(self) -> list[Request]:
+        """Turn what has arrived into a batch, at most about ``BATCH_BYTES`` of replies and payloads."""
+        encoder = self._encoder
+        out = self._out
+        header_size = encoder.request_size
+        unpack = encoder.unpack_request
+        request_magic = encoder.request_magic
+        write_flags = encoder.plain_write_flags
+        size = encoder.size
+        writable = encoder.writable
+        base_flags = encoder.base_flags
+        read_head = encoder.read_head
+        pack_read = encoder.pack_read
+        pack_done = encoder.pack_done
+        done_size = encoder.done_size
+        alignment = self._alignment
+        replies = self._replies
+        receive = self._receive_buffer
+        view, memory = receive.view, receive.memory
+        end = self._end
+        position = self._position
+        if self._skip:
+            position = self._skip_payload(position, end)
+        batch: list[Request] = []
+        slab = out.slab or out.fresh_slab(0)
+        room = MAX_REQUESTS - out.requests
+        budget = MAX_BYTES - out.reply_bytes - self._payload_bytes
+        if budget > BATCH_BYTES:
+            budget = BATCH_BYTES
+        elif not out.requests:
+            budget = 1
+        self._wanted = header_size
+        while end - position >= header_size and room > 0 and budget > 0:
+            magic, flags, kind, cookie, offset, length = unpack(memory, position)
+            if magic == request_magic and 0 < length <= MAX_LENGTH and offset + length <= size:
+                if not kind and not flags:
+                    data = slab.used + read_head
+                    if alignment > 1:
+                        data = -(-data // alignment) * alignment
+                    if data + length > slab.size:
+                        slab = out.fresh_slab(length + read_head + alignment)
+                        data = -(-read_head // alignment) * alignment
+                    start, stop = data - read_head, data + length
+                    pack_read(slab.memory, start, cookie, offset, length)
+                    slab.used = stop
+                    slab.outstanding += 1
+                    out.reply_bytes += stop - start
+                    tag: Tag = (cookie, slab, start, stop, None, offset, length, kind, ())
+                    batch.append(Request(READ, offset, length, slab.view[data:stop], replies, 0, tag))
+                    position += header_size
+                    budget -= length
+                    room -= 1
+                    continue
+                if kind == 1 and flags == write_flags and writable:
+                    data = position + header_size
+                    if end - data < length:
+                        self._wanted = header_size + length
+                        break
+                    start = slab.used
+                    stop = start + done_size
+                    if stop > slab.size:
+                        slab = out.fresh_slab(done_size)
+                        start, stop = 0, done_size
+                    pack_done(slab.memory, start, cookie, offset)
+                    slab.used = stop
+                    slab.outstanding += 1
+                    out.reply_bytes += done_size
+                    self._payload_bytes += length
+                    receive.lent += 1
+                    position = data + length
+                    tag = (cookie, slab, start, stop, receive, offset, length, kind, ())
+                    batch.append(Request(WRITE, offset, length, view[data:position], replies, base_flags, tag))
+                    budget -= length
+                    room -= 1
+                    continue
+            taken = self._uncommon(batch, position, end)
+            slab = out.slab or slab
+            if not taken:
+                break
+            position = min(end, position + taken)
+            if self._closing:
+                break
+            if self._skip:
+                position = self._skip_payload(position, end)
+            room -= 1
+        self._position = position
+        return batch
+
+    def _skip_payload(self, position: int, end: int) -> int:
+        taken = min(self._skip, end - position)
+        self._skip -= taken
+        return position + taken
+
+    def _uncommon(self, batch: list[Request], position: int, end: int) -> int:
+        """One request that is not a plain read or write: bytes taken, 0 when more must arrive first."""
+        encoder = self._encoder
+        out = self._out
+        receive = self._receive_buffer
+        header = encoder.decode(receive.memory, position)
+        payload = encoder.payload_length(header)
+        verdict = encoder.check(header)
+        data = position + encoder.request_size
+        if verdict is not None:
+            self.stats.refused += 1
+            out.requests += 1
+            out.add_bytes(encoder.error(header, verdict.errno, verdict.text))
+            if verdict.drop:
+                self._closing = verdict.text
+            self._skip = payload
+            return encoder.request_size
+        if end - data < payload:
+            self._wanted = encoder.request_size + payload
+            return 0
+        body = receive.view[data : data + payload]
+        if header.kind == c.CMD_DISC:
+            self._closing = "client disconnected"
+            return encoder.request_size
+        op, flags = encoder.translate(header)
+        if op is Op.BLOCK_STATUS:
+            header, contexts, problem = encoder.contexts(header, body)
+            if problem:
+                out.requests += 1
+                out.add_bytes(encoder.error(header, errno.EINVAL, problem))
+                return encoder.request_size + payload
+            request = self._without_reply(op, header, contexts)
+        else:
+            request = self._with_reply(op, header, body if op is Op.WRITE else None, flags)
+        batch.append(request)
+        return encoder.request_size + payload
+
+    def _without_reply(self, op: Op, header: wire.RequestHeader, contexts: tuple[int, ...]) -> Request:
+        tag = (header.cookie, None, -1, -1, None, header.offset, header.length, header.kind, contexts)
+        request = Request(op.value, header.offset, header.length, None, self._replies, 0, tag)
+        request.extents_wanted = self._encoder.extents_wanted(header)
+        return request
+
+    def _with_reply(self, op: Op, header: wire.RequestHeader, body: memoryview | None, flags: int) -> Request:
+        encoder = self._encoder
+        out = self._out
+        is_read = op is Op.READ
+        head = encoder.read_head if is_read and header.length else encoder.done_size
+        room = header.length if is_read else 0
+        slab = out.slab or out.fresh_slab(0)
+        data = -(-(slab.used + head) // self._alignment) * self._alignment
+        if data + room > slab.size:
+            slab = out.fresh_slab(room + head + self._alignment)
+            data = -(-(slab.used + head) // self._alignment) * self._alignment
+        start, stop = data - head, data + room
+        if is_read and header.length:
+            encoder.pack_read(slab.memory, start, header.cookie, header.offset, header.length)
+        else:
+            encoder.pack_done(slab.memory, start, header.cookie, header.offset)
+        slab.used = stop
+        slab.outstanding += 1
+        out.reply_bytes += stop - start
+        receive = None
+        if body is not None:
+            receive = self._receive_buffer
+            receive.lent += 1
+            self._payload_bytes += header.length
+        buffer = slab.view[data:stop] if is_read else body
+        tag = (header.cookie, slab, start, stop, receive, header.offset, header.length, header.kind, ())
+        return Request(op.value, header.offset, header.length, buffer, self._replies, flags, tag)
+
+    # -- answering --------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Queue the answers to what has ended, joining neighbours."""
+        ready = self._replies.ready
+        self._replies.ready = []
+        self._submitted -= len(ready)
+        out = self._out
+        current: Slab | None = None
+        first = last = count = 0
+        for request in ready:
+            _cookie, slab, start, stop, receive, _offset, length, _kind, _contexts = request.tag
+            if receive is not None:
+                self._payload_bytes -= length
+                receive.lent -= 1
+                if not receive.lent and receive is not self._receive_buffer:
+                    self._pool.give_back(receive)
+            if start == last and slab is current and not request.error:
+                last = stop
+                count += 1
+                continue
+            if current is not None:
+                out.add(current.view[first:last], current, count)
+                current = None
+            if request.error or slab is None:
+                out.add_bytes(self._answer(request))
+                if slab is not None:
+                    out.forget_slot(slab, stop - start)
+                continue
+            current, first, last, count = slab, start, stop, 1
+        if current is not None:
+            out.add(current.view[first:last], current, count)
+        if self._gone:
+            out.drop()
+
+    def _answer(self, request: Request) -> bytes:
+        """The reply that was not laid out beforehand: an error, or block status."""
+        cookie, _slab, _start, _stop, _receive, offset, length, kind, contexts = request.tag
+        header = wire.RequestHeader(0, 0, kind, cookie, offset, length)
+        if request.error:
+            return self._encoder.error(header, request.error, None)
+        return self._encoder.block_status(header, request.result, contexts)
+
+    def _send(self) -> None:
+        try:
+            self._out.send()
+        except OSError as error:
+            self.disconnect(error.strerror or "connection lost")
+
+
+def _ignore(_reason: str) -> None:
+    """Nobody is told a second time."""

@@ -1,0 +1,1 @@
+"""The NBD protocol (proto.md): constants, the server's handshake, the transmission phase's layouts."""
