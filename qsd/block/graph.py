@@ -38,11 +38,6 @@ class EdgeFacts:
     perm: Perm = Perm.NONE
     shared: Perm = Perm.ALL
 
-    @property
-    def text(self) -> str:
-        """How conflict texts name the user."""
-        return self.parent_text
-
 
 @attrs.frozen
 class Snapshot:

@@ -77,8 +77,8 @@ def _check_conflicts(facts: NodeFacts, parents: list[EdgeFacts]) -> None:
             if one is not other and clash:
                 raise QmpError(
                     f"Permission conflict on node '{facts.name}': permissions '{perm_text(clash)}' are both "
-                    f"required by {one.text} (uses node '{facts.name}' as '{one.name}' child) and unshared by "
-                    f"{other.text} (uses node '{facts.name}' as '{other.name}' child)."
+                    f"required by {one.parent_text} (uses node '{facts.name}' as '{one.name}' child) and "
+                    f"unshared by {other.parent_text} (uses node '{facts.name}' as '{other.name}' child)."
                 )
 
 

@@ -1,0 +1,343 @@
+"""One change of the graph: described on a snapshot, planned as a whole, carried out as a transaction.
+
+The transaction goes through the nodes concerned from the top of the graph down: each is held, so that it has
+nothing in flight, and prepared before the next. What a driver still has to write to its child while it prepares
+therefore reaches a child that is not held yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qsd.actors import transaction
+from qsd.actors.edges import Edge, NodeState, RootEdge, info_of
+from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
+from qsd.actors.transaction import Action
+from qsd.block.graph import NodeFacts
+from qsd.block.permissions import Perm
+from qsd.block.plan import WRITING, Plan, Rights, plan_permissions
+from qsd.drivers.calls import call
+from qsd.errors import QmpError, errno_text
+from qsd.messages import Op
+
+if TYPE_CHECKING:
+    from qsd.actors.node import Node
+
+log = logging.getLogger("qsd.graph")
+
+
+class Firmness(Enum):
+    """Whether a driver may refuse. Letting go of something cannot fail: who has left does not come back."""
+
+    MAY_FAIL = "may fail"
+    MUST_SUCCEED = "must succeed"
+
+
+class Change:
+    """Describe with the methods, then ``run``. The caller holds the topology's lock from the first to the last.
+
+    ``touched`` are the nodes the change is about, new children included.
+    """
+
+    def __init__(self, topology: Topology, touched: Iterable[Node], firmness: Firmness = Firmness.MAY_FAIL) -> None:
+        assert topology.lock.locked(), "the graph is changed under its lock"
+        self._topology = topology
+        self._firmness = firmness
+        self._before = topology.snapshot(touched)
+        self.snapshot = self._before
+        self._attached: list[Edge] = []
+        self._detached: list[Edge] = []
+        # By the key of the edge's parent; None for root edges.
+        self._swaps: dict[int | None, list[tuple[Edge, Node]]] = {}
+        self._modes: dict[int, NewMode] = {}
+        self._activity: dict[int, bool] = {}
+        self._wanted: dict[RootEdge, Rights] = {}
+
+    # -- describing -------------------------------------------------------------------------------------------
+
+    def attach(self, edge: Edge) -> None:
+        """Add an edge. Raises QmpError (cycle, inactive child)."""
+        facts = edge_facts(edge)
+        if isinstance(edge, RootEdge):
+            rights = rights_of(edge, active=self._facts(edge.node).active)
+            facts = attrs.evolve(facts, perm=rights.perm, shared=rights.shared)
+        self.snapshot = self.snapshot.with_edge(facts)
+        self._attached.append(edge)
+
+    def detach(self, edge: Edge) -> None:
+        """Take an edge away."""
+        self.snapshot = self.snapshot.without_edges([edge.key])
+        self._detached.append(edge)
+
+    def swap(self, edge: Edge, child: Node) -> None:
+        """Let ``edge`` lead to ``child``. Raises QmpError (cycle, inactive child)."""
+        facts = attrs.evolve(edge_facts(edge), child=info_of(child).key)
+        self.snapshot = self.snapshot.without_edges([edge.key]).with_edge(facts)
+        parent = info_of(edge.parent).key if edge.parent is not None else None
+        self._swaps.setdefault(parent, []).append((edge, child))
+
+    def reopen(self, node: Node, new: NewMode) -> None:
+        """Give a node new options and another mode."""
+        facts = attrs.evolve(self._facts(node), read_only=new.mode.read_only, changing=True)
+        self._put(node, facts)
+        self._modes[info_of(node).key] = new
+
+    def activate(self, node: Node, *, active: bool) -> None:
+        """Let a node take part in I/O, or no longer; its root users get or lose what they want."""
+        self._put(node, attrs.evolve(self._facts(node), active=active))
+        self._activity[info_of(node).key] = active
+        for edge in info_of(node).parents:
+            if isinstance(edge, RootEdge):
+                self._show(edge, rights_of(edge, active=active))
+
+    def want(self, edge: RootEdge, rights: Rights) -> None:
+        """Let a root user use and share something else."""
+        self._wanted[edge] = rights
+        if self._facts(edge.node).active:
+            self._show(edge, rights)
+
+    def _facts(self, node: Node) -> NodeFacts:
+        return self.snapshot.nodes[info_of(node).key]
+
+    def _put(self, node: Node, facts: NodeFacts) -> None:
+        self.snapshot = self.snapshot.with_node(info_of(node).key, facts)
+
+    def _show(self, edge: RootEdge, rights: Rights) -> None:
+        edges = tuple(
+            attrs.evolve(facts, perm=rights.perm, shared=rights.shared) if facts.key == edge.key else facts
+            for facts in self.snapshot.edges
+        )
+        self.snapshot = attrs.evolve(self.snapshot, edges=edges)
+
+    # -- doing ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Plan and do it. Raises QmpError with the graph as it was before."""
+        plan = plan_permissions(self.snapshot, self._rule)
+        actions: list[Action] = []
+        for edge, child in self._swaps.get(None, ()):
+            actions += [_Hold(edge.node), _Swap(edge, child)]
+        for key in self._before.order():
+            actions.extend(self._actions(self._topology.living[key], plan))
+        actions.append(_Edges(self._topology, self, plan))
+        await transaction.run(actions)
+        self._tell()
+
+    def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        driver = self._topology.living[key].driver
+        with pretending(driver, self._modes.get(key)):
+            return driver.child_permissions(name, perm, shared)
+
+    def _actions(self, node: Node, plan: Plan) -> list[Action]:
+        info = info_of(node)
+        key = info.key
+        is_new = key in self._modes or key in self._swaps or key in self._activity
+        if not is_new and plan.nodes[key] == info.rights:
+            return []
+        if info.state is NodeState.BROKEN:
+            return [_Swap(edge, child) for edge, child in self._swaps.get(key, ())]
+        actions: list[Action] = [_Hold(node)]
+        if self._activity.get(key) is False:
+            actions.append(_FlushBelow(node))
+        actions.extend(_Swap(edge, child) for edge, child in self._swaps.get(key, ()))
+        if key in self._modes:
+            actions.append(_Reopen(node, self._modes[key]))
+        actions.append(_Permissions(node, plan.nodes[key], self._firmness))
+        if key in self._activity:
+            actions.append(_Activity(node, active=self._activity[key]))
+        return actions
+
+    def apply(self, plan: Plan) -> None:
+        """Write the outcome into the live graph. Part of the commit."""
+        topology = self._topology
+        for edge in self._detached:
+            _unlink(topology, edge)
+        for edge in self._attached:
+            _link(topology, edge)
+        for edge, rights in self._wanted.items():
+            edge.wanted = rights
+        live = {edge.key: edge for key in self._before.nodes for edge in info_of(topology.living[key]).parents}
+        for edge_key, rights in plan.edges.items():
+            edge = live[edge_key]
+            edge.perm, edge.shared = rights.perm, rights.shared
+        for node_key, rights in plan.nodes.items():
+            info_of(topology.living[node_key]).rights = rights
+
+    def _tell(self) -> None:
+        topology = self._topology
+        parents = {key for key in self._swaps if key is not None}
+        for key in self._modes.keys() | self._activity.keys() | parents:
+            topology.length_changed(topology.living[key])
+        for edge, _child in self._swaps.get(None, ()):
+            assert isinstance(edge, RootEdge)
+            if edge.options.on_swap is not None:
+                edge.options.on_swap()
+
+    @property
+    def left_alone(self) -> list[Node]:
+        """After ``run``: nodes that lost a parent and have nobody left."""
+        lost = [edge.node for edge in self._detached]
+        swapped = {edge.key for swaps in self._swaps.values() for edge, _child in swaps}
+        lost.extend(self._topology.living[facts.child] for facts in self._before.edges if facts.key in swapped)
+        return self._topology.orphans(dict.fromkeys(lost))
+
+
+def _parent(edge: Edge) -> Node:
+    assert edge.parent is not None
+    return edge.parent
+
+
+def _link(topology: Topology, edge: Edge) -> None:
+    info_of(edge.node).parents.append(edge)
+    if isinstance(edge, RootEdge):
+        topology.roots.append(edge)
+        edge.is_attached = True
+    else:
+        parent = _parent(edge)
+        info_of(parent).children[edge.name] = edge
+        parent.driver.children[edge.name] = edge
+
+
+def _unlink(topology: Topology, edge: Edge) -> None:
+    info_of(edge.node).parents.remove(edge)
+    if isinstance(edge, RootEdge):
+        topology.roots.remove(edge)
+        edge.is_attached = False
+    else:
+        parent = _parent(edge)
+        info_of(parent).children.pop(edge.name, None)
+        parent.driver.children.pop(edge.name, None)
+
+
+@attrs.define(eq=False)
+class _Hold(Action):
+    """A drained scope for one node."""
+
+    node: Node
+
+    async def prepare(self) -> None:
+        try:
+            await self.node.hold()
+        except BaseException:
+            self.node.release()
+            raise
+
+    async def clean(self) -> None:
+        self.node.release()
+
+
+@attrs.define(eq=False)
+class _FlushBelow(Action):
+    """Everything written so far reaches the disk, past the funnel that holds the node."""
+
+    node: Node
+
+    async def prepare(self) -> None:
+        node = self.node
+        if node.mode.read_only or (node.mode.cache_no_flush and not node.driver.children):
+            return
+        try:
+            await call(node.driver, Op.FLUSH, 0, 0)
+        except OSError as error:
+            raise QmpError(errno_text(error.errno or 0)) from None
+
+
+@attrs.define(eq=False)
+class _Swap(Action):
+    """An edge leads elsewhere already while its parent prepares, as the parent has to look at its new child."""
+
+    edge: Edge
+    child: Node
+    before: Node = attrs.field(init=False)
+
+    async def prepare(self) -> None:
+        self.before = self.edge.node
+        self._move(self.before, self.child)
+
+    def abort(self) -> None:
+        self._move(self.child, self.before)
+
+    def _move(self, source: Node, target: Node) -> None:
+        info_of(source).parents.remove(self.edge)
+        self.edge.bind(target)
+        info_of(target).parents.append(self.edge)
+        info_of(target).parents.sort(key=lambda edge: edge.key)
+
+
+@attrs.define(eq=False)
+class _Reopen(Action):
+    """New options for one node's driver."""
+
+    node: Node
+    new: NewMode
+
+    async def prepare(self) -> None:
+        await self.node.driver.prepare_reopen(self.new.options, self.new.mode)
+
+    def commit(self) -> None:
+        self.node.driver.commit_reopen(self.new.options, self.new.mode)
+        info_of(self.node).options = self.new.options
+        self.node.refresh()
+
+    def abort(self) -> None:
+        self.node.driver.abort_reopen()
+
+
+@attrs.define(eq=False)
+class _Permissions(Action):
+    """What the users of one node need together, told to its driver."""
+
+    node: Node
+    rights: Rights
+    firmness: Firmness
+    is_refused: bool = False
+
+    async def prepare(self) -> None:
+        try:
+            await self.node.driver.prepare_permissions(self.rights.perm, self.rights.shared)
+        except QmpError as error:
+            if self.firmness is Firmness.MAY_FAIL:
+                raise
+            log.warning("%s keeps permissions nobody uses: %s", self.node.name, error.desc)
+            self.is_refused = True
+
+    def commit(self) -> None:
+        if not self.is_refused:
+            self.node.driver.commit_permissions()
+        self.node.set_writable(writable=bool(self.rights.perm & WRITING))
+
+    def abort(self) -> None:
+        if not self.is_refused:
+            self.node.driver.abort_permissions()
+
+
+@attrs.define(eq=False)
+class _Activity(Action):
+    """A node begins or ends to take part. What it is may have been changed by another owner meanwhile."""
+
+    node: Node
+    active: bool = attrs.field(kw_only=True)
+
+    def commit(self) -> None:
+        driver = self.node.driver
+        driver.mode = attrs.evolve(driver.mode, active=self.active)
+        if self.active:
+            driver.refresh_length()
+        self.node.set_active(active=self.active)
+
+
+@attrs.define(eq=False)
+class _Edges(Action):
+    """The last step: the outcome becomes the live graph."""
+
+    topology: Topology
+    change: Change
+    plan: Plan
+
+    def commit(self) -> None:
+        self.change.apply(self.plan)

@@ -1,0 +1,215 @@
+"""Edges of the live graph: how a parent's driver, an export or a job reaches a node."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from itertools import count
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from qsd.block.graph import UNNAMED
+from qsd.block.permissions import Perm
+from qsd.block.plan import Rights
+from qsd.drivers.base import ChildRole, Limits
+
+if TYPE_CHECKING:
+    from qsd.actors.node import Node
+    from qsd.messages import Extent, Request
+
+_keys = count(1)
+
+
+class NodeState(Enum):
+    """Where a node is in its life. Only open and broken nodes have a name that others can use."""
+
+    OPENING = "opening"
+    OPEN = "open"
+    BROKEN = "broken"
+    CLOSING = "closing"
+
+
+@attrs.define(eq=False)
+class NodeInfo:
+    """What the graph knows about a node (``node.info``).
+
+    ``options`` are those it was opened or last reopened with. ``pins`` counts operations that rely on the node
+    living on; ``rights`` is what its users add up to, as committed; ``inline_parent`` is the node whose options
+    held this one's.
+    """
+
+    key: int
+    options: Any
+    is_auto_named: bool
+    inline_parent: Node | None = None
+    is_monitor_owned: bool = False
+    state: NodeState = NodeState.OPENING
+    pins: int = 0
+    rights: Rights = attrs.field(factory=Rights)
+    parents: list[Edge] = attrs.field(factory=list)
+    children: dict[str, Edge] = attrs.field(factory=dict)
+
+    @property
+    def has_root_parents(self) -> bool:
+        """True when an export or a job uses the node itself."""
+        return any(edge.parent is None for edge in self.parents)
+
+
+def info_of(node: Node) -> NodeInfo:
+    """The graph's record of ``node``."""
+    info = node.info
+    assert isinstance(info, NodeInfo)
+    return info
+
+
+class Truncate(Protocol):
+    """Resizes a node and tells everybody above it. Raises QmpError."""
+
+    async def __call__(self, node: Node, size: int, *, exact: bool = True) -> None: ...
+
+
+class Edge:
+    """A child of a node, as the node's driver sees it (the ``Child`` protocol). ``parent`` is None at the root.
+
+    ``submit`` is the child node's own, bound anew when the child is swapped: keep the edge, not its ``submit``.
+    """
+
+    __slots__ = ("_truncate", "key", "name", "node", "parent", "perm", "role", "shared", "submit")
+
+    submit: Callable[[list[Request]], None]
+
+    def __init__(self, parent: Node | None, name: str, node: Node, role: ChildRole, truncate: Truncate) -> None:
+        self.key = next(_keys)
+        self.parent = parent
+        self.name = name
+        self.role = role
+        self.perm = Perm.NONE
+        self.shared = Perm.ALL
+        self._truncate = truncate
+        self.bind(node)
+
+    def bind(self, node: Node) -> None:
+        """Lead to ``node`` from now on."""
+        self.node = node
+        self.submit = node.submit
+
+    @property
+    def parent_text(self) -> str:
+        """How error texts name the user of the child."""
+        assert self.parent is not None
+        return f"node '{self.parent.name}'"
+
+    @property
+    def node_name(self) -> str:
+        """The child node's name."""
+        return self.node.name
+
+    @property
+    def length(self) -> int:
+        """Bytes of the child node."""
+        return self.node.length
+
+    @property
+    def limits(self) -> Limits:
+        """The child node's limits."""
+        return self.node.limits
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Slow-path read; raises OSError."""
+        return await self.node.read(offset, length)
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+        """Slow-path write; raises OSError."""
+        await self.node.write(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Slow-path zeroing; raises OSError."""
+        await self.node.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Slow-path discard; raises OSError."""
+        await self.node.discard(offset, length)
+
+    async def flush(self) -> None:
+        """Slow-path flush; raises OSError."""
+        await self.node.flush()
+
+    async def block_status(self, offset: int, length: int, extents: int = 1) -> list[Extent]:
+        """At most ``extents`` extents from ``offset`` on; raises OSError."""
+        return await self.node.block_status(offset, length, extents)
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the child node; raises QmpError. The user needs the resize permission."""
+        assert self.perm & Perm.RESIZE, f"{self!r} may not resize"
+        await self._truncate(self.node, size, exact=exact)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.parent_text} --{self.name}--> {self.node.name}>"
+
+
+@attrs.frozen
+class RootOptions:
+    """How an export or a job uses a node.
+
+    ``allow_inactive``: take the node as it is, and let it be inactivated while in use; without it an inactive node
+    is activated, and a writing user keeps it active. ``on_resize`` is called (between awaits) after the length or
+    the limits have changed, ``on_swap`` after the edge leads to another node.
+    """
+
+    perm: Perm
+    shared: Perm = Perm.ALL
+    text: str = UNNAMED
+    allow_inactive: bool = False
+    on_resize: Callable[[], None] | None = None
+    on_swap: Callable[[], None] | None = None
+
+
+class RootEdge(Edge):
+    """The way from an export or a job to its node. Made by ``Graph.attach``; ends with ``detach``.
+
+    While the node is inactive the edge uses nothing and shares everything; ``wanted`` comes back with activation.
+    """
+
+    __slots__ = ("_ask", "is_attached", "options", "wanted")
+
+    def __init__(
+        self,
+        node: Node,
+        options: RootOptions,
+        truncate: Truncate,
+        ask: Callable[[Detach | SetRights], Awaitable[Any]],
+    ) -> None:
+        super().__init__(None, "root", node, ChildRole.FILTERED, truncate)
+        self.options = options
+        self.wanted = Rights(options.perm, options.shared)
+        self.is_attached = False
+        self._ask = ask
+
+    @property
+    def parent_text(self) -> str:
+        """How error texts name the user."""
+        return self.options.text
+
+    async def detach(self) -> None:
+        """Let go of the node, which closes when nobody else wants it. Idempotent. No request may be in flight."""
+        await self._ask(Detach(self))
+
+    async def set_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Use and share something else from now on. Raises QmpError and leaves everything as it was."""
+        await self._ask(SetRights(self, Rights(perm, shared)))
+
+
+@attrs.frozen(eq=False)
+class Detach:
+    """Ask the graph to take a root edge away."""
+
+    edge: RootEdge
+
+
+@attrs.frozen(eq=False)
+class SetRights:
+    """Ask the graph to change what a root edge uses and shares."""
+
+    edge: RootEdge
+    rights: Rights

@@ -1,0 +1,320 @@
+"""The graph actor: the one owner of which block nodes there are and how they hang together.
+
+Every operation is a message. The mailbox loop only starts it, as a task of the actor's own: opening and closing may
+take long and go on side by side, while what changes the graph takes turns under one lock (``Topology.lock``). An
+operation that fails leaves the graph, its permissions and the files' locks as they were; one whose asker has gone
+away is finished all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import outcome
+import trio
+
+from qsd.actors.activation import set_active
+from qsd.actors.change import Change, Firmness
+from qsd.actors.core import Actor, Promise, receives
+from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
+from qsd.actors.node import Node
+from qsd.actors.opening import FindDriver, Opener, shielded
+from qsd.actors.reopening import UNKNOWN_NODE, reopen
+from qsd.actors.supervisor import Supervisor
+from qsd.actors.topology import Topology
+from qsd.actors.transaction import CommitFailed
+from qsd.block.permissions import Perm, perm_text
+from qsd.drivers.base import Aio, ChildRole
+from qsd.errors import ActorStopped, QmpError, errno_text
+
+if TYPE_CHECKING:
+    from qsd.qapi.schema.block import BlockdevOptions
+
+UNKNOWN_DEVICE = "Cannot find device='' nor node-name='{}'"
+
+
+@attrs.frozen(eq=False)
+class _Work:
+    """An operation to be started."""
+
+    function: Callable[..., Awaitable[Any]]
+    args: tuple[Any, ...]
+
+
+@attrs.define(eq=False)
+class _Claim:
+    """Who attaches may go away before the edge is there; then nobody would ever detach it."""
+
+    is_abandoned: bool = False
+    edge: RootEdge | None = None
+
+
+class Graph(Actor):
+    """See the module. Runs on the floor GRAPH; its nodes run on the floor NODES and are closed by it.
+
+    ``find_driver`` returns the class for a driver's name or raises QmpError; ``warn`` prints one line on stderr.
+    """
+
+    kind = "graph"
+
+    def __init__(
+        self, supervisor: Supervisor, find_driver: FindDriver, aio: Aio, warn: Callable[[str], None]
+    ) -> None:
+        super().__init__("graph")
+        self.topology = Topology()
+        self._supervisor = supervisor
+        self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, self._truncate)
+        self._scopes: set[trio.CancelScope] = set()
+        self._no_work = trio.Event()
+        self._no_work.set()
+
+    # -- looking: between awaits ------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The open nodes, oldest first."""
+        return list(self.topology.nodes.values())
+
+    @property
+    def roots(self) -> list[RootEdge]:
+        """What uses nodes from outside the graph, oldest first."""
+        return list(self.topology.roots)
+
+    def find(self, name: str, error: str = UNKNOWN_DEVICE) -> Node:
+        """The open node ``name``; raises QmpError with ``error``, in which ``{}`` stands for the name."""
+        return self.topology.find(name, error)
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts and the graph's."""
+        return super().statistics() | {"nodes": len(self.topology.nodes), "working": len(self._scopes)}
+
+    # -- operations -------------------------------------------------------------------------------------------
+
+    async def add(self, options: BlockdevOptions) -> None:
+        """Open a node, which belongs to the user from then on. Raises QmpError and leaves nothing."""
+        await self._do(self._add, options)
+
+    async def delete(self, name: str) -> None:
+        """Close a node of the user's. Raises QmpError when it is used."""
+        await self._do(self._delete, name)
+
+    async def reopen(self, options: tuple[BlockdevOptions, ...]) -> None:
+        """Give nodes new options, all or none. Raises QmpError."""
+        await self._do(self._reopen, options)
+
+    async def resize(self, name: str | None, size: int, device: str | None = None) -> None:
+        """Give a node another length in bytes. Raises QmpError."""
+        await self._do(self._resize, name, size, device)
+
+    async def set_active(self, name: str | None, *, active: bool) -> None:
+        """Activate or inactivate one node with what is below it, or all (None). Raises QmpError."""
+        await self._do(self._set_active, name, active)
+
+    async def attach(self, name: str, options: RootOptions) -> RootEdge:
+        """Use the node ``name`` from outside the graph. Raises QmpError (unknown node, permissions)."""
+        claim = _Claim()
+        try:
+            edge = await self._do(self._attach, name, options, claim)
+        except trio.Cancelled:
+            claim.is_abandoned = True
+            if claim.edge is not None:
+                with contextlib.suppress(ActorStopped):
+                    self.ref.tell(_Work(self._detach, (claim.edge,)))
+            raise
+        assert isinstance(edge, RootEdge)
+        return edge
+
+    async def move(self, edge: RootEdge, name: str) -> None:
+        """Let a root edge lead to another node (a pivot). Raises QmpError and leaves it where it was."""
+        await self._do(self._move, edge, name)
+
+    # -- the mailbox ------------------------------------------------------------------------------------------
+
+    async def _do(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        promise: Promise = await self.ref.ask(_Work(function, args))
+        return await promise.wait()
+
+    @receives(_Work)
+    async def _begin(self, work: _Work) -> Promise:
+        promise = Promise()
+        self.spawn(self._carry_out, work, promise, name=work.function.__name__.lstrip("_"))
+        return promise
+
+    async def _carry_out(self, work: _Work, promise: Promise) -> None:
+        scope = trio.CancelScope()
+        self._scopes.add(scope)
+        if self._no_work.is_set():
+            self._no_work = trio.Event()
+        try:
+            with scope:
+                await self._answer(work, promise)
+        finally:
+            self._scopes.discard(scope)
+            if not self._scopes:
+                self._no_work.set()
+
+    async def _answer(self, work: _Work, promise: Promise) -> None:
+        # As in the mailbox loop: every exception becomes the reply. A commit that failed has left a graph nobody
+        # can vouch for, and is the actor's crash.
+        try:
+            result = await work.function(*work.args)
+        except CommitFailed as error:
+            promise.set(outcome.Error(error))
+            raise
+        except Exception as error:  # noqa: BLE001  # it is the reply
+            promise.set(outcome.Error(error))
+        except BaseException:
+            promise.set(outcome.Error(ActorStopped(f"{self.name} stopped before it could answer")))
+            raise
+        else:
+            promise.set(outcome.Value(result))
+
+    async def started(self) -> None:
+        """Say what the crash of a node means."""
+        self._supervisor.failures[Node.kind] = self._node_crashed
+
+    async def stopping(self) -> None:
+        """Give up what is going on, then close all nodes, every parent before its children."""
+        for scope in list(self._scopes):
+            scope.cancel()
+        await self._no_work.wait()
+        for node in self.topology.below(self.topology.living.values()):
+            await self._supervisor.stop(node, math.inf)
+        self.topology.nodes.clear()
+
+    def _node_crashed(self, actor: Actor, _error: BaseException) -> None:
+        """A node without its actor answers EIO; it stays in the graph until it is deleted."""
+        assert isinstance(actor, Node)
+        actor.break_down()
+        if isinstance(actor.info, NodeInfo) and actor.info.state is not NodeState.CLOSING:
+            actor.info.state = NodeState.BROKEN
+
+    # -- nodes ------------------------------------------------------------------------------------------------
+
+    async def _add(self, options: BlockdevOptions) -> None:
+        if options.node_name is None:
+            raise QmpError("'node-name' must be specified for the root node")
+        info = info_of(await self._opener.open(options))
+        info.is_monitor_owned = True
+        info.pins -= 1
+
+    async def _delete(self, name: str) -> None:
+        async with self.topology.lock:
+            node = self.topology.find(name, UNKNOWN_NODE)
+            info = info_of(node)
+            _check_deletable(node, info)
+            info.is_monitor_owned = False
+        await shielded(self._opener.close_unwanted, [node])
+
+    async def _reopen(self, options: tuple[BlockdevOptions, ...]) -> None:
+        # The reference asserts on an empty list; there is nothing to do.
+        if not options:
+            return
+        async with self.topology.lock:
+            left = await reopen(self.topology, options, self._truncate)
+        await shielded(self._opener.close_unwanted, left)
+
+    async def _set_active(self, name: str | None, active: bool) -> None:
+        async with self.topology.lock:
+            await set_active(self.topology, name, active=active)
+
+    # -- root edges -------------------------------------------------------------------------------------------
+
+    async def _attach(self, name: str, options: RootOptions, claim: _Claim) -> RootEdge:
+        topology = self.topology
+        async with topology.lock:
+            node = topology.find(name, UNKNOWN_DEVICE)
+            change = Change(topology, [node])
+            if not options.allow_inactive:
+                for below in topology.below([node]):
+                    if not below.active:
+                        change.activate(below, active=True)
+            edge = RootEdge(node, options, self._truncate, self._ask_for_edge)
+            change.attach(edge)
+            await change.run()
+        if claim.is_abandoned:
+            await shielded(self._detach, edge)
+        claim.edge = edge
+        return edge
+
+    async def _ask_for_edge(self, message: Detach | SetRights) -> None:
+        if isinstance(message, Detach):
+            await self._do(self._detach, message.edge)
+        else:
+            await self._do(self._set_rights, message)
+
+    async def _detach(self, edge: RootEdge) -> None:
+        async with self.topology.lock:
+            if not edge.is_attached:
+                return
+            change = Change(self.topology, [edge.node], Firmness.MUST_SUCCEED)
+            change.detach(edge)
+            await change.run()
+            left = change.left_alone
+        await shielded(self._opener.close_unwanted, left)
+
+    async def _set_rights(self, message: SetRights) -> None:
+        async with self.topology.lock:
+            if not message.edge.is_attached:
+                raise QmpError("The node is not in use any more")
+            change = Change(self.topology, [message.edge.node])
+            change.want(message.edge, message.rights)
+            await change.run()
+
+    async def _move(self, edge: RootEdge, name: str) -> None:
+        async with self.topology.lock:
+            target = self.topology.find(name, UNKNOWN_DEVICE)
+            change = Change(self.topology, [edge.node, target])
+            change.swap(edge, target)
+            await change.run()
+            left = change.left_alone
+        await shielded(self._opener.close_unwanted, left)
+
+    # -- length -----------------------------------------------------------------------------------------------
+
+    async def _resize(self, name: str | None, size: int, device: str | None) -> None:
+        topology = self.topology
+        # There are no devices, only nodes.
+        node = topology.find(name or "", f"Cannot find device='{device or ''}' nor node-name='{{}}'")
+        if size < 0:
+            raise QmpError("Parameter 'size' expects a >0 size")
+        if not node.active:
+            raise QmpError(f"Permission '{perm_text(Perm.RESIZE)}' unavailable on inactive node")
+        edge = await self._attach(node.name, RootOptions(Perm.RESIZE, allow_inactive=True), _Claim())
+        try:
+            await self._truncate(node, size)
+        finally:
+            await shielded(self._detach, edge)
+
+    async def _truncate(self, node: Node, size: int, *, exact: bool = True) -> None:
+        if info_of(node).state is NodeState.BROKEN:
+            raise QmpError(errno_text(errno.EIO))
+        if node.mode.read_only:
+            raise QmpError("Image is read-only")
+        if not node.driver.can_truncate:
+            raise QmpError("Image format driver does not support resize")
+        try:
+            await node.hold()
+            await node.driver.truncate(size, exact=exact)
+            node.refresh()
+        finally:
+            node.release()
+        self.topology.length_changed(node)
+
+
+def _check_deletable(node: Node, info: NodeInfo) -> None:
+    if info.has_root_parents:
+        raise QmpError(f"Node {node.name} is in use")
+    for edge in info.parents:
+        if edge.role is ChildRole.COW:
+            assert edge.parent is not None
+            raise QmpError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+    if not info.is_monitor_owned:
+        raise QmpError(f"Node {node.name} is not owned by the monitor")
+    if info.parents or info.pins:
+        raise QmpError(f"Block device {node.name} is in use")

@@ -1,0 +1,223 @@
+"""The beginning and the end of nodes: opened from the leaves up, closed from the top down.
+
+Opening and closing wait for I/O, so both run outside the graph's lock; what has to fit the rest of the graph
+(names, edges, permissions) happens under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import trio
+
+from qsd.actors.change import Change, Firmness
+from qsd.actors.edges import Edge, NodeInfo, NodeState, Truncate, info_of
+from qsd.actors.node import Node
+from qsd.actors.node_options import check_mode, resolve_mode
+from qsd.actors.supervisor import Floor, Supervisor
+from qsd.actors.topology import Topology
+from qsd.drivers.base import Aio, ChildRole, Driver, Mode
+from qsd.errors import QmpError, errno_text
+from qsd.qapi.core import NULL
+
+if TYPE_CHECKING:
+    from qsd.qapi.schema.block import BlockdevOptions
+
+T = TypeVar("T")
+
+# Finds the class of a driver by the name users give; raises QmpError.
+FindDriver = Callable[[str], type[Driver]]
+
+UNKNOWN_REFERENCE = "Cannot find device='{}' nor node-name='{}'"
+
+
+@attrs.define(eq=False)
+class NodeHost:
+    """What the daemon lends one node's driver (the ``Host`` protocol)."""
+
+    aio: Aio
+    warn: Callable[[str], None]
+    node: Node | None = None
+
+    def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:
+        """Start a task in the node actor's own nursery."""
+        assert self.node is not None
+        self.node.spawn(function, *args, name=name)
+
+
+@attrs.frozen
+class _Found:
+    """A child for a node to be opened: ``is_inline`` when it was made for this."""
+
+    name: str
+    role: ChildRole
+    node: Node
+    is_inline: bool
+
+
+class Opener:
+    """Makes nodes and does away with them."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        supervisor: Supervisor,
+        find_driver: FindDriver,
+        aio: Aio,
+        warn: Callable[[str], None],
+        truncate: Truncate,
+    ) -> None:
+        self._topology = topology
+        self._supervisor = supervisor
+        self._find_driver = find_driver
+        self._aio = aio
+        self._warn = warn
+        self._truncate = truncate
+
+    # -- opening ----------------------------------------------------------------------------------------------
+
+    async def open(
+        self, options: BlockdevOptions, inherited: Mode | None = None, role: ChildRole = ChildRole.DATA
+    ) -> Node:
+        """Open a node with its inline children. It has one pin of the caller's.
+
+        Raises QmpError and leaves nothing: no node, no descriptor, no lock, no name.
+        """
+        driver_class = self._find_driver(options.driver.value)
+        mode = resolve_mode(options, inherited, role)
+        async with contextlib.AsyncExitStack() as stack:
+            children: list[_Found] = []
+            for name, child_role in driver_class.child_specs:
+                found = await self._child(getattr(options, _attribute(name)), mode, name, child_role)
+                if found is not None:
+                    children.append(found)
+                    stack.push_async_callback(self._unpin, found.node)
+            check_mode(mode)
+            return await self._open(driver_class, options, mode, children)
+
+    async def _child(self, value: Any, mode: Mode, name: str, role: ChildRole) -> _Found | None:
+        if value is None or value is NULL:
+            return None
+        if isinstance(value, str):
+            node = self._topology.find(value, UNKNOWN_REFERENCE)
+            info_of(node).pins += 1
+            return _Found(name, role, node, is_inline=False)
+        return _Found(name, role, await self.open(value, mode, role), is_inline=True)
+
+    async def _open(
+        self, driver_class: type[Driver], options: BlockdevOptions, mode: Mode, children: list[_Found]
+    ) -> Node:
+        topology = self._topology
+        name = topology.take_name(options.node_name)
+        try:
+            host = NodeHost(self._aio, self._warn)
+            driver = driver_class(name, options, mode, host)
+            node = Node(name, driver)
+            host.node = node
+            info = node.info = NodeInfo(
+                topology.next_key(), options, is_auto_named=options.node_name is None, pins=1
+            )
+            await self._supervisor.start(node, Floor.NODES)
+        except BaseException:
+            topology.release_name(name)
+            raise
+        topology.living[info.key] = node
+        try:
+            await self._attach(node, children)
+            await driver.open()
+            node.is_open = True
+            await self._join(node)
+        except BaseException as error:
+            await shielded(self._give_up, node)
+            if isinstance(error, OSError):
+                raise QmpError(f"Could not open '{name}': {errno_text(error.errno or 0)}") from error
+            raise
+        for child in children:
+            if child.is_inline:
+                info_of(child.node).inline_parent = node
+        return node
+
+    async def _attach(self, node: Node, children: list[_Found]) -> None:
+        if not children:
+            return
+        topology = self._topology
+        async with topology.lock:
+            change = Change(topology, [node, *(child.node for child in children)])
+            for child in children:
+                change.attach(Edge(node, child.name, child.node, child.role, self._truncate))
+            await change.run()
+
+    async def _join(self, node: Node) -> None:
+        topology = self._topology
+        async with topology.lock:
+            # What a driver wants of its children may depend on what it found when it opened.
+            await Change(topology, [node]).run()
+            info = info_of(node)
+            if info.state is NodeState.OPENING:
+                info.state = NodeState.OPEN
+            node.refresh()
+            topology.nodes[node.name] = node
+
+    async def _give_up(self, node: Node) -> None:
+        # A driver that failed to open has let go of everything itself; one that opened is closed by its node.
+        info_of(node).state = NodeState.CLOSING
+        await self._end(node)
+
+    async def _unpin(self, node: Node) -> None:
+        info_of(node).pins -= 1
+        if self._topology.is_orphan(node):
+            await shielded(self.close_unwanted, [node])
+
+    # -- closing ----------------------------------------------------------------------------------------------
+
+    async def close_unwanted(self, nodes: Iterable[Node]) -> None:
+        """Close those of ``nodes`` that nobody uses, and then what nobody uses any more because of that.
+
+        Does not raise.
+        """
+        waiting = list(nodes)
+        while waiting:
+            async with self._topology.lock:
+                gone = self._topology.orphans(waiting)
+                for node in gone:
+                    self._withdraw(node)
+            waiting = [child for node in gone for child in await self._end(node)]
+
+    def _withdraw(self, node: Node) -> None:
+        # From now on nobody finds the node; its name stays taken until it is closed.
+        self._topology.nodes.pop(node.name, None)
+        info_of(node).state = NodeState.CLOSING
+
+    async def _end(self, node: Node) -> list[Node]:
+        """Close a withdrawn node; what lost its last user with it."""
+        topology = self._topology
+        # The node waits for what is in flight, flushes and closes its driver; however long it takes, because giving
+        # up would leave descriptors and locks behind. At shutdown the floor's deadline bounds it.
+        await self._supervisor.stop(node, math.inf)
+        info = info_of(node)
+        left: list[Node] = []
+        async with topology.lock:
+            children = list(info.children.values())
+            if children:
+                change = Change(topology, [node, *(edge.node for edge in children)], Firmness.MUST_SUCCEED)
+                for edge in children:
+                    change.detach(edge)
+                await change.run()
+                left = change.left_alone
+            del topology.living[info.key]
+            topology.release_name(node.name)
+        return left
+
+
+def _attribute(name: str) -> str:
+    return name.replace("-", "_")
+
+
+async def shielded(function: Callable[..., Any], *args: Any) -> None:
+    """Undo something although this task has been cancelled; the floor's deadline bounds it."""
+    with trio.CancelScope(shield=True):
+        await function(*args)

@@ -1,0 +1,132 @@
+"""blockdev-reopen: new options for several nodes, all or none.
+
+An option left out goes back to its default. Children whose options stand inside the parent's are reopened with it;
+a child given by name is left as it is, or exchanged when it is another node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from qsd.actors.change import Change
+from qsd.actors.edges import Edge, Truncate, info_of
+from qsd.actors.node_options import check_mode, resolve_mode
+from qsd.actors.topology import NewMode, Topology
+from qsd.drivers.base import ChildRole, Mode
+from qsd.errors import QmpError
+from qsd.qapi.core import NULL
+
+if TYPE_CHECKING:
+    from qsd.actors.node import Node
+    from qsd.qapi.schema.block import BlockdevOptions
+
+UNKNOWN_NODE = "Failed to find node with node-name='{}'"
+UNKNOWN_CHILD = "Cannot find device='' nor node-name='{}'"
+
+
+@attrs.define(eq=False)
+class _Plan:
+    """What the options ask for, gathered before anything is changed."""
+
+    modes: dict[Node, NewMode] = attrs.field(factory=dict)
+    swaps: list[tuple[Edge, Node]] = attrs.field(factory=list)
+    added: list[Edge] = attrs.field(factory=list)
+    removed: list[Edge] = attrs.field(factory=list)
+
+    @property
+    def touched(self) -> list[Node]:
+        nodes = [*self.modes, *(child for _edge, child in self.swaps), *(edge.node for edge, _child in self.swaps)]
+        return [*nodes, *(edge.node for edge in (*self.added, *self.removed))]
+
+
+async def reopen(topology: Topology, wanted: Iterable[BlockdevOptions], truncate: Truncate) -> list[Node]:
+    """Do it under the topology's lock; the nodes that nobody uses any more. Raises QmpError."""
+    nodes: dict[Node, BlockdevOptions] = {}
+    for options in wanted:
+        node = _find(topology, options.node_name)
+        nodes[node] = options
+    plan = _Plan()
+    for node, options in nodes.items():
+        _gather(topology, plan, truncate, node, options, None, ChildRole.DATA)
+    change = Change(topology, plan.touched)
+    for edge in plan.removed:
+        change.detach(edge)
+    for edge, child in plan.swaps:
+        change.swap(edge, child)
+    for edge in plan.added:
+        change.attach(edge)
+    for node, new in plan.modes.items():
+        change.reopen(node, new)
+    await change.run()
+    return change.left_alone
+
+
+def _find(topology: Topology, name: str | None) -> Node:
+    if name is None:
+        raise QmpError("node-name not specified")
+    node = topology.find(name, UNKNOWN_NODE)
+    if info_of(node).is_auto_named:
+        raise QmpError("Cannot change the option 'node-name'")
+    return node
+
+
+def _gather(
+    topology: Topology,
+    plan: _Plan,
+    truncate: Truncate,
+    node: Node,
+    options: BlockdevOptions,
+    inherited: Mode | None,
+    role: ChildRole,
+) -> None:
+    _check_fixed(node, options, is_inline=inherited is not None)
+    mode = attrs.evolve(resolve_mode(options, inherited, role), active=node.active)
+    check_mode(mode)
+    plan.modes[node] = NewMode(options, mode)
+    for name, child_role in node.driver.child_specs:
+        value = getattr(options, name.replace("-", "_"))
+        edge = info_of(node).children.get(name)
+        if value is None:
+            if edge is not None and child_role is ChildRole.COW:
+                raise QmpError(f"backing is missing for '{node.name}'")
+        elif value is NULL:
+            if edge is not None:
+                plan.removed.append(edge)
+        elif isinstance(value, str):
+            _refer(topology, plan, truncate, node, name, child_role, value)
+        elif edge is not None and info_of(edge.node).inline_parent is node:
+            if value.node_name is not None and value.node_name != edge.node.name:
+                raise QmpError("Cannot change the option 'node-name'")
+            _gather(topology, plan, truncate, edge.node, value, mode, child_role)
+        else:
+            raise QmpError(f"Cannot change the option '{name}.driver'")
+
+
+def _refer(
+    topology: Topology, plan: _Plan, truncate: Truncate, node: Node, name: str, role: ChildRole, child_name: str
+) -> None:
+    edge = info_of(node).children.get(name)
+    if edge is not None and edge.node.name == child_name:
+        return
+    child = topology.find(child_name, UNKNOWN_CHILD)
+    if edge is None:
+        plan.added.append(Edge(node, name, child, role, truncate))
+    else:
+        plan.swaps.append((edge, child))
+
+
+def _check_fixed(node: Node, options: BlockdevOptions, *, is_inline: bool) -> None:
+    """What no reopen changes."""
+    before: Any = info_of(node).options
+    if options.driver is not before.driver:
+        raise QmpError("Cannot change the option 'driver'")
+    if options.force_share is not None and options.force_share != node.mode.force_share:
+        raise QmpError("Cannot change the option 'force-share'")
+    if options.force_share is None and before.force_share is not None and not is_inline:
+        raise QmpError("Option 'force-share' cannot be reset to its default value")
+    # The reference takes the new value without doing anything about it, and refuses every reopen after that.
+    if options.active is not None and options.active != node.active:
+        raise QmpError("Cannot change the option 'active'")
