@@ -41,8 +41,9 @@ def check(node_name: str, edges: Sequence[ParentEdge]) -> None:
                 continue
             clash = one.perm & ~other.shared
             if clash:
+                edge = f"(uses node '{node_name}' as"
                 raise QmpError(
-                    f"Permission conflict on node '{node_name}': permissions '{perm_text(clash)}' are both required "
-                    f"by {one.parent_description} (uses node '{node_name}' as '{one.name}' child) and unshared by "
-                    f"{other.parent_description} (uses node '{node_name}' as '{other.name}' child)."
+                    f"Permission conflict on node '{node_name}': permissions '{perm_text(clash)}' are both "
+                    f"required by {one.parent_description} {edge} '{one.name}' child) and unshared by "
+                    f"{other.parent_description} {edge} '{other.name}' child)."
                 )

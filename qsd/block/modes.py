@@ -36,7 +36,7 @@ def resolve_mode(options: Any, parent: Mode | None, *, is_protocol: bool) -> Mod
     return mode
 
 
-def _given(value: bool | None, default: bool) -> bool:  # noqa: FBT001  # a value, not a switch
+def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
 
