@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import sys
+from typing import Any
 
 import attrs
 
-import qsd.commands.objects  # noqa: F401  # fills the table of commands
+import qsd.commands.block
+import qsd.commands.block_queries
+import qsd.commands.exports
+import qsd.commands.objects  # noqa: F401  # each fills the table of commands
+from qsd.actors.core import Actor
+from qsd.actors.dataplane import DataPlane
+from qsd.actors.events import EventBus
+from qsd.actors.graph import Graph
 from qsd.actors.objects import Objects
-from qsd.actors.supervisor import Supervisor
+from qsd.actors.supervisor import Floor, Supervisor
 from qsd.cli_chardev import NewChardev
 from qsd.commands.context import Context, Services
 from qsd.commands.registry import COMMANDS
+from qsd.drivers.registry import find_driver
 from qsd.errors import ErrorClass, QmpError
 from qsd.qapi.schema.control import MonitorOptions
 from qsd.qapi.schema.exports import NbdServerOptions
-
-
-class Absent:
-    """Stands for a service this build does not have: whatever is asked of it is refused by name."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise QmpError(f"This build has no {self._what}")
+from qsd.servers.exports import Exports
+from qsd.servers.nbd.server import NbdService
 
 
 @attrs.define(eq=False)
@@ -51,23 +52,58 @@ class Daemon:
 
     async def start_nbd_server(self, options: NbdServerOptions) -> None:
         """Listen for NBD clients."""
-        await self.services.nbd.start(options)
+        await self.services.nbd.start(options, allow_fd=True)
+
+
+def _log_only(_actor: Actor, _error: BaseException) -> None:
+    """The supervisor has logged it; the actor has let go of what it held."""
+
+
+# What the crash of an actor means; a kind that is not listed (graph, data plane, NBD server) stops the daemon.
+# What the crash of a node means is the graph's to say.
+FAILURES = {
+    "connection": _log_only,
+    "export": _log_only,
+    "chardev": _log_only,
+    "monitor": _log_only,
+}
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away."""
-    del is_background  # for the character devices: stdio is refused then
+    supervisor.failures.update(FAILURES)
+    events = EventBus()
+    objects = Objects()
+    plane = DataPlane()
+    await supervisor.start(plane, Floor.CORE)
+    graph = Graph(supervisor, find_driver, plane.aio, _warn)
+    await supervisor.start(graph, Floor.GRAPH)
+    exports = Exports(supervisor, graph, objects, events)
+    nbd = NbdService(supervisor, plane.reactor, exports, _warn)
+    await supervisor.start(nbd, Floor.EXPORTS)
     services = Services(
         supervisor=supervisor,
-        events=_absent("events"),
-        objects=Objects(),
+        events=events,
+        objects=objects,
         chardevs=_absent("character devices"),
-        graph=_absent("block nodes"),
-        exports=_absent("exports"),
-        nbd=_absent("NBD server"),
+        graph=graph,
+        exports=exports,
+        nbd=nbd,
     )
     return Daemon(services, _absent("monitors"))
 
 
-def _absent(what: str) -> Any:
-    return Absent(what)
+class Absent:
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise QmpError(f"This build has no {self._what}")
+
+
+def _absent(w: str) -> Any:
+    return Absent(w)

@@ -22,9 +22,7 @@ class QmpError(Exception):
     ``hint`` is shown on the command line only (the reference drops it over QMP).
     """
 
-    def __init__(
-        self, desc: str, *, error_class: ErrorClass = ErrorClass.GENERIC, hint: str | None = None
-    ) -> None:
+    def __init__(self, desc: str, *, error_class: ErrorClass = ErrorClass.GENERIC, hint: str | None = None) -> None:
         super().__init__(desc)
         self.desc = desc
         self.error_class = error_class
@@ -47,7 +45,7 @@ def errno_text(number: int) -> str:
 def _texts() -> dict[int, str]:
     # os.strerror lives in a room this one may not import; OSError's own text would need it as well.
     # The table holds what the block layer can answer; the rest is taken from the errno module's names.
-    known = {
+    return {
         errno.EPERM: "Operation not permitted",
         errno.ENOENT: "No such file or directory",
         errno.EINTR: "Interrupted system call",
@@ -97,7 +95,6 @@ def _texts() -> dict[int, str]:
         errno.ENOMEDIUM: "No medium found",
         errno.ECANCELED: "Operation canceled",
     }
-    return known
 
 
 _TEXTS = _texts()

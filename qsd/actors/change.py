@@ -282,7 +282,6 @@ class _Reopen(Action):
     def commit(self) -> None:
         self.node.driver.commit_reopen(self.new.options, self.new.mode)
         info_of(self.node).options = self.new.options
-        self.node.refresh()
 
     def abort(self) -> None:
         self.node.driver.abort_reopen()
@@ -309,6 +308,7 @@ class _Permissions(Action):
     def commit(self) -> None:
         if not self.is_refused:
             self.node.driver.commit_permissions()
+        # Also takes over what the driver's new descriptor has changed.
         self.node.set_writable(writable=bool(self.rights.perm & WRITING))
 
     def abort(self) -> None:

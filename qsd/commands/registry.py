@@ -1,8 +1,8 @@
 """The table of command implementations: name -> coroutine function, filled by ``@command``.
 
 An implementation takes a ``Context`` and the visited arguments (an instance of the command's argument type, or
-None) and returns a value the visitor can print (a qapi object, or plain JSON values in the declared shape), or None.
-It raises ``QmpError``. What is declared in ``qsd.qapi.schema`` and not implemented here fails a test.
+None) and returns a value the visitor can print (a qapi object, or plain JSON values in the declared shape), or
+None. It raises ``QmpError``. What is declared in ``qsd.qapi.schema`` and not implemented here fails a test.
 """
 
 from __future__ import annotations

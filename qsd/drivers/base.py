@@ -232,6 +232,10 @@ class Driver(ABC):
         """``format-specific`` of ImageInfo as JSON, or None."""
         return None
 
+    def dirty_flag(self) -> bool | None:
+        """``dirty-flag`` of ImageInfo: True when the image was not closed cleanly; None without such a notion."""
+        return None
+
     def driver_statistics(self) -> dict[str, Any] | None:
         """``driver-specific`` of BlockStats as JSON, or None."""
         return None

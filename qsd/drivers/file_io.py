@@ -36,8 +36,8 @@ _NOWAIT = os.RWF_NOWAIT
 # writes then take milliseconds. The loop must answer QMP within 50 ms.
 SLOW_WRITE_NS = 2_000_000
 SLOW_WRITE_PAUSE_NS = 100_000_000
-# A batch of this many requests writes through the engine when there is a second CPU: the kernel then copies and looks
-# up pages on a worker (ext4 walks the buffer heads of a large folio, 10 us a write) while the loop parses the next.
+# A batch of this many requests writes through the engine when there is a second CPU: the kernel then copies and
+# looks up pages on a worker (ext4 walks the buffer heads of a large folio, 10 us a write) while the loop parses on.
 # Measured: 52 k on the spot, 64 k through io_uring (randwrite 4k QD32); on a single CPU 38 k and 34 k.
 BURST = 4 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize
 # Largest buffered transfer done on the spot: copying it takes about 100 us.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
 from qsd.actors.edges import NodeState, RootOptions
 from qsd.actors.graph import Graph
@@ -18,7 +19,6 @@ from qsd.drivers.base import Mode
 from qsd.errors import QmpError
 from qsd.messages import Op, ReplyQueue, Request
 from qsd.qapi.schema.block import BlockdevCacheOptions, BlockdevDetectZeroesOptions
-from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
 READ = RootOptions(Perm.CONSISTENT_READ)
 WRITE = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL & ~Perm.RESIZE)
@@ -61,8 +61,10 @@ async def test_add_with_inline_child_makes_both(bench: Bench) -> None:
     graph, world = bench
     await graph.add(raw("r", disk()))
     child, parent = graph.nodes
-    assert child.name.startswith("#block0") and len(child.name) == len("#block000")
-    assert parent.name == "r" and parent.length == 4096
+    assert child.name.startswith("#block0")
+    assert len(child.name) == len("#block000")
+    assert parent.name == "r"
+    assert parent.length == 4096
     assert await parent.read(0, 4) == b"\0\0\0\0"
     assert world.open == {"r", child.name}
 
@@ -261,7 +263,8 @@ async def test_delete_waits_for_what_is_in_flight(bench: Bench) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(let_go_of_it)
         await trio.testing.wait_all_tasks_blocked()
-        assert not gone.is_set() and not reply.ready
+        assert not gone.is_set()
+        assert not reply.ready
         driver.let_go()
     assert [request.error for request in reply.ready] == [0]
     assert names(graph) == []

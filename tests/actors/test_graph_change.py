@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
 from qsd.actors.edges import RootOptions
 from qsd.actors.graph import Graph
@@ -15,7 +16,6 @@ from qsd.drivers.base import Mode
 from qsd.errors import QmpError
 from qsd.messages import Op, ReplyQueue, Request
 from qsd.qapi.core import NULL
-from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
 READ = RootOptions(Perm.CONSISTENT_READ)
 WRITE = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE)
@@ -114,7 +114,8 @@ async def test_reopen_exchanges_a_child_under_a_user(bench: Bench) -> None:
     await graph.reopen((raw("r", "g"),))
     assert [node.name for node in graph.nodes] == ["r", "g"], "the inline child had only this parent"
     await edge.write(0, b"new")
-    assert world.contents["b"].startswith(b"new") and not world.contents["a"].startswith(b"new")
+    assert world.contents["b"].startswith(b"new")
+    assert not world.contents["a"].startswith(b"new")
     assert [lock[0] for lock in world.locks.values()] == [WRITE.perm]
 
 
@@ -136,7 +137,8 @@ async def test_reopen_of_one_node_twice_takes_the_last(bench: Bench) -> None:
     await graph.add(disk("g", filename="b"))
     await graph.add(raw("r", "f"))
     await graph.reopen((raw("r", "f", size=512), raw("r", "g")))
-    assert child_of(graph, "r") == "g" and graph.find("r").length == 4096
+    assert child_of(graph, "r") == "g"
+    assert graph.find("r").length == 4096
 
 
 @pytest.mark.parametrize(("what", "who"), [("reopen", "b"), ("permissions", "f"), ("permissions", "b")])
@@ -153,7 +155,8 @@ async def test_reopen_that_fails_late_rolls_all_nodes_back(bench: Bench, what: s
     assert [await edge.read(0, 1) for edge in edges] == [b"\0", b"\0"]
     world.fail.clear()
     await graph.reopen(options)
-    assert graph.find("a").mode.read_only and graph.find("b").length == 512
+    assert graph.find("a").mode.read_only
+    assert graph.find("b").length == 512
 
 
 async def test_reopen_read_only_under_a_writer_is_refused(bench: Bench) -> None:
@@ -181,7 +184,7 @@ async def test_reopen_backing_must_be_named_or_given_up(bench: Bench) -> None:
 
 
 async def test_reopen_waits_for_requests_and_holds_those_that_come(bench: Bench) -> None:
-    graph, world = bench
+    graph, _world = bench
     await graph.add(raw("r", disk("f")))
     edge = await graph.attach("r", READ)
     driver: Any = graph.find("f").driver
@@ -195,7 +198,8 @@ async def test_reopen_waits_for_requests_and_holds_those_that_come(bench: Bench)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(graph.reopen, (disk("f", read_only=True),))
         await trio.testing.wait_all_tasks_blocked()
-        assert graph.find("f").is_held and not graph.find("f").mode.read_only
+        assert graph.find("f").is_held
+        assert not graph.find("f").mode.read_only
         read(2)
         assert not reply.ready
         driver.let_go()
@@ -276,7 +280,8 @@ async def test_attaching_to_an_inactive_node_activates_it(bench: Bench) -> None:
     await graph.add(disk("f", active=False))
     await graph.add(raw("r", "f", active=False))
     patient = await graph.attach("r", RootOptions(WRITE.perm, WRITE.shared, allow_inactive=True))
-    assert activity(graph) == "fr" and patient.perm is Perm.NONE
+    assert activity(graph) == "fr"
+    assert patient.perm is Perm.NONE
     edge = await graph.attach("r", READ)
     assert activity(graph) == "FR"
     await patient.write(0, b"x")

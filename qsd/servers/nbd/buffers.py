@@ -2,7 +2,7 @@
 
 Both come from one pool for all connections, page-aligned (an anonymous mapping), and go back when they are
 empty: an idle connection holds no slab. A slab is a bump allocator: slots are taken one after the other, and when
-every slot has been sent it starts again at 0, so a busy connection works in memory that is still in the CPU's cache.
+every slot has been sent it starts again at 0, so a busy connection works in memory still in the CPU's cache.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""The data plane as an actor: the reactor's task, and the engines whose completions it collects."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from qsd.actors.core import Actor
+from qsd.drivers.base import Aio
+from qsd.host.reactor import Reactor
+from qsd.host.threads import ThreadAio, ThreadPool
+from qsd.host.uring import Uring
+
+log = logging.getLogger("qsd.dataplane")
+
+
+class DataPlane(Actor):
+    """Runs the reactor. ``aio`` is io_uring where the kernel allows it, otherwise a pool of threads."""
+
+    kind = "data plane"
+
+    def __init__(self) -> None:
+        super().__init__("data plane")
+        self.reactor = Reactor()
+        self._pool = ThreadPool()
+        self._uring: Uring | None = None
+        self.aio: Aio
+        try:
+            self.aio = self._uring = Uring(self._pool)
+        except OSError as error:
+            log.info("no io_uring (%s): file I/O on threads", error.strerror)
+            self.aio = ThreadAio(self._pool)
+
+    async def started(self) -> None:
+        """Collect completions, and turn."""
+        self.reactor.register(self._pool.fileno(), self._pool.reap, self._crashed)
+        if self._uring is not None:
+            self.reactor.register(self._uring.fileno(), self._uring.reap, self._crashed)
+        self.spawn(self.reactor.run, name="reactor")
+
+    def _crashed(self, error: Exception) -> None:
+        # Completions can no longer be trusted to arrive: this ends the daemon, through the supervisor.
+        self.spawn(_raise, error, name="crash")
+
+    async def stopping(self) -> None:
+        """Nothing is in flight any more: nodes have closed before."""
+        self.reactor.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts, the engine's and the reactor's."""
+        return super().statistics() | {"engine": self.aio.name} | self.reactor.statistics()
+
+
+async def _raise(error: Exception) -> None:
+    raise error

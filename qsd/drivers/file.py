@@ -1,0 +1,268 @@
+"""file and host_device: life, locks, permissions and reopening of one descriptor; ``FileIo`` moves its data."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, ClassVar
+
+from qsd.block.permissions import Perm
+from qsd.drivers.base import Driver, Host, Limits, Mode
+from qsd.drivers.file_io import FileIo
+from qsd.errors import QmpError, errno_text
+from qsd.host import files, locks
+
+_WRITING = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+# Options that are fixed while the node is open, by attribute.
+_FIXED = ("filename", "aio", "locking", "aio_max_batch", "drop_cache", "pr_manager", "x_check_cache_dropped")
+
+
+class FileDriver(Driver):
+    """A regular file."""
+
+    name: ClassVar[str] = "file"
+    can_truncate: ClassVar[bool] = True
+
+    def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
+        super().__init__(node_name, options, mode, host)
+        self.io = FileIo(self)
+        self.submit = self.io.submit  # type: ignore[method-assign]  # one call less for every batch
+        self._path = ""
+        self._locks: locks.ByteLocks | None = None
+        self._next_fd = -1
+        self._next_writable = False
+        self._next_direct = False
+        self._next_mode: Mode | None = None
+        self._wanted: tuple[Perm, Perm] = (Perm.NONE, Perm.ALL)
+        self._before: set[int] = set()
+
+    def submit(self, batch: list[Any]) -> None:
+        """Bound to ``FileIo.submit`` for each object."""
+        self.io.submit(batch)
+
+    # -- opening ----------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the file as the mode says; with auto-read-only read-only until a writer comes."""
+        options, mode = self.options, self.mode
+        self._path = options.filename
+        if not self._path:
+            raise QmpError(f"The '{self.name}' block driver requires a file name")
+        aio = "threads" if options.aio is None else str(options.aio.value)
+        if aio == "native" and not mode.cache_direct:
+            raise QmpError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        if options.pr_manager is not None:
+            raise QmpError(f"No persistent reservation manager with id '{options.pr_manager}'")
+        self.io.aio_mode = aio
+        self._check_kind()
+        writable = not mode.read_only and not mode.auto_read_only
+        fd = self._open_fd(writable=writable, direct=mode.cache_direct)
+        try:
+            self._check_open(fd)
+            self._choose_locks(fd)
+            self._take(fd, writable=writable, direct=mode.cache_direct)
+        except BaseException:
+            os.close(fd)
+            self.io.fd = -1
+            raise
+
+    def _check_kind(self) -> None:
+        try:
+            mode = os.stat(self._path).st_mode
+        except OSError as error:
+            raise self._cannot_open(error) from None
+        if stat.S_ISDIR(mode):
+            raise QmpError(f"Could not open '{self._path}': Is a directory")
+        self._check_type(mode)
+
+    def _check_type(self, mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise QmpError(f"'file' driver requires '{self._path}' to be a regular file")
+
+    def _check_open(self, fd: int) -> None:
+        # The name may lead elsewhere by now: what was opened is what counts.
+        self._check_type(os.fstat(fd).st_mode)
+
+    def _open_fd(self, *, writable: bool, direct: bool) -> int:
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        try:
+            return os.open(self._path, flags)
+        except OSError as error:
+            raise self._cannot_open(error) from None
+
+    def _cannot_open(self, error: OSError) -> QmpError:
+        return QmpError(f"Could not open '{self._path}': {errno_text(error.errno or 0)}")
+
+    def _choose_locks(self, fd: int) -> None:
+        wish = "auto" if self.options.locking is None else str(self.options.locking.value)
+        if wish == "off" or self.mode.force_share:
+            return
+        if not locks.is_supported(fd):
+            if wish == "on":
+                raise QmpError("File locking requested but open file description locking syscall is unavailable")
+            return
+        self._locks = locks.ByteLocks(self._path)
+
+    def _take(self, fd: int, *, writable: bool, direct: bool) -> None:
+        io = self.io
+        io.fd, io.writable, io.direct = fd, writable, direct
+        self.limits = Limits()
+        if direct:
+            request, memory = files.probe_direct_alignment(fd, is_device=io.is_device)
+            self.limits = Limits(request_alignment=request, min_mem_alignment=memory)
+        self.length = self._size(fd)
+
+    def _size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    async def close(self) -> None:
+        """Close the descriptor; its locks go with it."""
+        if self.io.fd >= 0:
+            os.close(self.io.fd)
+            self.io.fd = -1
+
+    # -- permissions ------------------------------------------------------------------------------------------
+
+    async def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Lock what the parents use and do not share; get a writable descriptor when they write."""
+        self._wanted = (perm, shared)
+        mode = self._next_mode or self.mode
+        if self._locks is not None:
+            self._before = set(self._locks.held)
+            self._locks.acquire(self.io.fd, perm, shared)
+        writable = self._next_writable if self._next_fd >= 0 else self.io.writable
+        if perm & _WRITING and not writable and not mode.read_only:
+            fd = self._open_fd(writable=True, direct=mode.cache_direct)
+            if self._next_fd >= 0:
+                os.close(self._next_fd)
+            self._next_fd, self._next_writable, self._next_direct = fd, True, mode.cache_direct
+        if self._next_fd >= 0 and self._locks is not None:
+            self._locks.copy(self._next_fd)
+
+    def commit_permissions(self) -> None:
+        """Use the new descriptor, release what is no longer needed."""
+        perm, shared = self._wanted
+        if self._next_fd < 0 and self.mode.auto_read_only and self.io.writable and not perm & _WRITING:
+            self._go_back_to_reading()
+        self._switch()
+        if self._locks is not None:
+            self._locks.shrink(self.io.fd, perm, shared)
+
+    def _go_back_to_reading(self) -> None:
+        try:
+            fd = self._open_fd(writable=False, direct=self.io.direct)
+        except QmpError:
+            return  # the file may be gone from the path: a writable descriptor serves readers as well
+        if self._locks is not None:
+            self._locks.copy(fd)
+        self._next_fd, self._next_writable, self._next_direct = fd, False, self.io.direct
+
+    def _switch(self) -> None:
+        if self._next_fd < 0:
+            return
+        old = self.io.fd
+        self._take(self._next_fd, writable=self._next_writable, direct=self._next_direct)
+        self._next_fd = -1
+        os.close(old)
+
+    def abort_permissions(self) -> None:
+        """Drop the new bytes and the new descriptor."""
+        if self._locks is not None:
+            self._locks.restore(self.io.fd, self._before)
+        if self._next_fd >= 0 and self._next_mode is None:
+            os.close(self._next_fd)
+            self._next_fd = -1
+
+    # -- reopening --------------------------------------------------------------------------------------------
+
+    async def prepare_reopen(self, options: Any, mode: Mode) -> None:
+        """Open a second descriptor when access or caching changes."""
+        for member in _FIXED:
+            if getattr(options, member) != getattr(self.options, member):
+                raise QmpError(f"Cannot change the option '{member.replace('_', '-')}'")
+        self._next_mode = mode
+        writable = not mode.read_only and (not mode.auto_read_only or self.io.writable)
+        if writable != self.io.writable or mode.cache_direct != self.io.direct:
+            self._next_fd = self._open_fd(writable=writable, direct=mode.cache_direct)
+            self._next_writable, self._next_direct = writable, mode.cache_direct
+
+    def commit_reopen(self, options: Any, mode: Mode) -> None:
+        """Take the options; the descriptor follows in ``commit_permissions``."""
+        super().commit_reopen(options, mode)
+        self._next_mode = None
+
+    def abort_reopen(self) -> None:
+        """Forget the second descriptor."""
+        self._next_mode = None
+        if self._next_fd >= 0:
+            os.close(self._next_fd)
+            self._next_fd = -1
+
+    # -- the rest ---------------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Grow or shrink the file."""
+        try:
+            os.ftruncate(self.io.fd, size)
+        except OSError as error:
+            raise QmpError(f"Failed to resize the file: {errno_text(error.errno or 0)}") from None
+        self.length = self._size(self.io.fd)
+
+    def refresh_length(self) -> None:
+        """Look at the file again."""
+        self.length = self._size(self.io.fd)
+
+    def allocated_size(self) -> int | None:
+        """Bytes used on the host."""
+        return files.allocated_size(self.io.fd)
+
+    def filename(self) -> str:
+        """The path."""
+        return str(self._path)
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """The file's specific part is empty without an extent size hint."""
+        return {"type": "file", "data": {}}
+
+    def dirty_flag(self) -> bool | None:
+        """A file is never dirty."""
+        return False
+
+    def driver_statistics(self) -> dict[str, Any] | None:
+        """Discards, by outcome."""
+        io = self.io
+        return {
+            "driver": self.name,
+            "discard-nb-ok": io.discard_ok,
+            "discard-nb-failed": io.discard_failed,
+            "discard-bytes-ok": io.discard_bytes_ok,
+        }
+
+
+class HostDeviceDriver(FileDriver):
+    """A block device."""
+
+    name: ClassVar[str] = "host_device"
+
+    def _check_type(self, mode: int) -> None:
+        if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
+            raise QmpError(f"'host_device' driver requires '{self._path}' to be either a character or block device")
+
+    def _check_open(self, fd: int) -> None:
+        super()._check_open(fd)
+        self.io.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+
+    def _size(self, fd: int) -> int:
+        return files.device_size(fd) if self.io.is_device else os.lseek(fd, 0, os.SEEK_END)
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """A device has the size it has: only what fits is accepted."""
+        length = self._size(self.io.fd)
+        if size > length:
+            raise QmpError("Cannot grow device files")
+        if exact and size < length:
+            raise QmpError("Cannot resize device files")
+
+    def format_specific(self) -> dict[str, Any] | None:
+        """None."""
+        return None

@@ -1,0 +1,84 @@
+"""null-co and null-aio: a node of any size that stores nothing. Reads are zeroes, never old memory."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import trio
+
+from qsd.drivers.base import Driver
+from qsd.errors import QmpError
+from qsd.messages import BlockState, Extent, Op, Request
+
+DEFAULT_SIZE = 1 << 30
+
+
+class NullDriver(Driver):
+    """Both drivers: null-co answers on the spot, null-aio from a task; ``latency-ns`` delays a batch."""
+
+    name: ClassVar[str] = "null-co"
+    is_asynchronous: ClassVar[bool] = False
+
+    async def open(self) -> None:
+        """Take the size."""
+        size = DEFAULT_SIZE if self.options.size is None else self.options.size
+        if size < 0:
+            raise QmpError("Invalid parameter 'size'")
+        self._latency = self.options.latency_ns or 0
+        self.length = size
+
+    def submit(self, batch: list[Request]) -> None:
+        """Answer; later when there is a latency."""
+        if self._latency or self.is_asynchronous:
+            self.in_flight += len(batch)
+            self.host.spawn(self._later, batch, name="latency")
+        else:
+            for request in batch:
+                self._answer(request)
+
+    async def _later(self, batch: list[Request]) -> None:
+        try:
+            if self._latency:
+                await trio.sleep(self._latency / 1e9)
+            else:
+                await trio.lowlevel.checkpoint()
+        finally:
+            for request in batch:
+                self.finished()
+                self._answer(request)
+
+    def _answer(self, request: Request) -> None:
+        if request.op == Op.READ and request.buffer is not None:
+            request.buffer[:] = bytes(request.length)
+        elif request.op == Op.BLOCK_STATUS:
+            state = BlockState.ALLOCATED
+            state |= BlockState.ZERO if self.options.read_zeroes else BlockState.DATA
+            request.result = [Extent(request.length, state)]
+        request.complete(0)
+
+    async def prepare_reopen(self, options: Any, mode: Any) -> None:
+        """Nothing of its own can change."""
+        for member in ("size", "latency_ns", "read_zeroes"):
+            if getattr(options, member) != getattr(self.options, member):
+                raise QmpError(f"Cannot change the option '{member.replace('_', '-')}'")
+
+    def allocated_size(self) -> int:
+        """Nothing."""
+        return 0
+
+    def filename(self) -> str:
+        """``null-co://`` unless options must be named."""
+        shown: dict[str, Any] = {"driver": self.name}
+        if self.options.size is not None:
+            shown["size"] = self.options.size
+        if self.options.read_zeroes is not None:
+            shown["read-zeroes"] = self.options.read_zeroes
+        return f"{self.name}://" if len(shown) == 1 else "json:" + json.dumps(shown)
+
+
+class NullAioDriver(NullDriver):
+    """Answers from a task."""
+
+    name = "null-aio"
+    is_asynchronous = True

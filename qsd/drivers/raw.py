@@ -1,0 +1,105 @@
+"""raw: the child's bytes as they are, or a window of them (``offset``, ``size``)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+from qsd.block.permissions import Perm
+from qsd.drivers.base import SECTOR, ChildRole, Driver
+from qsd.errors import QmpError
+from qsd.messages import Op, Request
+
+
+class RawDriver(Driver):
+    """See the module."""
+
+    name: ClassVar[str] = "raw"
+    is_format: ClassVar[bool] = True
+    child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = (("file", ChildRole.DATA),)
+    can_truncate: ClassVar[bool] = True
+
+    async def open(self) -> None:
+        """Check the window against the child."""
+        self._offset, self.length = self._window(self.options)
+        self._bind()
+
+    def _bind(self) -> None:
+        self.limits = self.children["file"].limits
+
+    def _window(self, options: Any) -> tuple[int, int]:
+        offset, size = options.offset or 0, options.size
+        total = self.children["file"].length
+        for name, value in (("offset", offset), ("size", size or 0)):
+            if value < 0:
+                raise QmpError(f"Value '{value}' is out of range for parameter '{name}'")
+        if offset > total:
+            raise QmpError(f"Offset ({offset}) cannot be greater than size of the containing file ({total})")
+        if size is None:
+            return offset, total - offset
+        if size % SECTOR:
+            raise QmpError("Specified size is not multiple of 512")
+        if offset + size > total:
+            raise QmpError(
+                f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
+                f" actual size of the containing file ({total})"
+            )
+        return offset, size
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass on, shifted."""
+        offset = self._offset
+        if offset:
+            for request in batch:
+                if request.op != Op.FLUSH:
+                    request.offset += offset
+        self.children["file"].submit(batch)
+
+    async def prepare_reopen(self, options: Any, mode: Any) -> None:
+        """The window may change."""
+        self._next = self._window(options)
+
+    def commit_reopen(self, options: Any, mode: Any) -> None:
+        """Take the window."""
+        super().commit_reopen(options, mode)
+        self._offset, self.length = self._next
+        self._bind()
+
+    def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What the parents need; a window must not be cut off under them."""
+        is_window = self.options.offset or self.options.size is not None
+        return perm, shared & ~Perm.RESIZE if is_window else shared
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the child, unless the size is fixed by an option."""
+        if self.options.size is not None:
+            raise QmpError("Cannot resize fixed-size raw disks")
+        await self.children["file"].truncate(self._offset + size, exact=exact)
+        self.length = size
+
+    def refresh_length(self) -> None:
+        """The child has another length."""
+        if self.options.size is None:
+            self.length = max(0, self.children["file"].length - self._offset)
+
+    def filename(self) -> str:
+        """The child's, unless a window makes it another disk."""
+        shown = {name: value for name in ("offset", "size") if (value := getattr(self.options, name)) is not None}
+        child: Any = self.children["file"]
+        inner: str = child.node.driver.filename()
+        if not shown:
+            return inner
+        file = {"driver": child.node.driver.name, "filename": inner}
+        return "json:" + json.dumps({"driver": "raw", **shown, "file": file})
+
+    def dirty_flag(self) -> bool | None:
+        """The child's."""
+        child: Any = self.children["file"]
+        flag: bool | None = child.node.driver.dirty_flag()
+        return flag
+
+    def allocated_size(self) -> int | None:
+        """The child's."""
+        child: Any = self.children["file"]
+        size: int | None = child.node.driver.allocated_size()
+        return size

@@ -1,0 +1,21 @@
+"""The drivers there are."""
+
+from __future__ import annotations
+
+from qsd.drivers.base import Driver
+from qsd.drivers.file import FileDriver, HostDeviceDriver
+from qsd.drivers.null import NullAioDriver, NullDriver
+from qsd.drivers.raw import RawDriver
+from qsd.errors import QmpError
+
+DRIVERS: dict[str, type[Driver]] = {
+    kind.name: kind for kind in (FileDriver, HostDeviceDriver, NullDriver, NullAioDriver, RawDriver)
+}
+
+
+def find_driver(name: str) -> type[Driver]:
+    """The class of driver ``name``; raises QmpError."""
+    found = DRIVERS.get(name)
+    if found is None:
+        raise QmpError(f"Unknown driver '{name}'")
+    return found

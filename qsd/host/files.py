@@ -1,0 +1,148 @@
+"""Files and block devices, as the drivers need them: extents, holes, zeroes, sizes, alignment.
+
+Constants: <linux/falloc.h>, <linux/fs.h>. Functions that change something return 0 or a negative errno, because
+they run on a thread and their result travels as a number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+BLKROGET = 0x125E
+BLKSSZGET = 0x1268
+BLKGETSIZE64 = 0x80081272
+BLKDISCARD = 0x1277
+BLKZEROOUT = 0x127F
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+# What a file system or device says when it cannot do a thing at all.
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EPERM})
+
+
+def _call(fd: int, mode: int, offset: int, length: int) -> int:
+    while True:
+        if _fallocate(fd, mode, offset, length) == 0:
+            return 0
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            return -errno.EOPNOTSUPP if error in _UNSUPPORTED else -error
+
+
+def _ioctl_range(fd: int, request: int, offset: int, length: int) -> int:
+    try:
+        fcntl.ioctl(fd, request, struct.pack("=QQ", offset, length))
+    except OSError as error:
+        number = error.errno or errno.EIO
+        return -errno.EOPNOTSUPP if number in _UNSUPPORTED else -number
+    return 0
+
+
+def seek_extent(fd: int, offset: int, end: int) -> tuple[bool, int]:
+    """Whether ``offset`` is data or a hole, and for how many bytes, at most to ``end``.
+
+    A file system (or device) that does not know holes is all data. Raises OSError.
+    """
+    try:
+        data = os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False, end - offset
+        return True, end - offset
+    if data > offset:
+        return False, min(data, end) - offset
+    hole = os.lseek(fd, offset, os.SEEK_HOLE)
+    if hole <= offset:
+        return True, end - offset
+    return True, min(hole, end) - offset
+
+
+def punch_hole(fd: int, offset: int, length: int, *, is_device: bool) -> int:
+    """Deallocate the range."""
+    if is_device:
+        return _ioctl_range(fd, BLKDISCARD, offset, length)
+    return _call(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallback: bool, is_device: bool) -> int:
+    """Make the range read as zeroes without writing them; grows a file that ends inside the range.
+
+    -EOPNOTSUPP when there is no fast way; ``no_fallback`` forbids ways that may write zeroes all the same.
+    """
+    if is_device:
+        # BLKZEROOUT may write; the kernel has no promise about speed for it through the ioctl.
+        return -errno.EOPNOTSUPP if no_fallback else _ioctl_range(fd, BLKZEROOUT, offset, length)
+    size = os.fstat(fd).st_size
+    result = -errno.EOPNOTSUPP
+    if may_unmap or offset >= size:
+        inside = min(length, max(0, size - offset))
+        result = 0
+        if inside:
+            result = _call(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, inside)
+    if result == -errno.EOPNOTSUPP:
+        result = _call(fd, FALLOC_FL_ZERO_RANGE, offset, length)
+    if result == 0 and offset + length > os.fstat(fd).st_size:
+        os.ftruncate(fd, offset + length)
+    return result
+
+
+def allocated_size(fd: int) -> int:
+    """Bytes used on the host."""
+    return os.fstat(fd).st_blocks * 512
+
+
+def device_size(fd: int) -> int:
+    """Bytes of a block device. Raises OSError."""
+    buffer = fcntl.ioctl(fd, BLKGETSIZE64, bytes(8))
+    return int.from_bytes(buffer, "little")
+
+
+def logical_sector_size(fd: int) -> int:
+    """The smallest unit a block device reads and writes. Raises OSError."""
+    buffer = fcntl.ioctl(fd, BLKSSZGET, bytes(4))
+    return int.from_bytes(buffer, "little")
+
+
+def is_read_only_device(fd: int) -> bool:
+    """True when the device refuses writes. Raises OSError."""
+    return bool(int.from_bytes(fcntl.ioctl(fd, BLKROGET, bytes(4)), "little"))
+
+
+def probe_direct_alignment(fd: int, *, is_device: bool) -> tuple[int, int]:
+    """Alignments O_DIRECT asks of a request (offset, length) and of its memory: the smallest that a read accepts.
+
+    An empty file accepts everything; it gets 4096, which is right everywhere.
+    """
+    if is_device:
+        size = logical_sector_size(fd)
+        return size, size
+    memory = memoryview(mmap.mmap(-1, 8192))
+    if os.fstat(fd).st_size == 0:
+        return 4096, 4096
+    request = next((n for n in (512, 1024, 2048, 4096) if _can_read(fd, memory[:n])), 4096)
+    buffer = next((n for n in (512, 1024, 2048, 4096) if _can_read(fd, memory[n : n + request])), 4096)
+    return request, buffer
+
+
+def _can_read(fd: int, buffer: memoryview) -> bool:
+    try:
+        os.preadv(fd, [buffer], 0)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
+
+
+def drop_cache(fd: int) -> None:
+    """Let go of the page cache of the file, so that what another host wrote is read again."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,146 @@
+"""All exports by id, whatever their type: adding, deleting, the query, the event."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import attrs
+
+from qsd.actors.core import Actor
+from qsd.actors.edges import RootEdge, RootOptions
+from qsd.actors.events import EventBus
+from qsd.actors.graph import Graph
+from qsd.actors.objects import Objects
+from qsd.actors.supervisor import Floor, Supervisor
+from qsd.block.names import is_well_formed
+from qsd.block.permissions import Perm
+from qsd.errors import QmpError
+
+
+class Export(Protocol):
+    """What every type of export is to the table."""
+
+    type_name: str
+
+    def has_clients(self) -> bool:
+        """True while a client holds it (safe deletion refuses)."""
+
+    async def close(self) -> None:
+        """Drop clients; return when nothing is in flight."""
+
+
+@attrs.define(eq=False)
+class Entry:
+    """One export in the table."""
+
+    id: str
+    export: Export
+    actor: Actor
+    edge: RootEdge
+    is_shutting_down: bool = False
+
+
+Make = Callable[[str, Any, RootEdge], Awaitable[Any]]
+
+
+class Exports:
+    """The table. ``makers`` maps a type's name to what makes one: first the checks, then the actor."""
+
+    def __init__(self, supervisor: Supervisor, graph: Graph, objects: Objects, events: EventBus) -> None:
+        self._supervisor = supervisor
+        self._graph = graph
+        self._objects = objects
+        self._events = events
+        self._entries: dict[str, Entry] = {}
+        self.makers: dict[str, tuple[Callable[[Any], None], Make, Perm]] = {}
+
+    def entries(self) -> list[Entry]:
+        """All exports, newest first."""
+        return list(reversed(self._entries.values()))
+
+    def find(self, name: str) -> Entry | None:
+        """The export with that id."""
+        return self._entries.get(name)
+
+    async def add(self, options: Any) -> None:
+        """block-export-add. Raises QmpError; then nothing is left behind."""
+        name = options.id
+        if not is_well_formed(name):
+            raise QmpError("Invalid block export id")
+        if name in self._entries:
+            raise QmpError(f"Block export id '{name}' is already in use")
+        check, make, unshared = self.makers[options.type.value]
+        node = self._graph.find(options.node_name)
+        self._check_iothread(options)
+        if options.writable and node.mode.read_only:
+            raise QmpError("Cannot export read-only node as writable")
+        check(options)
+        perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
+        use = RootOptions(perm, Perm.ALL & ~unshared, allow_inactive=bool(options.allow_inactive))
+        edge = await self._graph.attach(node.name, use)
+        try:
+            # The table may have changed while the graph was at work.
+            if name in self._entries:
+                raise QmpError(f"Block export id '{name}' is already in use")
+            check(options)
+            export = await make(name, options, edge)
+            self._entries[name] = Entry(name, export, export, edge)
+            await self._supervisor.start(export, Floor.EXPORTS)
+        except BaseException:
+            self._entries.pop(name, None)
+            await edge.detach()
+            raise
+
+    def _check_iothread(self, options: Any) -> None:
+        given = options.iothread
+        if given is None:
+            return
+        names = (given,) if isinstance(given, str) else given
+        if not names:
+            raise QmpError("The set of I/O threads must not be empty")
+        if not isinstance(given, str) and options.fixed_iothread:
+            raise QmpError("Cannot use fixed-iothread for a multi-threaded export")
+        for name in names:
+            self._objects.iothreads.get(name)
+        if not isinstance(given, str):
+            raise QmpError("NBD export does not support multi-threading")
+
+    def delete(self, name: str, *, hard: bool) -> None:
+        """block-export-del: starts the end of an export; its event comes when it is gone. Raises QmpError."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise QmpError(f"Export '{name}' is not found")
+        if entry.is_shutting_down:
+            raise QmpError(f"Export '{name}' is already shutting down")
+        if not hard and entry.export.has_clients():
+            raise QmpError(f"export '{name}' still in use")
+        self._begin_end(entry)
+
+    def delete_all(self, type_name: str) -> None:
+        """Delete every export of a type, hard."""
+        for entry in self.entries():
+            if entry.export.type_name == type_name and not entry.is_shutting_down:
+                self._begin_end(entry)
+
+    def _begin_end(self, entry: Entry) -> None:
+        entry.is_shutting_down = True
+        entry.actor.spawn(self._end, entry, name="end of the export")
+
+    async def _end(self, entry: Entry) -> None:
+        await entry.export.close()
+        await self._forget(entry)
+        self._supervisor.stop_soon(entry.actor)
+
+    async def _forget(self, entry: Entry) -> None:
+        if self._entries.get(entry.id) is entry:
+            await entry.edge.detach()
+            del self._entries[entry.id]
+            self._events.emit("BLOCK_EXPORT_DELETED", {"id": entry.id})
+
+    async def stopped(self, name: str) -> None:
+        """The export's actor is going down by itself (shutdown, crash): take it off the graph and tell."""
+        entry = self._entries.get(name)
+        if entry is not None:
+            entry.is_shutting_down = True
+            await self._forget(entry)

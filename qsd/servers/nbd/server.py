@@ -1,0 +1,397 @@
+"""The NBD server: one listener set, its connections, and the exports they find."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import trio
+
+from qsd import trace
+from qsd.actors.core import Actor, Stop, receives
+from qsd.actors.edges import RootEdge
+from qsd.actors.supervisor import Floor, Supervisor
+from qsd.block.permissions import Perm
+from qsd.errors import ActorStopped, QmpError
+from qsd.host import sockets
+from qsd.host.reactor import Reactor
+from qsd.servers.exports import Exports
+from qsd.servers.nbd.buffers import Pool
+from qsd.servers.nbd.replies import Encoder
+from qsd.servers.nbd.transmission import Transmission
+from qsd.wire.nbd import constants as c
+from qsd.wire.nbd.handshake import ALLOCATION_DEPTH, BASE_ALLOCATION, ExportInfo, Negotiated, ServerHandshake
+
+log = logging.getLogger("qsd.nbd")
+
+NEGOTIATE_BEGIN = trace.event("nbd_negotiate_begin")
+NEGOTIATE_SUCCESS = trace.event("nbd_negotiate_success")
+
+DEFAULT_MAX_CONNECTIONS = 100
+DEFAULT_HANDSHAKE_SECONDS = 10
+# Room for replies in the kernel: one send takes a whole burst of them.
+SEND_BUFFER = 2 << 20
+HANDSHAKE_READ = 64 << 10
+# Clients beyond max-connections wait here.
+BACKLOG = 128
+
+
+class NbdExport(Actor):
+    """One export: a view of a node under a name."""
+
+    kind = "export"
+    type_name = "nbd"
+
+    def __init__(
+        self, identifier: str, options: Any, edge: RootEdge, exports: Exports, *, multi_conn: bool
+    ) -> None:
+        super().__init__(f"export {identifier}")
+        self.id = identifier
+        self.edge = edge
+        self.export_name: str = edge.node_name if options.name is None else options.name
+        self.writethrough = bool(options.writethrough)
+        self._options = options
+        self._exports = exports
+        self._multi_conn = multi_conn
+        self.connections: set[NbdConnection] = set()
+        self._empty = trio.Event()
+
+    def describe(self) -> ExportInfo:
+        """The export as a client sees it now."""
+        limits = self.edge.limits
+        contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+        if self._options.allocation_depth:
+            contexts += (ALLOCATION_DEPTH,)
+        return ExportInfo(
+            name=self.export_name,
+            size=self.edge.length,
+            description=self._options.description or "",
+            read_only=not self._options.writable,
+            multi_conn=self._multi_conn,
+            min_block=limits.request_alignment,
+            max_block=min(limits.max_transfer or c.MAX_PAYLOAD, c.MAX_PAYLOAD),
+            contexts=contexts,
+            token=self,
+        )
+
+    def has_clients(self) -> bool:
+        """True while a client is connected."""
+        return bool(self.connections)
+
+    def joined(self, connection: NbdConnection) -> None:
+        """A client has chosen this export."""
+        self.connections.add(connection)
+
+    def left(self, connection: NbdConnection) -> None:
+        """A client has gone and nothing of it is in flight."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._empty.set()
+            self._empty = trio.Event()
+
+    async def close(self) -> None:
+        """Drop the clients; return when nothing is in flight."""
+        for connection in list(self.connections):
+            connection.disconnect("export is going away")
+        while self.connections:
+            await self._empty.wait()
+
+    async def stopping(self) -> None:
+        """End of the daemon, or of the export."""
+        await self.close()
+        await self._exports.stopped(self.id)
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts, and its clients."""
+        return super().statistics() | {"name": self.export_name, "clients": len(self.connections)}
+
+
+class NbdConnection(Actor):
+    """One client: negotiation in a task of its own, then the transmission on the reactor."""
+
+    kind = "connection"
+
+    def __init__(self, service: NbdService, sock: socket.socket, number: int) -> None:
+        super().__init__(f"nbd client {number}")
+        self._service = service
+        self._sock = sock
+        self._export: NbdExport | None = None
+        self._transmission: Transmission | None = None
+        self._reason = ""
+
+    async def started(self) -> None:
+        """Begin to negotiate."""
+        self.spawn(self._negotiate, name="negotiation")
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts and the transmission's."""
+        facts = super().statistics()
+        if self._transmission is not None:
+            facts |= attrs.asdict(self._transmission.stats) | {"in_flight": self._transmission.in_flight}
+        return facts
+
+    async def _negotiate(self) -> None:
+        seconds = self._service.handshake_seconds
+        result: Negotiated | None = None
+        with trio.move_on_after(seconds or float("inf")) as scope:
+            try:
+                result = await self._shake_hands()
+            except OSError as error:
+                self._complain(f"Failed to read: {error.strerror}")
+        if scope.cancelled_caught:
+            self._complain("handshake timed out")
+        if result is None:
+            self._finish("negotiation failed")
+            return
+        export = result.export.token
+        assert isinstance(export, NbdExport)
+        if NEGOTIATE_SUCCESS.enabled:
+            NEGOTIATE_SUCCESS("{} export {!r}", self.name, export.export_name)
+        self._begin(export, result)
+
+    async def _shake_hands(self) -> Negotiated | None:
+        stream = trio.socket.from_stdlib_socket(self._sock)
+        handshake = ServerHandshake(self._service)
+        if NEGOTIATE_BEGIN.enabled:
+            NEGOTIATE_BEGIN("{}", self.name)
+        while True:
+            await _send_all(stream, handshake.take_output())
+            if handshake.is_over:
+                break
+            data = await stream.recv(HANDSHAKE_READ)
+            if not data:
+                self._complain("Failed to read: Unexpected end-of-file before all data were read")
+                return None
+            handshake.receive(data)
+        if handshake.failure:
+            self._complain(handshake.failure)
+        return handshake.result
+
+    def _complain(self, text: str) -> None:
+        self._service.warn(f"option negotiation failed: {text}")
+
+    def _begin(self, export: NbdExport, result: Negotiated) -> None:
+        if export not in self._service.exports_alive():
+            self._finish("export is going away")
+            return
+        self._export = export
+        export.joined(self)
+        self._transmission = Transmission(
+            self._sock,
+            self._service.reactor,
+            export.edge,
+            Encoder(result, writethrough=export.writethrough),
+            self._service.pool,
+            alignment=export.edge.limits.min_mem_alignment,
+            leftover=result.leftover,
+            ended=self._finish,
+            crashed=self._crashed,
+        )
+        self._transmission.start()
+
+    def _crashed(self, error: Exception) -> None:
+        log.exception("%s crashed", self.name, exc_info=error)
+        self.disconnect("internal error")
+
+    def _finish(self, reason: str) -> None:
+        """The client is gone and nothing is in flight."""
+        self._reason = reason
+        if self._export is not None:
+            self._export.left(self)
+        self._service.left(self)
+        try:
+            self.ref.tell(Stop())
+        except ActorStopped:
+            return
+
+    def disconnect(self, reason: str) -> None:
+        """Drop the client now."""
+        if self._transmission is not None:
+            self._transmission.disconnect(reason)
+        else:
+            self._sock.close()
+            self.ref.tell(Stop())
+
+    async def stopping(self) -> None:
+        """Let go of the socket."""
+        if self._transmission is not None:
+            self._transmission.disconnect("server is shutting down")
+        self._sock.close()
+        self._service.left(self)
+
+
+async def _send_all(stream: trio.socket.SocketType, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[await stream.send(view) :]
+
+
+@attrs.frozen
+class _Start:
+    addr: Any
+    handshake_seconds: int
+    max_connections: int
+    allow_fd: bool
+
+
+@attrs.frozen
+class _End:
+    pass
+
+
+class NbdService(Actor):
+    """The server, of which there is at most one at a time."""
+
+    kind = "nbd server"
+
+    def __init__(
+        self, supervisor: Supervisor, reactor: Reactor, exports: Exports, warn: Callable[[str], None]
+    ) -> None:
+        super().__init__("nbd server")
+        self._supervisor = supervisor
+        self.reactor = reactor
+        self.warn = warn
+        self.pool = Pool()
+        self.handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
+        self._exports = exports
+        self._listeners: list[sockets.Listener] = []
+        self._accepting: trio.CancelScope | None = None
+        self._max_connections = DEFAULT_MAX_CONNECTIONS
+        self._connections: set[NbdConnection] = set()
+        self._room = trio.Event()
+        self._count = 0
+        exports.makers["nbd"] = (self._check, self._make, Perm.RESIZE)
+
+    # -- exports (wire.nbd.handshake.ExportDirectory) ---------------------------------------------------------
+
+    def exports_alive(self) -> list[NbdExport]:
+        """NBD exports that are not going away, oldest first."""
+        return [
+            entry.export
+            for entry in reversed(self._exports.entries())
+            if isinstance(entry.export, NbdExport) and not entry.is_shutting_down
+        ]
+
+    def lookup(self, name: str) -> ExportInfo | None:
+        """The export a client names."""
+        for export in self.exports_alive():
+            if export.export_name == name:
+                return export.describe()
+        return None
+
+    def list(self) -> Sequence[ExportInfo]:
+        """What a client may list."""
+        return [export.describe() for export in self.exports_alive()]
+
+    def _check(self, options: Any) -> None:
+        if not self._listeners:
+            raise QmpError("NBD server not running")
+        name = options.node_name if options.name is None else options.name
+        if len(name.encode()) > c.MAX_STRING:
+            raise QmpError(f"export name '{name}' too long")
+        if options.description is not None and len(options.description.encode()) > c.MAX_STRING:
+            raise QmpError(f"description '{options.description}' too long")
+        if self.lookup(name) is not None:
+            raise QmpError(f"NBD server already has export named '{name}'")
+        for bitmap in options.bitmaps or ():
+            raise QmpError(f"Bitmap '{getattr(bitmap, 'name', bitmap)}' is not found")
+
+    async def _make(self, identifier: str, options: Any, edge: RootEdge) -> NbdExport:
+        return NbdExport(identifier, options, edge, self._exports, multi_conn=self._max_connections != 1)
+
+    # -- listening --------------------------------------------------------------------------------------------
+
+    async def start(self, options: Any, *, allow_fd: bool) -> None:
+        """nbd-server-start and --nbd-server. Raises QmpError."""
+        if options.tls_creds is not None:
+            raise QmpError(f"No TLS credentials with id '{options.tls_creds}'")
+        seconds = options.handshake_max_seconds
+        limit = options.max_connections
+        await self.ref.ask(
+            _Start(
+                options.addr,
+                DEFAULT_HANDSHAKE_SECONDS if seconds is None else seconds,
+                DEFAULT_MAX_CONNECTIONS if limit is None else limit,
+                allow_fd,
+            )
+        )
+
+    async def stop(self) -> None:
+        """nbd-server-stop: no more clients, and every NBD export ends. Raises QmpError."""
+        await self.ref.ask(_End())
+
+    @receives(_Start)
+    async def _start(self, message: _Start) -> None:
+        if self._listeners:
+            raise QmpError("NBD server already running")
+        self._listeners = await sockets.listen(message.addr, backlog=BACKLOG, may_pass_fds=message.allow_fd)
+        self.handshake_seconds = message.handshake_seconds
+        self._max_connections = message.max_connections
+        self._accepting = trio.CancelScope()
+        for listener in self._listeners:
+            self.spawn(self._accept, listener.socket, self._accepting, name="accept")
+
+    @receives(_End)
+    async def _end(self, message: _End) -> None:
+        if not self._listeners:
+            raise QmpError("NBD server not running")
+        self._close_listeners()
+        self._exports.delete_all("nbd")
+        for connection in [one for one in self._connections if one._export is None]:
+            connection.disconnect("server is shutting down")
+
+    def _close_listeners(self) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+        sockets.close_listeners(self._listeners)
+        self._listeners = []
+
+    async def stopping(self) -> None:
+        """Close the listeners; exports and clients stand on the same floor and stop themselves."""
+        self._close_listeners()
+
+    async def _accept(self, listener: socket.socket, scope: trio.CancelScope) -> None:
+        with scope:
+            stream = trio.socket.from_stdlib_socket(listener)
+            while True:
+                while self._max_connections and len(self._connections) >= self._max_connections:
+                    await self._room.wait()
+                try:
+                    accepted, _peer = await stream.accept()
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                        # Out of descriptors: wait until one may be free, instead of spinning on the backlog.
+                        log.error("cannot accept NBD clients: %s", error.strerror)
+                        await trio.sleep(0.1)
+                        continue
+                    if error.errno == errno.ECONNABORTED:
+                        continue
+                    raise
+                await self._welcome(accepted)
+
+    async def _welcome(self, accepted: trio.socket.SocketType) -> None:
+        sock = socket.socket(fileno=accepted.detach())
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._count += 1
+        connection = NbdConnection(self, sock, self._count)
+        self._connections.add(connection)
+        await self._supervisor.start(connection, Floor.EXPORTS, parent=self)
+
+    def left(self, connection: NbdConnection) -> None:
+        """A client has gone."""
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._room.set()
+            self._room = trio.Event()
+
+    def statistics(self) -> dict[str, Any]:
+        """The actor's facts, and its clients."""
+        return super().statistics() | {"listeners": len(self._listeners), "clients": len(self._connections)}
