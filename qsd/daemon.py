@@ -9,6 +9,8 @@ import attrs
 
 import qsd.commands.block
 import qsd.commands.block_queries
+import qsd.commands.chardev
+import qsd.commands.control
 import qsd.commands.exports
 import qsd.commands.objects  # noqa: F401  # each fills the table of commands
 from qsd.actors.core import Actor
@@ -19,12 +21,18 @@ from qsd.actors.objects import Objects
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.cli_chardev import NewChardev
 from qsd.commands.context import Context, Services
+from qsd.commands.control import GREETING
+from qsd.commands.dispatch import execute
 from qsd.commands.registry import COMMANDS
 from qsd.drivers.registry import find_driver
 from qsd.errors import ErrorClass, QmpError
 from qsd.qapi.schema.control import MonitorOptions
 from qsd.qapi.schema.exports import NbdServerOptions
+from qsd.servers.chardev.socket import face
+from qsd.servers.chardev.table import Chardevs
 from qsd.servers.exports import Exports
+from qsd.servers.monitor.monitors import Monitors
+from qsd.servers.monitor.session import MonitorSession
 from qsd.servers.nbd.server import NbdService
 
 
@@ -33,7 +41,7 @@ class Daemon:
     """The services, and what only the command line may ask of them."""
 
     services: Services
-    monitors: Any
+    monitors: Monitors
 
     async def command(self, name: str, arguments: Any) -> Any:
         """Run a QMP command's implementation with visited arguments. Raises QmpError."""
@@ -44,7 +52,7 @@ class Daemon:
 
     async def add_chardev(self, new: NewChardev) -> None:
         """Make a character device; a server socket may wait here for its first client."""
-        await self.services.chardevs.add(new.id, new.backend)
+        await self.services.chardevs.add(new.id, new.backend, from_command_line=True)
 
     async def add_monitor(self, options: MonitorOptions) -> None:
         """Serve QMP on a character device."""
@@ -85,25 +93,19 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     exports = Exports(supervisor, graph, objects, events)
     nbd = NbdService(supervisor, plane.reactor, exports, _warn)
     await supervisor.start(nbd, Floor.EXPORTS)
+    chardevs = Chardevs(supervisor, is_background=is_background)
     services = Services(
         supervisor=supervisor,
         events=events,
         objects=objects,
-        chardevs=_absent("character devices"),
+        chardevs=chardevs,
         graph=graph,
         exports=exports,
         nbd=nbd,
     )
-    return Daemon(services, _absent("monitors"))
 
+    async def run(session: MonitorSession, name: str, arguments: dict[str, Any]) -> Any:
+        return await execute(Context(services, session), name, arguments)
 
-class Absent:
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __getattr__(self, name: str) -> Any:
-        raise QmpError(f"This build has no {self._what}")
-
-
-def _absent(w: str) -> Any:
-    return Absent(w)
+    objects.mount("chardevs", lambda: {item.label: face(item) for item in chardevs.all()})
+    return Daemon(services, Monitors(supervisor, chardevs, objects, events, GREETING, run))

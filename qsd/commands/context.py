@@ -20,6 +20,7 @@ class Session(Protocol):
     """A monitor session, as a command sees it (``quit``, the negotiation)."""
 
     name: str
+    is_quitting: bool
 
 
 @attrs.define(eq=False)

@@ -321,7 +321,7 @@ def test_monitor_on_stdio(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert (ours.returncode, ours.stderr) == (0, "")
-    assert ours.stdout.count('{"return": {}}\r\n') == 2
+    assert ours.stdout.count('{"return": {}}\n') == 2
 
 
 def test_socket_passed_as_file_descriptor(daemon: Start, tmp_path: Path) -> None:

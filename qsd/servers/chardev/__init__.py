@@ -1,0 +1,1 @@
+"""Character devices: byte streams by name, for monitors and other front ends."""

@@ -1,0 +1,1 @@
+"""QMP monitors: sessions on character devices."""
