@@ -42,6 +42,11 @@ def check_mode(mode: Mode) -> None:
     """Raise QmpError when the options contradict each other."""
     if mode.force_share and not mode.read_only:
         raise QmpError("force-share=on can only be used with read-only images")
+    check_detect_zeroes(mode)
+
+
+def check_detect_zeroes(mode: Mode) -> None:
+    """Raise QmpError when zeroes are to be unmapped by a node that does not pass discards on."""
     if mode.detect_zeroes is DetectZeroes.UNMAP and not mode.discard_unmap:
         raise QmpError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
 

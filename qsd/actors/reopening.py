@@ -13,7 +13,7 @@ import attrs
 
 from qsd.actors.change import Change
 from qsd.actors.edges import Edge, Truncate, info_of
-from qsd.actors.node_options import check_mode, resolve_mode
+from qsd.actors.node_options import check_detect_zeroes, check_mode, resolve_mode
 from qsd.actors.topology import NewMode, Topology
 from qsd.drivers.base import ChildRole, Mode
 from qsd.errors import QmpError
@@ -82,8 +82,9 @@ def _gather(
     inherited: Mode | None,
     role: ChildRole,
 ) -> None:
-    _check_fixed(node, options, is_inline=inherited is not None)
     mode = attrs.evolve(resolve_mode(options, inherited, role), active=node.active)
+    check_detect_zeroes(mode)
+    _check_fixed(node, options, mode)
     check_mode(mode)
     plan.modes[node] = NewMode(options, mode)
     for name, child_role in node.driver.child_specs:
@@ -118,15 +119,15 @@ def _refer(
         plan.swaps.append((edge, child))
 
 
-def _check_fixed(node: Node, options: BlockdevOptions, *, is_inline: bool) -> None:
+def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
     """What no reopen changes."""
     before: Any = info_of(node).options
     if options.driver is not before.driver:
         raise QmpError("Cannot change the option 'driver'")
-    if options.force_share is not None and options.force_share != node.mode.force_share:
+    if mode.force_share != node.mode.force_share:
+        if options.force_share is None:
+            raise QmpError("Option 'force-share' cannot be reset to its default value")
         raise QmpError("Cannot change the option 'force-share'")
-    if options.force_share is None and before.force_share is not None and not is_inline:
-        raise QmpError("Option 'force-share' cannot be reset to its default value")
     # The reference takes the new value without doing anything about it, and refuses every reopen after that.
     if options.active is not None and options.active != node.active:
         raise QmpError("Cannot change the option 'active'")

@@ -52,7 +52,7 @@ def _device_info(node: Node, *, flat: bool) -> Json:
         "encrypted": False,
         "backing_file_depth": len(chain),
         "detect_zeroes": mode.detect_zeroes.value,
-        "write_threshold": node.write_threshold,
+        "write_threshold": _signed(node.write_threshold),
         "cache": {"writeback": True, "direct": mode.cache_direct, "no-flush": mode.cache_no_flush},
         "children": [{"child": name, "node-name": edge.node.name} for name, edge in _children(node).items()],
         "image": _image_info(node, chain),
@@ -61,6 +61,11 @@ def _device_info(node: Node, *, flat: bool) -> Json:
     if chain:
         info["backing_file"] = chain[0].driver.filename()
     return info
+
+
+def _signed(number: int) -> int:
+    # Set as an unsigned number, told as a signed one (BlockDeviceInfo).
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _children(node: Node) -> dict[str, Edge]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from qsd.drivers.base import Driver
+from qsd.drivers.base import SECTOR, Driver, Limits
 from qsd.errors import QmpError
 from qsd.messages import BlockState, Extent, Op, Request
 
@@ -27,6 +27,7 @@ class NullDriver(Driver):
             raise QmpError("Invalid parameter 'size'")
         self._latency = self.options.latency_ns or 0
         self.length = size
+        self.limits = Limits(min_mem_alignment=SECTOR)
 
     def submit(self, batch: list[Request]) -> None:
         """Answer; later when there is a latency."""
