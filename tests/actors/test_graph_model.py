@@ -20,16 +20,19 @@ from qsd.actors.graph import Graph
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
 
-PERMS = st.integers(0, 15).map(Perm)
-NAMES = st.sampled_from("abcde")
+READ, WRITE, UNCHANGED, RESIZE = Perm.CONSISTENT_READ, Perm.WRITE, Perm.WRITE_UNCHANGED, Perm.RESIZE
+PERMS = st.sampled_from([Perm.NONE, READ, READ | WRITE, READ | UNCHANGED, RESIZE, WRITE | RESIZE])
+SHARED = st.sampled_from([Perm.ALL, Perm.ALL, Perm.ALL & ~RESIZE, READ | UNCHANGED, Perm.NONE])
+NAMES = st.sampled_from("abcd")
 STEPS = st.one_of(
     st.tuples(st.just("add"), NAMES, st.sampled_from(list(Kind)), NAMES, st.booleans()),
     st.tuples(st.just("add"), NAMES, st.sampled_from(list(Kind)), NAMES, st.booleans()),
+    st.tuples(st.just("add"), NAMES, st.just(Kind.DISK), NAMES, st.just(value=False)),
     st.tuples(st.just("delete"), NAMES),
     st.tuples(st.just("reopen"), st.lists(st.tuples(NAMES, NAMES, st.booleans()), min_size=1, max_size=3)),
-    st.tuples(st.just("attach"), NAMES, PERMS, PERMS),
+    st.tuples(st.just("attach"), NAMES, PERMS, SHARED),
     st.tuples(st.just("detach"), st.integers(0, 9)),
-    st.tuples(st.just("want"), st.integers(0, 9), PERMS, PERMS),
+    st.tuples(st.just("want"), st.integers(0, 9), PERMS, SHARED),
     st.tuples(st.just("active"), st.none() | NAMES, st.booleans()),
     st.tuples(st.just("fail"), st.sampled_from(["open", "permissions", "reopen"]), NAMES),
 )

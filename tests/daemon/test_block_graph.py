@@ -1,4 +1,4 @@
-"""The block graph through the whole daemon, held against what the reference (11.1.3) answered to the same commands."""
+"""The block graph through the whole daemon, held against what the reference (11.1.3) answered to the same."""
 
 from __future__ import annotations
 

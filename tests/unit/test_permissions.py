@@ -139,7 +139,7 @@ def test_plan_accepts_exactly_what_does_not_clash(users: list[tuple[int, int]]) 
     clashes = any(one[0] & ~other[1] for i, one in enumerate(users) for j, other in enumerate(users) if i != j)
     snapshot = Snapshot(nodes(FILE), tuple(roots))
     if clashes:
-        with pytest.raises(QmpError, match="^Permission conflict on node 'n1': permissions '"):
+        with pytest.raises(QmpError, match=r"^Permission conflict on node 'n1': permissions '"):
             plan_permissions(snapshot, rules)
         return
     plan = plan_permissions(snapshot, rules)
