@@ -57,7 +57,9 @@ class Reactor:
         self._registrations: dict[int, Registration] = {}
         self._deferred: list[tuple[Callable[[], None], Callable[[Exception], None]]] = []
         self._in_round = False
-        self.policy = policy or PollPolicy()
+        self._default_policy = policy or PollPolicy()
+        self.policy = self._default_policy
+        self._policies: dict[object, PollPolicy] = {}
         self._window = 0
         self._last_event = 0
         self.rounds = 0
@@ -77,6 +79,14 @@ class Reactor:
             "sleeps": self.sleeps,
             "window_ns": self._window,
         }
+
+    def use_policy(self, owner: object, policy: PollPolicy | None) -> None:
+        """Poll as ``policy`` says while ``owner`` keeps it; None gives it up. Of several the longest rules."""
+        self._policies.pop(owner, None)
+        if policy is not None:
+            self._policies[owner] = policy
+        self.policy = max(self._policies.values(), key=lambda one: one.max_ns, default=self._default_policy)
+        self._window = min(self._window, self.policy.max_ns)
 
     # -- registration -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from qsd.actors.supervisor import Floor, Supervisor
 from qsd.block.names import is_well_formed
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
+from qsd.host.reactor import PollPolicy
 
 
 class Export(Protocol):
@@ -94,6 +95,12 @@ class Exports:
             self._entries.pop(name, None)
             await self._graph.ref.ask(Detach(edge))
             raise
+
+    def policy_of(self, options: Any) -> PollPolicy | None:
+        """How the iothread an export names wants to be polled; None when it names none."""
+        if not isinstance(options.iothread, str):
+            return None
+        return self._objects.iothreads.get(options.iothread).policy
 
     def _check_iothread(self, options: Any) -> None:
         given = options.iothread

@@ -46,7 +46,7 @@ class NbdExport(Actor):
     kind = "export"
     type_name = "nbd"
 
-    def __init__(self, identifier: str, options: Any, edge: Edge, exports: Exports, *, multi_conn: bool) -> None:
+    def __init__(self, identifier: str, options: Any, edge: Edge, service: NbdService, exports: Exports) -> None:
         super().__init__(f"export {identifier}")
         self.id = identifier
         self.edge = edge
@@ -54,7 +54,8 @@ class NbdExport(Actor):
         self.writethrough = bool(options.writethrough)
         self._options = options
         self._exports = exports
-        self._multi_conn = multi_conn
+        self._reactor = service.reactor
+        self._multi_conn = service.max_connections != 1
         self.connections: set[NbdConnection] = set()
         self._empty = trio.Event()
 
@@ -98,8 +99,13 @@ class NbdExport(Actor):
         while self.connections:
             await self._empty.wait()
 
+    async def started(self) -> None:
+        """Let the iothread it names rule the polling."""
+        self._reactor.use_policy(self, self._exports.policy_of(self._options))
+
     async def stopping(self) -> None:
         """End of the daemon, or of the export."""
+        self._reactor.use_policy(self, None)
         await self.close()
         await self._exports.stopped(self.id)
 
@@ -258,7 +264,7 @@ class NbdService(Actor):
         self._exports = exports
         self._listeners: list[sockets.Listener] = []
         self._accepting: trio.CancelScope | None = None
-        self._max_connections = DEFAULT_MAX_CONNECTIONS
+        self.max_connections = DEFAULT_MAX_CONNECTIONS
         self._connections: set[NbdConnection] = set()
         self._room = trio.Event()
         self._count = 0
@@ -299,7 +305,7 @@ class NbdService(Actor):
             raise QmpError(f"Bitmap '{getattr(bitmap, 'name', bitmap)}' is not found")
 
     async def _make(self, identifier: str, options: Any, edge: Edge) -> NbdExport:
-        return NbdExport(identifier, options, edge, self._exports, multi_conn=self._max_connections != 1)
+        return NbdExport(identifier, options, edge, self, self._exports)
 
     # -- listening --------------------------------------------------------------------------------------------
 
@@ -328,7 +334,7 @@ class NbdService(Actor):
             raise QmpError("NBD server already running")
         self._listeners = await sockets.listen(message.addr, backlog=BACKLOG, may_pass_fds=message.allow_fd)
         self.handshake_seconds = message.handshake_seconds
-        self._max_connections = message.max_connections
+        self.max_connections = message.max_connections
         self._accepting = trio.CancelScope()
         for listener in self._listeners:
             self.spawn(self._accept, listener.socket, self._accepting, name="accept")
@@ -356,7 +362,7 @@ class NbdService(Actor):
         with scope:
             stream = trio.socket.from_stdlib_socket(listener)
             while True:
-                while self._max_connections and len(self._connections) >= self._max_connections:
+                while self.max_connections and len(self._connections) >= self.max_connections:
                     await self._room.wait()
                 try:
                     accepted, _peer = await stream.accept()
