@@ -104,7 +104,7 @@ async def _chardev(daemon: Daemon, text: str, report: Report) -> None:
     if isinstance(made, cli_chardev.Help):
         print(made.text, end="", flush=True)
         raise Finish(made.code)
-    await daemon.add_chardev(made)
+    await daemon.add_chardev(made, report.info)
 
 
 async def _trace(_daemon: Daemon, text: str, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -14,25 +15,22 @@ import qsd.commands.exports
 import qsd.commands.objects  # noqa: F401  # each fills the table of commands
 from qsd.actors.core import Actor
 from qsd.actors.dataplane import DataPlane
-from qsd.actors.events import EventBus
+from qsd.actors.events import EventActor, EventBus
 from qsd.actors.graph import Graph
 from qsd.actors.node import Node
 from qsd.actors.objects import Objects
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.cli_chardev import NewChardev
 from qsd.commands.context import Context, Services
-from qsd.commands.control import GREETING
-from qsd.commands.dispatch import execute
-from qsd.commands.registry import COMMANDS
+from qsd.commands.dispatch import execute, run
 from qsd.drivers.registry import DRIVERS
-from qsd.errors import ErrorClass, QmpError
 from qsd.qapi.schema.control import MonitorOptions
 from qsd.qapi.schema.exports import NbdServerOptions
-from qsd.servers.chardev.socket import face
+from qsd.servers.chardev.base import Origin
 from qsd.servers.chardev.table import Chardevs
 from qsd.servers.exports import Exports
-from qsd.servers.monitor.monitors import Monitors
-from qsd.servers.monitor.session import MonitorSession
+from qsd.servers.monitor.session import Session
+from qsd.servers.monitor.table import Monitors
 from qsd.servers.nbd.server import NbdService
 
 
@@ -45,14 +43,12 @@ class Daemon:
 
     async def command(self, name: str, arguments: Any) -> Any:
         """Run a QMP command's implementation with visited arguments. Raises QmpError."""
-        implementation = COMMANDS.get(name)
-        if implementation is None:
-            raise QmpError(f"The command {name} has not been found", error_class=ErrorClass.COMMAND_NOT_FOUND)
-        return await implementation(Context(self.services), arguments)
+        return await run(Context(self.services), name, arguments)
 
-    async def add_chardev(self, new: NewChardev) -> None:
-        """Make a character device; a server socket may wait here for its first client."""
-        await self.services.chardevs.add(new.id, new.backend, from_command_line=True)
+    async def add_chardev(self, new: NewChardev, inform: Callable[[str], None]) -> None:
+        """Make a character device; a server socket may wait here for its first client, and tells ``inform`` so."""
+        chardevs = self.services.chardevs
+        await chardevs.add(new.id, new.backend, origin=Origin.COMMAND_LINE, inform=inform)
 
     async def add_monitor(self, options: MonitorOptions) -> None:
         """Serve QMP on a character device."""
@@ -77,8 +73,6 @@ FAILURES = {
     "connection": _log_only,
     "export": _log_only,
     "node": _node_crashed,
-    "chardev": _log_only,
-    "monitor": _log_only,
 }
 
 
@@ -90,6 +84,7 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away."""
     supervisor.failures.update(FAILURES)
     events = EventBus()
+    await supervisor.start(EventActor(events), Floor.CORE)
     objects = Objects()
     plane = DataPlane()
     await supervisor.start(plane, Floor.CORE)
@@ -114,8 +109,10 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
         nbd=nbd,
     )
 
-    async def run(session: MonitorSession, name: str, arguments: dict[str, Any]) -> Any:
+    async def dispatch(session: Session, name: str, arguments: dict[str, Any]) -> Any:
         return await execute(Context(services, session), name, arguments)
 
-    objects.mount("chardevs", lambda: {item.label: face(item) for item in chardevs.all()})
-    return Daemon(services, Monitors(supervisor, chardevs, objects, events, GREETING, run))
+    objects.mount("chardevs", chardevs.faces)
+    monitors = Monitors(supervisor, chardevs, objects, events, dispatch)
+    await monitors.start()
+    return Daemon(services, monitors)

@@ -14,6 +14,8 @@ from typing import Any
 import attrs
 import trio
 
+from qsd.actors.core import Actor
+
 RATE_SECONDS = 1.0
 
 Key = Callable[[dict[str, Any]], Any]
@@ -124,3 +126,19 @@ class EventBus:
             if held is not None:
                 self._windows[key] = trio.current_time() + RATE_SECONDS, None
                 self._publish(held)
+
+
+class EventActor(Actor):
+    """Keeps the bus running."""
+
+    kind = "events"
+
+    def __init__(self, bus: EventBus) -> None:
+        super().__init__("events")
+        self._bus = bus
+
+    async def started(self) -> None:
+        self.spawn(self._bus.run, name="what was held back")
+
+    def statistics(self) -> dict[str, Any]:
+        return {**super().statistics(), "emitted": self._bus.emitted}

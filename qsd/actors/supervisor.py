@@ -29,11 +29,12 @@ class Floor(IntEnum):
     CORE = 0
     OBJECTS = 1
     CHARDEVS = 2
-    NODES = 3
-    GRAPH = 4
-    JOBS = 5
-    EXPORTS = 6
-    MONITORS = 7
+    MONITORS = 3  # below what they command: clients hear how exports and jobs end
+    NODES = 4
+    GRAPH = 5
+    JOBS = 6
+    EXPORTS = 7
+    COMMANDS = 8  # first to close: no command runs while the daemon comes apart
 
 
 # Seconds a floor has to close before it is cut off. Jobs and exports wait for in-flight I/O, hence the longest.
@@ -41,11 +42,12 @@ DEADLINES: dict[Floor, float] = {
     Floor.CORE: 2.0,
     Floor.OBJECTS: 2.0,
     Floor.CHARDEVS: 2.0,
+    Floor.MONITORS: 2.0,
     Floor.NODES: 30.0,
     Floor.GRAPH: 60.0,
     Floor.JOBS: 30.0,
     Floor.EXPORTS: 30.0,
-    Floor.MONITORS: 2.0,
+    Floor.COMMANDS: 2.0,
 }
 
 CrashHandler = Callable[[Actor, BaseException], None]

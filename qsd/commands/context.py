@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qsd.actors.graph import Graph
     from qsd.actors.objects import Objects
     from qsd.actors.supervisor import Supervisor
+    from qsd.qapi.schema.control import QMPCapability
     from qsd.servers.chardev.table import Chardevs
     from qsd.servers.exports import Exports
     from qsd.servers.nbd.server import NbdService
@@ -20,7 +21,9 @@ class Session(Protocol):
     """A monitor session, as a command sees it (``quit``, the negotiation)."""
 
     name: str
-    is_quitting: bool
+
+    def negotiate(self, enable: tuple[QMPCapability, ...]) -> None:
+        """End the negotiation with these capabilities on."""
 
 
 @attrs.define(eq=False)

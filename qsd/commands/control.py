@@ -1,51 +1,51 @@
-"""Commands about the monitor itself."""
+"""Commands about the monitor itself: negotiation, version, introspection, the end."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from qsd import __version__
 from qsd.commands.context import Context
-from qsd.commands.registry import command
-from qsd.errors import ErrorClass, QmpError
+from qsd.commands.registry import COMMANDS, command
+from qsd.errors import QmpError
 from qsd.qapi.core import SCHEMA
 from qsd.qapi.introspect import introspect
-
-# The interface level clients may count on: commands, events and texts are those of this release of the reference.
-VERSION = {"qemu": {"micro": 3, "minor": 1, "major": 11}, "package": f"qsd {__version__}"}
-
-GREETING = {"QMP": {"version": VERSION, "capabilities": ["oob"]}}
+from qsd.qapi.schema.control import CommandInfo, QmpCapabilitiesArgs, VersionInfo
+from qsd.servers.monitor.version import VERSION
 
 
 @command("qmp_capabilities")
-async def qmp_capabilities(_context: Context, _args: Any) -> None:
-    """Negotiation is the session's own; anywhere else it is over."""
-    raise QmpError(
-        "Capabilities negotiation is already complete, command ignored", error_class=ErrorClass.COMMAND_NOT_FOUND
-    )
+async def qmp_capabilities(context: Context, args: QmpCapabilitiesArgs) -> None:
+    """End the negotiation of the session that asks."""
+    if context.session is None:
+        raise QmpError("There is nothing to negotiate without a monitor")
+    context.session.negotiate(args.enable or ())
 
 
 @command("quit")
-async def quit_daemon(context: Context, _args: Any) -> None:
-    """Ask the daemon to stop; this session takes no further command."""
-    if context.session is not None:
-        context.session.is_quitting = True
+async def quit_daemon(context: Context, _args: None) -> None:
+    """Ask the daemon to stop; no monitor takes a command from here on."""
     context.services.supervisor.stop_daemon()
 
 
 @command("query-version")
-async def query_version(_context: Context, _args: Any) -> dict[str, Any]:
-    """The interface level, and who provides it."""
+async def query_version(_context: Context, _args: None) -> VersionInfo:
+    """The interface level clients may count on, and who provides it."""
     return VERSION
 
 
 @command("query-commands")
-async def query_commands(_context: Context, _args: Any) -> list[dict[str, str]]:
+async def query_commands(_context: Context, _args: None) -> list[CommandInfo]:
     """The names of all commands."""
-    return [{"name": name} for name in SCHEMA.commands]
+    return [CommandInfo(name=name) for name in SCHEMA.commands if name in COMMANDS]
+
+
+@functools.cache
+def _schema() -> list[dict[str, Any]]:
+    return introspect()
 
 
 @command("query-qmp-schema")
-async def query_qmp_schema(_context: Context, _args: Any) -> list[dict[str, Any]]:
-    """The whole contract."""
-    return introspect()
+async def query_qmp_schema(_context: Context, _args: None) -> list[dict[str, Any]]:
+    """The whole contract; it does not change while the daemon lives."""
+    return _schema()

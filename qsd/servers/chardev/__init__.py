@@ -1,1 +1,1 @@
-"""Character devices: byte streams by name, for monitors and other front ends."""
+"""Character devices: byte streams to somewhere, for a monitor to speak on or to keep text in."""

@@ -1,1 +1,1 @@
-"""QMP monitors: sessions on character devices."""
+"""QMP monitors: JSON commands in, answers and events out, on a character device."""

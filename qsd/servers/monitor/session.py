@@ -1,162 +1,262 @@
-"""One client of a monitor: greeting, negotiation, commands one at a time, events."""
+"""One connection to a monitor: greeting, negotiation, commands in the order they came, events in between.
+
+Without out-of-band execution nothing is read while a command runs. With it up to ``QUEUE`` requests wait, and what
+is said about an ``exec-oob`` request is said at once.
+
+A client that leaves does not stop its command. While one runs for long, ``watch`` looks whether the client is still
+there, so that the next one need not wait for the end.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
+import attrs
 import trio
 
 from qsd import trace
 from qsd.actors.events import Emitted, EventBus
-from qsd.errors import ErrorClass, QmpError
+from qsd.errors import ActorStopped, ErrorClass, QmpError
 from qsd.qapi.core import SCHEMA
-from qsd.qapi.schema.control import QmpCapabilitiesArgs
-from qsd.qapi.visit import from_json
-from qsd.servers.chardev.streams import Stream
-from qsd.servers.monitor.envelope import Call, error_answer, read_envelope
-from qsd.wire.qmp_json import JsonError, Parser, dumps
+from qsd.qapi.schema.control import QMPCapability
+from qsd.qapi.visit import to_json
+from qsd.servers.chardev.stream import Stream
+from qsd.servers.monitor import envelope
+from qsd.servers.monitor.envelope import Request
+from qsd.servers.monitor.output import Output
+from qsd.servers.monitor.version import VERSION
+from qsd.wire.qmp_json import Parser, dumps
 
 log = logging.getLogger("qsd.monitor")
 
-HANDLE_QMP_COMMAND = trace.event("handle_qmp_command")
+QUEUE = 8
+# Bytes parsed in one go: unusual JSON costs up to 3 us a byte, and the data plane waits for it.
+PIECE = 8 << 10
+# Seconds after which a command counts as long, and between looks at its client from then on.
+LOOK_S = 0.25
+# Seconds a client has to take what is left for it when the connection ends.
+FLUSH_S = 1.0
 
-# Bytes read at a time: parsing this much takes under a millisecond.
-READ_SIZE = 16 << 10
-# A client that lets this much pile up unread is cut off.
-OUTPUT_LIMIT = 16 << 20
-# While this much is unread, no further command of the client is taken.
-OUTPUT_HIGH = 1 << 20
+NEGOTIATE = "qmp_capabilities"
 
-Execute = Callable[["MonitorSession", str, dict[str, Any]], Awaitable[Any]]
+_COMMAND = trace.event("handle_qmp_command")
+_RESPOND = trace.event("monitor_qmp_respond")
 
-
-class MonitorFacts(Protocol):
-    """What a session needs to know of its monitor."""
-
-    object_id: str
-    is_pretty: bool
+Dispatch = Callable[["Session", str, dict[str, Any]], Awaitable[Any]]
 
 
-class MonitorSession:
-    """See the module. ``name`` is the monitor's object id."""
+@attrs.define(eq=False)
+class Gate:
+    """Whether commands are taken; shut for good when the daemon stops."""
+
+    stop_requested: trio.Event
+    is_shut: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Read before every command."""
+        return not self.is_shut and not self.stop_requested.is_set()
+
+
+class Session:
+    """See the module. ``name`` is the id of the monitor; ``dispatch`` runs a command and returns JSON."""
 
     def __init__(
-        self, stream: Stream, monitor: MonitorFacts, events: EventBus, greeting: dict[str, Any], execute: Execute
+        self,
+        name: str,
+        stream: Stream,
+        events: EventBus,
+        dispatch: Dispatch,
+        gate: Gate,
+        *,
+        pretty: bool,
+        offers_oob: bool,
     ) -> None:
-        self.name = monitor.object_id
-        self._stream = stream
-        self._is_pretty = monitor.is_pretty
+        self.name = name
+        self.stream = stream
         self._events = events
-        self._execute = execute
-        self._output: list[bytes] = []
-        self._size = 0
-        self._changed = trio.Event()
-        self._is_negotiated = False
-        self._is_oob = False
-        self.is_quitting = False
+        self._dispatch = dispatch
+        self._gate = gate
+        self._pretty = pretty
+        self._offers_oob = offers_oob
+        self.output = Output(stream, name)
+        self.is_negotiated = False
+        self._may_oob = False
+        self._queue: trio.MemorySendChannel[Any] | None = None
+        self._nursery: trio.Nursery | None = None
+        self.commands = 0
+        self.is_busy = False
+        self._idle = trio.Event()
+        self._started = trio.Event()
         self._scope = trio.CancelScope()
-        self._write(greeting)
+        self._keeps_stream = True
+
+    # -- life -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until the client goes away or has asked the daemon to quit."""
+        """Serve the connection until its client goes. Closes the stream, unless ``leave`` ended it."""
         subscription = self._events.subscribe(self._on_event)
         try:
-            async with trio.open_nursery() as nursery:
-                self._scope = nursery.cancel_scope
-                nursery.start_soon(self._send, name="monitor output")
-                await self._receive()
-                if self.is_quitting:
-                    await self.flushed()
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self.output.run, name=f"{self.name}: output")
+                    nursery.start_soon(self._watch, name=f"{self.name}: is the client there?")
+                    self._greet()
+                    await self._read()
+                    await self.wait_idle()
+                    await self.flush()
+                    nursery.cancel_scope.cancel()
         finally:
             subscription.close()
+            if self._keeps_stream:
+                self.stream.close()
 
-    async def flushed(self) -> None:
-        """Return when everything said so far has been sent."""
-        while self._size:
-            await self._changed.wait()
+    async def flush(self) -> None:
+        """Give the client a moment to take what is left for it."""
+        with trio.move_on_after(FLUSH_S):
+            await self.output.flush()
 
-    # -- output -----------------------------------------------------------------------------------------------
+    async def wait_idle(self) -> None:
+        """Wait until no command runs and none waits in the queue."""
+        while self.is_busy:
+            await self._idle.wait()
 
-    def _write(self, message: Any) -> None:
-        data = dumps(message, self._is_pretty).encode() + b"\r\n"
-        self._output.append(data)
-        self._size += len(data)
-        if self._size > OUTPUT_LIMIT:
-            log.warning("monitor %s: the client does not read its answers: disconnected", self.name)
-            self._scope.cancel()
-        self._wake()
+    def leave(self) -> None:
+        """End the session at once but leave the client connected: somebody else may come to serve it."""
+        self._keeps_stream = False
+        self._scope.cancel()
 
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+    def abort(self) -> None:
+        """End the session at once, a running command included."""
+        self._scope.cancel()
 
-    async def _send(self) -> None:
-        try:
-            while True:
-                while not self._output:
-                    await self._changed.wait()
-                data = b"".join(self._output)
-                self._output.clear()
-                await self._stream.send_all(data)
-                self._size -= len(data)
-                self._wake()
-        except trio.BrokenResourceError:
-            self._scope.cancel()
-
-    def _on_event(self, event: Emitted) -> None:
-        if self._is_negotiated:
-            self._write(event.message)
+    async def _watch(self) -> None:
+        while True:
+            await self._started.wait()
+            await trio.sleep(LOOK_S)
+            if self.is_busy and self.stream.is_gone:
+                self.stream.close()
+            elif not self.is_busy:
+                self._started = trio.Event()
 
     # -- input ------------------------------------------------------------------------------------------------
 
-    async def _receive(self) -> None:
+    async def _read(self) -> None:
         parser = Parser()
-        while not self.is_quitting:
-            data = await self._stream.receive_some(READ_SIZE)
-            if not data:
-                return
-            for item in parser.feed(data):
-                while self._size > OUTPUT_HIGH:
-                    await self._changed.wait()
-                # The command goes on when the client vanishes: only its answer is lost.
-                await self._answer(item)
-                if self.is_quitting:
-                    return
-
-    async def _answer(self, item: Any) -> None:
-        if isinstance(item, JsonError):
-            self._write(error_answer(QmpError(item.desc)))
-            return
-        identity = {"id": item["id"]} if isinstance(item, dict) and "id" in item else {}
         try:
-            call = read_envelope(item, is_oob_enabled=self._is_oob)
-            result = await self._call(call)
-        except QmpError as error:
-            self._write(identity | error_answer(error))
-        else:
-            self._write({"return": result} | identity)
+            while data := await self.stream.receive_some():
+                for start in range(0, len(data), PIECE):
+                    for message in parser.feed(data[start : start + PIECE]):
+                        await self._take(message)
+                    await trio.lowlevel.checkpoint()
+        except trio.ClosedResourceError:
+            return
 
-    async def _call(self, call: Call) -> Any:
-        if HANDLE_QMP_COMMAND.enabled:
-            HANDLE_QMP_COMMAND("mon {} req: {}", self.name, call.name)
-        if not self._is_negotiated:
-            if call.name != "qmp_capabilities":
+    async def _take(self, message: Any) -> None:
+        if self._queue is None:
+            self._set_busy()
+            try:
+                await self._serve(message)
+            finally:
+                self._set_idle()
+            return
+        if isinstance(message, dict) and "exec-oob" in message:
+            await self._serve(message)
+            return
+        self._set_busy()
+        await self._queue.send(message)
+
+    async def _serve_queue(self, queue: trio.MemoryReceiveChannel[Any]) -> None:
+        async for message in queue:
+            await self._serve(message)
+            if not queue.statistics().current_buffer_used:
+                self._set_idle()
+
+    def _set_busy(self) -> None:
+        self.is_busy = True
+        self._started.set()
+
+    def _set_idle(self) -> None:
+        self.is_busy = False
+        self._idle.set()
+        self._idle = trio.Event()
+
+    # -- commands ---------------------------------------------------------------------------------------------
+
+    async def _serve(self, message: Any) -> None:
+        """Run one message's command and answer it; nothing once the daemon stops."""
+        # Also the turn of everybody else between two of many pipelined commands.
+        await trio.lowlevel.checkpoint()
+        await self.output.wait_room()
+        if not self._gate.is_open or self.stream.closed.is_set():
+            return
+        request_id = envelope.id_of(message)
+        try:
+            request = envelope.read(message, may_oob=self._may_oob)
+            self._admit(request)
+            if _COMMAND.enabled:
+                _COMMAND("mon {} req: {}", self.name, request.name)
+            self.commands += 1
+            result = await self._dispatch(self, request.name, request.arguments)
+        except Exception as error:  # noqa: BLE001  # it becomes the reply
+            self._say(envelope.failure(_as_qmp(error), request_id))
+        else:
+            self._say(envelope.success(result, request_id))
+
+    def _admit(self, request: Request) -> None:
+        if not self.is_negotiated:
+            if request.name != NEGOTIATE:
                 raise QmpError(
-                    "Expecting capabilities negotiation with 'qmp_capabilities'",
+                    f"Expecting capabilities negotiation with '{NEGOTIATE}'",
                     error_class=ErrorClass.COMMAND_NOT_FOUND,
                 )
-            args = from_json(QmpCapabilitiesArgs, call.arguments)
-            self._is_oob = any(item.value == "oob" for item in args.enable or ())
-            self._is_negotiated = True
-            return {}
-        if call.name == "qmp_capabilities":
+            return
+        if request.is_oob and request.name in SCHEMA.commands:
+            raise QmpError(f"The command {request.name} does not support OOB")
+        if request.name == NEGOTIATE:
             raise QmpError(
                 "Capabilities negotiation is already complete, command ignored",
                 error_class=ErrorClass.COMMAND_NOT_FOUND,
             )
-        if call.is_oob and call.name in SCHEMA.commands:
-            raise QmpError(f"The command {call.name} does not support OOB")
-        return await self._execute(self, call.name, call.arguments)
+
+    def negotiate(self, enable: tuple[QMPCapability, ...]) -> None:
+        """End the negotiation (the command ``qmp_capabilities``)."""
+        self.is_negotiated = True
+        if QMPCapability.OOB in enable:
+            assert self._nursery is not None
+            self._may_oob = True
+            send, receive = trio.open_memory_channel[Any](QUEUE)
+            self._queue = send
+            self._nursery.start_soon(self._serve_queue, receive, name=f"{self.name}: commands")
+
+    # -- output -----------------------------------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        capabilities = [QMPCapability.OOB.value] if self._offers_oob else []
+        self._say({"QMP": {"version": to_json(VERSION), "capabilities": capabilities}})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        data = self._encode(message)
+        if _RESPOND.enabled:
+            _RESPOND("mon {} resp: {}", self.name, data.rstrip().decode())
+        self.output.put(data)
+
+    def _on_event(self, event: Emitted) -> None:
+        if self.is_negotiated:
+            self.output.put_unasked(self._encode(dict(event.message)))
+
+    def _encode(self, message: dict[str, Any]) -> bytes:
+        return (dumps(message, pretty=self._pretty) + "\r\n").encode("ascii")
+
+
+def _as_qmp(error: Exception) -> QmpError:
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, QmpError):
+        return error
+    if not isinstance(error, ActorStopped):
+        log.error("a command failed in a way nobody planned for", exc_info=error)
+    return QmpError(f"{type(error).__name__}: {error}")
