@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -535,7 +536,7 @@ def test_session_is_the_same_however_it_is_split(tmp_path: Path) -> None:
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def check(cuts: list[int]) -> None:
         edges = [0, *sorted(cuts), len(SESSION)]
-        pieces = [SESSION[start:end] for start, end in zip(edges, edges[1:], strict=False) if start < end]
+        pieces = [SESSION[start:end] for start, end in itertools.pairwise(edges) if start < end]
         trio.run(one, pieces)
 
     async def one(pieces: list[bytes]) -> None:
