@@ -249,7 +249,8 @@ class Session:
             self.output.put_unasked(self._encode(dict(event.message)))
 
     def _encode(self, message: dict[str, Any]) -> bytes:
-        return (dumps(message, pretty=self._pretty) + "\r\n").encode("ascii")
+        text = dumps(message, pretty=self._pretty) + "\n"  # line ends inside strings are escaped
+        return text.replace("\n", "\r\n").encode("ascii")
 
 
 def _as_qmp(error: Exception) -> QmpError:
