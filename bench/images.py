@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CHUNK = 16 << 20
+# As dd writes. It decides how large the folios in the page cache get, and with them what the kernel takes
+# for a small write: 4 us after 64 KiB, 13 us after 1 MiB, over 20 us after 16 MiB.
+CHUNK = 1 << 20
 
 
 def make_image(path: Path, size: int) -> None:

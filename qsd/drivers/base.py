@@ -94,6 +94,9 @@ class Aio(Protocol):
 
     name: str
 
+    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+        """Start whole requests, all READ or all WRITE without FUA: one ``done(request, result)`` each."""
+
     def read(self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None]) -> None: ...
 
     def write(

@@ -36,10 +36,16 @@ _NOWAIT = os.RWF_NOWAIT
 # writes then take milliseconds. The loop must answer QMP within 50 ms.
 SLOW_WRITE_NS = 2_000_000
 SLOW_WRITE_PAUSE_NS = 100_000_000
-# A batch of this many requests writes through the engine when there is a second CPU: the kernel then copies and
-# looks up pages on a worker (ext4 walks the buffer heads of a large folio, 10 us a write) while the loop parses on.
-# Measured: 52 k on the spot, 64 k through io_uring (randwrite 4k QD32); on a single CPU 38 k and 34 k.
+# How long the kernel takes for a small buffered write depends on the file's folios: 2 us while they are small, over
+# 20 us where ext4 walks the buffer heads of a 2 MiB folio. Above ``OFFLOAD_NS`` (moving average), with a second
+# CPU, a batch of at least ``BURST`` writes goes through the engine: the kernel works on while the loop parses on.
+# After ``OFFLOAD_BATCHES`` such batches one write is done on the spot, to see whether that still holds.
+# Measured, randwrite 4k QD32, on the spot / through io_uring: 4 us a write 100 k / 78 k, 13 us 45 k / 52 k, 22 us
+# 25 k / 33 k; with a single CPU 38 k / 34 k.
 BURST = 4 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize
+OFFLOAD_NS = 9_000
+OFFLOAD_BATCHES = 64
+SMALL_WRITE = 16 << 10
 # Largest buffered transfer done on the spot: copying it takes about 100 us.
 ON_THE_SPOT = 2 << 20
 # Zero bytes are written in pieces of this size when the file system cannot zero a range.
@@ -64,7 +70,8 @@ class FileIo:
         self.writable = False
         self.aio_mode = "threads"
         self._slow_until = 0
-        self._burst = False
+        self._write_ns = 0  # moving average of small writes done on the spot
+        self._offload = 0  # batches that still go through the engine
         # Set by a completed write, cleared when a flush that came after it succeeds.
         self._generation = 0
         self._flushed = 0
@@ -82,7 +89,10 @@ class FileIo:
         if self.direct:
             self._submit_direct(batch)
             return
-        self._burst = len(batch) >= BURST
+        is_burst = len(batch) >= BURST
+        if is_burst and self._offload:
+            self._offload -= 1
+        offloaded: list[Request] = []
         fd = self.fd
         preadv = os.preadv
         started = False
@@ -110,14 +120,22 @@ class FileIo:
                     self._start_read(request, count)
                     started = True
             elif op == WRITE:
-                started |= self._write(request)
+                if is_burst and self._offload and not request.flags & FUA:
+                    offloaded.append(request)
+                else:
+                    started |= self._write(request, is_burst)
             else:
                 started |= self._other(request)
+        if offloaded:
+            self._transfer(offloaded)
+            started = True
         if started:
             self._aio.flush()
 
     def _submit_direct(self, batch: list[Request]) -> None:
         alignment = self._driver.limits.min_mem_alignment
+        reads: list[Request] = []
+        writes: list[Request] = []
         started = False
         for request in batch:
             op = request.op
@@ -126,22 +144,44 @@ class FileIo:
                 assert buffer is not None
                 if address_of(buffer) % alignment:
                     self._bounced_read(request, buffer)
+                    started = True
                 else:
-                    self._start_read(request, 0)
-                started = True
+                    reads.append(request)
             elif op == WRITE:
                 buffer = request.buffer
                 assert buffer is not None
                 if address_of(buffer) % alignment:
                     bounce = memoryview(mmap.mmap(-1, request.length))
                     bounce[:] = buffer
-                    buffer = bounce
-                self._start_write(request, buffer, 0)
-                started = True
+                    self._start_write(request, bounce, 0)
+                    started = True
+                elif request.flags & FUA:
+                    self._start_write(request, buffer, 0)
+                    started = True
+                else:
+                    writes.append(request)
             else:
                 started |= self._other(request)
-        if started:
+        if reads:
+            self._transfer(reads)
+        if writes:
+            self._transfer(writes)
+        if started or reads or writes:
             self._aio.flush()
+
+    def _transfer(self, requests: list[Request]) -> None:
+        self._driver.in_flight += len(requests)
+        self._aio.transfer(self.fd, requests, self._transferred)
+
+    def _transferred(self, request: Request, result: int) -> None:
+        if result != request.length:
+            ended = self._read_done if request.op == READ else self._whole_write_done
+            ended(request, 0, result)
+            return
+        self._driver.finished()
+        if request.op == WRITE:
+            self._generation += 1
+        request.complete()
 
     def _other(self, request: Request) -> bool:
         return _SERVE[request.op](self, request)
@@ -195,12 +235,12 @@ class FileIo:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def _write(self, request: Request) -> bool:
+    def _write(self, request: Request, is_burst: bool) -> bool:
         """A buffered write; True when it was started rather than done."""
         buffer = request.buffer
         assert buffer is not None
         length = request.length
-        if request.flags & FUA or length > ON_THE_SPOT or self._slow_until or self._burst:
+        if request.flags & FUA or length > ON_THE_SPOT or self._slow_until:
             if self._slow_until and time.perf_counter_ns() > self._slow_until:
                 self._slow_until = 0
             self._start_write(request, buffer, 0)
@@ -212,8 +252,13 @@ class FileIo:
             request.complete(error.errno or errno.EIO)
             return False
         after = time.perf_counter_ns()
-        if after - before > SLOW_WRITE_NS:
+        took = after - before
+        if took > SLOW_WRITE_NS:
             self._slow_until = after + SLOW_WRITE_PAUSE_NS
+        if length <= SMALL_WRITE:
+            self._write_ns += (took - self._write_ns) >> 3
+            if is_burst and self._write_ns > OFFLOAD_NS:
+                self._offload = OFFLOAD_BATCHES
         self._generation += 1
         if count == length:
             reply = request.reply
@@ -232,6 +277,10 @@ class FileIo:
         self._aio.write(
             self.fd, rest, request.offset + done, partial(self._write_done, request, buffer, done), dsync=dsync
         )
+
+    def _whole_write_done(self, request: Request, before: int, result: int) -> None:
+        assert request.buffer is not None
+        self._write_done(request, request.buffer, before, result)
 
     def _write_done(self, request: Request, buffer: memoryview, before: int, result: int) -> None:
         self._driver.finished()

@@ -27,13 +27,21 @@ _get_buffer = ctypes.pythonapi.PyObject_GetBuffer
 _get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
 _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
-_char = ctypes.c_char
+_addressof = ctypes.addressof
+_from_buffer = ctypes.c_char.from_buffer
 
 
 def address_of(buffer: memoryview) -> int:
     """The memory address of a contiguous buffer; valid while the buffer's owner lives and does not resize."""
-    if not buffer.readonly:
-        return ctypes.addressof(_char.from_buffer(buffer)) if len(buffer) else 0
+    try:
+        return _addressof(_from_buffer(buffer))
+    except TypeError:  # read-only
+        return _address_of_constant(buffer)
+    except ValueError:  # empty
+        return 0
+
+
+def _address_of_constant(buffer: memoryview) -> int:
     view = _PyBuffer()
     _get_buffer(buffer, ctypes.byref(view), 0)
     address = view.buf or 0

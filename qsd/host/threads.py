@@ -12,6 +12,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+
+from qsd.messages import Op, Request
 
 Done = Callable[[int], None]
 
@@ -108,6 +111,13 @@ class ThreadAio:
     def in_flight(self) -> int:
         """Operations that have not been reported yet."""
         return self._pool.in_flight
+
+    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+        """Whole requests, all READ or all WRITE without FUA."""
+        for request in requests:
+            assert request.buffer is not None
+            start = self.read if request.op == Op.READ else self.write
+            start(fd, request.buffer, request.offset, partial(done, request))
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
         """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""

@@ -15,9 +15,12 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from qsd.host.memory import address_of
 from qsd.host.threads import ThreadPool
+from qsd.messages import Op, Request
 
 _SYS_IO_URING_SETUP = 425
 _SYS_IO_URING_ENTER = 426
@@ -64,6 +67,10 @@ def _setup(entries: int) -> tuple[int, tuple[int, ...]]:
     raise OSError(error, os.strerror(error))
 
 
+def _tell(done: Done, result: int) -> None:
+    done(result)
+
+
 class Uring:
     """An ``Aio`` engine (drivers/base.py) on one ring. ``fileno`` becomes readable when completions wait.
 
@@ -102,9 +109,10 @@ class Uring:
         self._entries = sq_entries
         self._queued = 0
         self._tail = self._words[self._sq_tail]
-        # user_data -> (done, buffer): what to call and what to keep alive.
-        self._slots: dict[int, tuple[Done, memoryview | None]] = {}
+        # user_data -> (done, its first argument, what to keep alive besides).
+        self._slots: dict[int, tuple[Callable[[Any, int], None], Any, memoryview | None]] = {}
         self._next = 0
+        self._is_reaping = False
         # Operations that found the completion queue's worth in flight; started as others end.
         self._backlog: list[tuple[int, int, int, int, int, int, Done, memoryview | None]] = []
         self._limit = cq_entries
@@ -126,6 +134,31 @@ class Uring:
         return len(self._slots) + len(self._backlog)
 
     # -- operations -------------------------------------------------------------------------------------------
+
+    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+        """Whole requests, all READ or all WRITE without FUA."""
+        slots = self._slots
+        free = min(self._entries - self._queued, self._limit - len(slots))
+        if len(requests) > free:
+            self._transfer_piecemeal(fd, requests, done)
+            return
+        opcode = _OP_READ if requests[0].op == Op.READ else _OP_WRITE
+        pack, sqes, mask = _SQE.pack_into, self._sqes, self._sq_mask
+        token, tail = self._next, self._tail
+        for request in requests:
+            address = address_of(request.buffer)  # type: ignore[arg-type]  # lent: never None
+            slots[token] = (done, request, None)
+            pack(sqes, (tail & mask) * 64, opcode, 0, 0, fd, request.offset, address, request.length, 0, token)
+            token += 1
+            tail = (tail + 1) & 0xFFFFFFFF
+        self._next, self._tail = token, tail
+        self._queued += len(requests)
+
+    def _transfer_piecemeal(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+        for request in requests:
+            assert request.buffer is not None
+            start = self.read if request.op == Op.READ else self.write
+            start(fd, request.buffer, request.offset, partial(done, request))
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
         """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""
@@ -161,15 +194,15 @@ class Uring:
         if self._queued == self._entries:
             self.flush()
         token = self._next
-        self._next = (token + 1) & 0xFFFFFFFFFFFFFFFF
-        self._slots[token] = (done, buffer)
+        self._next = token + 1  # 64 bits last for ever
+        self._slots[token] = (_tell, done, buffer)
         position = (self._tail & self._sq_mask) * 64
         _SQE.pack_into(self._sqes, position, opcode, 0, 0, fd, offset, address, length, flags, token)
         self._tail = (self._tail + 1) & 0xFFFFFFFF
         self._queued += 1
 
     def flush(self) -> None:
-        """Submit what was queued: one system call."""
+        """Submit what was queued: one system call. What is complete when it returns is delivered at once."""
         words = self._words
         while self._queued:
             words[self._sq_tail] = self._tail
@@ -182,11 +215,26 @@ class Uring:
                     continue
                 raise OSError(error, os.strerror(error))
             self._queued -= count
+        # Fast devices and cached pages end within the system call; who reaps already takes these as well.
+        if words[self._cq_head] != words[self._cq_tail] and not self._is_reaping:
+            self.reap()
 
     # -- completions ------------------------------------------------------------------------------------------
 
     def reap(self, _events: int = 0) -> None:
         """Take every completion there is and call its ``done``."""
+        self._is_reaping = True
+        try:
+            self._take()
+        finally:
+            self._is_reaping = False
+        if self._backlog:
+            backlog, self._backlog = self._backlog, []
+            for item in backlog:
+                self._queue(*item)
+            self.flush()
+
+    def _take(self) -> None:
         words = self._words
         cqes = self._ring
         mask = self._cq_mask
@@ -198,10 +246,5 @@ class Uring:
             token, result, _flags = unpack(cqes, base + (head & mask) * 16)
             head = (head + 1) & 0xFFFFFFFF
             words[self._cq_head] = head
-            done, _buffer = slots.pop(token)
-            done(result)
-        if self._backlog:
-            backlog, self._backlog = self._backlog, []
-            for item in backlog:
-                self._queue(*item)
-            self.flush()
+            done, context, _buffer = slots.pop(token)
+            done(context, result)

@@ -16,6 +16,7 @@ from qsd.actors.core import Actor, Stop, receives
 from qsd.actors.edges import Edge
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.block.permissions import Perm
+from qsd.drivers.base import Limits
 from qsd.errors import ActorStopped, QmpError
 from qsd.host import sockets
 from qsd.host.reactor import Reactor
@@ -190,7 +191,7 @@ class NbdConnection(Actor):
             export.edge,
             Encoder(result, writethrough=export.writethrough),
             self._service.pool,
-            alignment=export.edge.limits.min_mem_alignment,
+            alignment=_buffer_alignment(export.edge.limits),
             leftover=result.leftover,
             ended=self._finish,
             crashed=self._crashed,
@@ -226,6 +227,11 @@ class NbdConnection(Actor):
             self._transmission.disconnect("server is shutting down")
         self._sock.close()
         self._service.left(self)
+
+
+def _buffer_alignment(limits: Limits) -> int:
+    """Where replies' data is laid out: a driver that needs alignment at all is best served with whole pages."""
+    return limits.opt_mem_alignment if limits.min_mem_alignment > 1 else 1
 
 
 async def _send_all(stream: trio.socket.SocketType, data: bytes) -> None:
