@@ -67,12 +67,11 @@ def main() -> int:
     image = PLACE / "disk.img"
     if not image.exists():
         make_disk(image)
-    ready = PLACE / "ready.sock"
-    ready.unlink(missing_ok=True)
     # Ctrl-C reaches the daemon as well, which then shuts down; here we only wait for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(ready))
+        listener.bind(b"")  # an abstract name of the kernel's choice
+        ready = listener.getsockname().replace(b"\0", b"@", 1).decode()
         daemon = subprocess.Popen(
             [
                 *(str(Path(sys.executable).with_name("qsd")), "--pidfile", "demo/qsd.pid"),
@@ -81,16 +80,13 @@ def main() -> int:
                 *("--export", "type=nbd,id=demo,node-name=disk,name=demo,writable=on"),
                 *("--chardev", "socket,id=qmp,path=demo/qmp.sock,server=on,wait=off", "--monitor", "chardev=qmp"),
             ],
-            env={**os.environ, "NOTIFY_SOCKET": str(ready)},
+            env={**os.environ, "NOTIFY_SOCKET": ready},
             # An ignored signal stays ignored over exec, so the daemon gets the default back first.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        try:
-            if wait_ready(listener, daemon):
-                print(WHAT_NEXT.format(image=image), flush=True)
-            return daemon.wait()
-        finally:
-            ready.unlink(missing_ok=True)
+        if wait_ready(listener, daemon):
+            print(WHAT_NEXT.format(image=image), flush=True)
+        return daemon.wait()
 
 
 def wait_ready(listener: socket.socket, daemon: subprocess.Popen[bytes]) -> bool:
