@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import outcome
 import trio
+from trio_util import RepeatedEvent
 
 from qsd.actors.activation import set_active
 from qsd.actors.change import Change, Firmness
@@ -70,8 +71,7 @@ class Graph(Actor):
         self._supervisor = supervisor
         self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, self._truncate)
         self._scopes: set[trio.CancelScope] = set()
-        self._no_work = trio.Event()
-        self._no_work.set()
+        self._work_ended = RepeatedEvent()
 
     # -- looking: between awaits ------------------------------------------------------------------------------
 
@@ -148,15 +148,12 @@ class Graph(Actor):
     async def _carry_out(self, work: _Work, promise: Promise) -> None:
         scope = trio.CancelScope()
         self._scopes.add(scope)
-        if self._no_work.is_set():
-            self._no_work = trio.Event()
         try:
             with scope:
                 await self._answer(work, promise)
         finally:
             self._scopes.discard(scope)
-            if not self._scopes:
-                self._no_work.set()
+            self._work_ended.set()
 
     async def _answer(self, work: _Work, promise: Promise) -> None:
         # As in the mailbox loop: every exception becomes the reply. A commit that failed has left a graph nobody
@@ -182,7 +179,8 @@ class Graph(Actor):
         """Give up what is going on, then close all nodes, every parent before its children."""
         for scope in list(self._scopes):
             scope.cancel()
-        await self._no_work.wait()
+        while self._scopes:
+            await self._work_ended.wait()
         for node in self.topology.below(self.topology.living.values()):
             await self._supervisor.stop(node, math.inf)
         self.topology.nodes.clear()

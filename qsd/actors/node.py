@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-import trio
+from trio_util import AsyncValue
 
 from qsd.actors.core import Actor
 from qsd.actors.rmw import Serialiser, unaligned
@@ -69,8 +69,7 @@ class Node(Actor):
         self._plain_writes = False
         self._holds = 0
         self._held: list[Request] = []
-        self._tasks = 0
-        self._tasks_done = trio.Event()
+        self._tasks = AsyncValue(0)
         self._broken = False
         # True from a successful driver.open() to its close.
         self.is_open = False
@@ -92,7 +91,7 @@ class Node(Actor):
     @property
     def in_flight(self) -> int:
         """Requests started here that have not ended."""
-        return self._tasks + self.driver.in_flight + self.serialiser.in_flight
+        return self._tasks.value + self.driver.in_flight + self.serialiser.in_flight
 
     @property
     def is_held(self) -> bool:
@@ -279,26 +278,23 @@ class Node(Actor):
     # -- tasks of the node's own ------------------------------------------------------------------------------
 
     def _task(self, function: Callable[..., Any], *args: Any, name: str) -> None:
-        self._tasks += 1
+        self._tasks.value += 1
         self.spawn(self._counted, function, args, name=name)
 
     async def _counted(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         try:
             await function(*args)
         finally:
-            self._tasks -= 1
-            if not self._tasks:
-                self._tasks_done.set()
-                self._tasks_done = trio.Event()
+            self._tasks.value -= 1
 
     # -- drain ------------------------------------------------------------------------------------------------
 
     async def hold(self) -> None:
         """Keep back what is submitted from now on; return when all that came before has ended. Nests."""
         self._holds += 1
-        while self._tasks or self.serialiser.in_flight or self.driver.in_flight:
-            if self._tasks:
-                await self._tasks_done.wait()
+        while self._tasks.value or self.serialiser.in_flight or self.driver.in_flight:
+            if self._tasks.value:
+                await self._tasks.wait_value(0)
             await self.serialiser.wait_idle()
             await self.driver.wait_idle()
 

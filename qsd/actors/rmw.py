@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import trio
+from trio_util import RepeatedEvent
 
 from qsd.drivers.calls import call
 from qsd.messages import Extent, Flag, Op, ReplyQueue, Request
@@ -52,7 +52,7 @@ class Serialiser:
         self._ranges: list[tuple[int, int]] = []
         self._writes: dict[Request, tuple[int, int]] = {}
         self._waiting: list[Request] = []
-        self._changed = trio.Event()
+        self._changed = RepeatedEvent()
 
     @property
     def in_flight(self) -> int:
@@ -71,11 +71,7 @@ class Serialiser:
 
     def _ended(self, request: Request) -> None:
         del self._writes[request]
-        self._wake()
-
-    def _wake(self) -> None:
         self._changed.set()
-        self._changed = trio.Event()
 
     async def wait_idle(self) -> None:
         """Return when nothing is in flight or waiting."""
@@ -95,7 +91,7 @@ class Serialiser:
             yield
         finally:
             self._ranges.remove(mine)
-            self._wake()
+            self._changed.set()
             waiting, self._waiting = self._waiting, []
             batch: list[Request] = []
             for request in waiting:

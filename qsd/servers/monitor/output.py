@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 import trio
+from trio_util import RepeatedEvent
 
 from qsd.servers.chardev.stream import Stream
 
@@ -27,7 +28,7 @@ class Output:
         self._stream = stream
         self._label = label
         self._held = bytearray()
-        self._changed = trio.Event()
+        self._changed = RepeatedEvent()
 
     @property
     def held(self) -> int:
@@ -72,7 +73,7 @@ class Output:
         try:
             while True:
                 while not self._held:
-                    await self._wait_changed()
+                    await self._changed.wait()
                 await self._stream.wait_writable()
                 # No view: the array must be free to grow meanwhile.
                 sent = self._stream.send_nowait(bytes(self._held[: 256 << 10]))
@@ -85,11 +86,7 @@ class Output:
 
     async def _wait_below(self, limit: int) -> None:
         while len(self._held) >= limit and not self._stream.closed.is_set():
-            await self._wait_changed()
-
-    async def _wait_changed(self) -> None:
-        await self._changed.wait()
+            await self._changed.wait()
 
     def _notify(self) -> None:
         self._changed.set()
-        self._changed = trio.Event()

@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 import trio
+from trio_util import AsyncBool
 
 from qsd import trace
 from qsd.actors.events import Emitted, EventBus
@@ -87,9 +88,7 @@ class Session:
         self._queue: trio.MemorySendChannel[Any] | None = None
         self._nursery: trio.Nursery | None = None
         self.commands = 0
-        self.is_busy = False
-        self._idle = trio.Event()
-        self._started = trio.Event()
+        self._busy = AsyncBool()
         self._scope = trio.CancelScope()
         self._keeps_stream = True
 
@@ -121,8 +120,12 @@ class Session:
 
     async def wait_idle(self) -> None:
         """Wait until no command runs and none waits in the queue."""
-        while self.is_busy:
-            await self._idle.wait()
+        await self._busy.wait_value(False)
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a command runs or waits in the queue."""
+        return bool(self._busy.value)
 
     def leave(self) -> None:
         """End the session at once but leave the client connected: somebody else may come to serve it."""
@@ -135,12 +138,10 @@ class Session:
 
     async def _watch(self) -> None:
         while True:
-            await self._started.wait()
+            await self._busy.wait_value(True)
             await trio.sleep(LOOK_S)
             if self.is_busy and self.stream.is_gone:
                 self.stream.close()
-            elif not self.is_busy:
-                self._started = trio.Event()
 
     # -- input ------------------------------------------------------------------------------------------------
 
@@ -157,32 +158,23 @@ class Session:
 
     async def _take(self, message: Any) -> None:
         if self._queue is None:
-            self._set_busy()
+            self._busy.value = True
             try:
                 await self._serve(message)
             finally:
-                self._set_idle()
+                self._busy.value = False
             return
         if isinstance(message, dict) and "exec-oob" in message:
             await self._serve(message)
             return
-        self._set_busy()
+        self._busy.value = True
         await self._queue.send(message)
 
     async def _serve_queue(self, queue: trio.MemoryReceiveChannel[Any]) -> None:
         async for message in queue:
             await self._serve(message)
             if not queue.statistics().current_buffer_used:
-                self._set_idle()
-
-    def _set_busy(self) -> None:
-        self.is_busy = True
-        self._started.set()
-
-    def _set_idle(self) -> None:
-        self.is_busy = False
-        self._idle.set()
-        self._idle = trio.Event()
+                self._busy.value = False
 
     # -- commands ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 import trio
+from trio_util import RepeatedEvent
 
 from qsd import trace
 from qsd.actors.core import Actor, Stop, receives
@@ -58,7 +59,7 @@ class NbdExport(Actor):
         self._reactor = service.reactor
         self._multi_conn = service.max_connections != 1
         self.connections: set[NbdConnection] = set()
-        self._empty = trio.Event()
+        self._left = RepeatedEvent()
 
     def describe(self) -> ExportInfo:
         """The export as a client sees it now."""
@@ -89,16 +90,14 @@ class NbdExport(Actor):
     def left(self, connection: NbdConnection) -> None:
         """A client has gone and nothing of it is in flight."""
         self.connections.discard(connection)
-        if not self.connections:
-            self._empty.set()
-            self._empty = trio.Event()
+        self._left.set()
 
     async def close(self) -> None:
         """Drop the clients; return when nothing is in flight."""
         for connection in list(self.connections):
             connection.disconnect("export is going away")
         while self.connections:
-            await self._empty.wait()
+            await self._left.wait()
 
     async def started(self) -> None:
         """Let the iothread it names rule the polling."""
@@ -272,7 +271,7 @@ class NbdService(Actor):
         self._accepting: trio.CancelScope | None = None
         self.max_connections = DEFAULT_MAX_CONNECTIONS
         self._connections: set[NbdConnection] = set()
-        self._room = trio.Event()
+        self._room = RepeatedEvent()
         self._count = 0
         exports.makers["nbd"] = (self._check, self._make, Perm.RESIZE)
 
@@ -400,7 +399,6 @@ class NbdService(Actor):
         if connection in self._connections:
             self._connections.discard(connection)
             self._room.set()
-            self._room = trio.Event()
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts, and its clients."""
