@@ -91,7 +91,8 @@ class Node(Actor):
     @property
     def in_flight(self) -> int:
         """Requests started here that have not ended."""
-        return self._tasks.value + self.driver.in_flight + self.serialiser.in_flight
+        tasks: int = self._tasks.value
+        return tasks + self.driver.in_flight + self.serialiser.in_flight
 
     @property
     def is_held(self) -> bool:
