@@ -37,6 +37,7 @@ class Flag(IntFlag):
     FUA = 1  # reach stable storage before the reply
     MAY_UNMAP = 2  # WRITE_ZEROES may deallocate
     NO_FALLBACK = 4  # WRITE_ZEROES must fail with ENOTSUP rather than write zero bytes (NBD's fast zero)
+    MAY_LEND = 8  # READ may end with a Loan in ``result`` instead of bytes in the buffer
 
 
 class BlockState(IntFlag):
@@ -55,6 +56,32 @@ class Extent:
     length: int
     state: BlockState
     depth: int = 1
+
+
+class Loan:
+    """Where the bytes of a read are, instead of the bytes: a range of a file, all of it in the page cache.
+
+    Who asked for it (``Flag.MAY_LEND``) hands the range to the kernel, which sends the pages themselves, and calls
+    ``give_back`` once when it is done or has lost interest. Until the bytes have left, later writes may show in
+    them. An NBD client cannot tell: its read is still under way then. A driver whose parents must see the bytes of
+    one moment (a snapshot's) takes the flag out of what it passes on.
+    """
+
+    __slots__ = ("fd", "give_back", "length", "offset")
+
+    def __init__(self, fd: int, offset: int, length: int, give_back: Callable[[], None]) -> None:
+        self.fd = fd
+        self.offset = offset
+        self.length = length
+        self.give_back = give_back
+
+    def __len__(self) -> int:
+        return self.length
+
+    def advance(self, count: int) -> None:
+        """The first ``count`` bytes have been sent."""
+        self.offset += count
+        self.length -= count
 
 
 class ReplyQueue:
@@ -82,7 +109,8 @@ class ReplyQueue:
 class Request:
     """One I/O request; see the module's rules.
 
-    ``result`` carries the extents (a list of ``Extent``) of a completed BLOCK_STATUS. ``extents_wanted`` bounds it.
+    ``result`` carries the extents (a list of ``Extent``) of a completed BLOCK_STATUS, of which ``extents_wanted``
+    says how many at most, or the ``Loan`` of a READ that allowed one.
     """
 
     __slots__ = (

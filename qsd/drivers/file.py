@@ -106,6 +106,7 @@ class FileDriver(Driver):
     def _take(self, fd: int, *, writable: bool, direct: bool) -> None:
         io = self.io
         io.fd, io.writable, io.direct = fd, writable, direct
+        io.lender.forget()
         self.limits = Limits()
         if direct:
             request, memory = files.probe_direct_alignment(fd, is_device=io.is_device)
@@ -118,6 +119,7 @@ class FileDriver(Driver):
     async def close(self) -> None:
         """Close the descriptor; its locks go with it."""
         if self.io.fd >= 0:
+            self.io.lender.forget()
             os.close(self.io.fd)
             self.io.fd = -1
 

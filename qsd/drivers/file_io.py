@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 from qsd.drivers.base import Driver
+from qsd.drivers.lending import Lender
 from qsd.host import files
 from qsd.host.memory import address_of
 from qsd.messages import BlockState, Extent, Flag, Op, Request
@@ -78,6 +79,7 @@ class FileIo:
         # A failed fdatasync of the page cache leaves pages marked clean that never reached the disk: no later flush
         # may claim success (fsync(2); the reference does the same).
         self._cache_lost = False
+        self.lender = Lender()
         self.discard_ok = 0
         self.discard_failed = 0
         self.discard_bytes_ok = 0
@@ -94,11 +96,14 @@ class FileIo:
             self._offload -= 1
         offloaded: list[Request] = []
         fd = self.fd
+        file_end = self._driver.length
         preadv = os.preadv
         started = False
         for request in batch:
             op = request.op
             if op == READ:
+                if request.flags and self.lender.lend(fd, file_end, request):
+                    continue
                 buffer = request.buffer
                 length = request.length
                 try:

@@ -1,14 +1,21 @@
-"""What one client is still owed: pieces of slabs in the order they are sent, and the account of what they hold."""
+"""What one client is still owed: pieces of slabs and loans in the order they are sent, and the account of them."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import socket
 from collections import deque
 
+from qsd.messages import Loan
 from qsd.servers.nbd.buffers import Pool, Slab
 
 MAX_SEGMENTS = 512
+# What a file system without splice support answers to sendfile(2).
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS)
+# Bytes of a loan copied at a time then.
+COPY = 256 << 10
 
 
 class Outgoing:
@@ -21,7 +28,7 @@ class Outgoing:
     def __init__(self, sock: socket.socket, pool: Pool) -> None:
         self._sock = sock
         self._pool = pool
-        self._queue: deque[tuple[memoryview, Slab | None, int]] = deque()
+        self._queue: deque[tuple[memoryview | Loan, Slab | None, int]] = deque()
         self.requests = 0
         self.reply_bytes = 0
         self.bytes_sent = 0
@@ -33,6 +40,11 @@ class Outgoing:
     def add(self, view: memoryview, slab: Slab | None, slots: int) -> None:
         """Queue ``slots`` replies that lie one behind the other in ``view``."""
         self._queue.append((view, slab, slots))
+
+    def add_loan(self, head: memoryview, loan: Loan, slab: Slab) -> None:
+        """Queue a reply whose data is lent: its header, then the loan in place of the room behind it."""
+        self._queue.append((head, slab, 0))
+        self._queue.append((loan, slab, 1))
 
     def add_bytes(self, data: bytes) -> None:
         """Queue one reply that was not laid out in a slab."""
@@ -63,21 +75,27 @@ class Outgoing:
     def drop(self) -> None:
         """Forget everything: the client has gone."""
         while self._queue:
-            view, slab, slots = self._queue.popleft()
-            self._sent(slab, slots, len(view))
+            piece, slab, slots = self._queue.popleft()
+            self._sent(slab, slots, len(piece))
+            if isinstance(piece, Loan):
+                piece.give_back()
 
     def send(self) -> None:
         """Send until the socket is full or all is sent; raises OSError when the client has gone."""
         queue = self._queue
         while queue:
             try:
-                if len(queue) == 1:
-                    whole = len(queue[0][0])
-                    count = self._sock.send(queue[0][0])
+                first = queue[0][0]
+                if isinstance(first, Loan):
+                    whole = len(first)
+                    count = self._send_loan(first)
+                elif len(queue) == 1:
+                    whole = len(first)
+                    count = self._sock.send(first)
                 else:
-                    views = [entry[0] for entry in itertools.islice(queue, MAX_SEGMENTS)]
+                    views, flags = self._views()
                     whole = sum(map(len, views))
-                    count = self._sock.sendmsg(views)
+                    count = self._sock.sendmsg(views, (), flags)
             except (BlockingIOError, InterruptedError):
                 return
             self.bytes_sent += count
@@ -86,19 +104,47 @@ class Outgoing:
             if is_short:
                 return
 
+    def _views(self) -> tuple[list[memoryview], int]:
+        """The pieces in memory up to the next loan, and how to send them."""
+        views: list[memoryview] = []
+        for piece, _slab, _slots in itertools.islice(self._queue, MAX_SEGMENTS):
+            if isinstance(piece, Loan):
+                # Its first bytes fit into the packet of the header.
+                return views, socket.MSG_MORE
+            views.append(piece)
+        return views, 0
+
+    def _send_loan(self, loan: Loan) -> int:
+        try:
+            count = os.sendfile(self._sock.fileno(), loan.fd, loan.offset, loan.length)
+        except OSError as error:
+            if error.errno not in _NO_SENDFILE:
+                raise
+            data = os.pread(loan.fd, min(loan.length, COPY), loan.offset)
+            count = self._sock.send(data) if data else 0
+        if count:
+            return count
+        # The file has been cut short since: what is beyond its end reads as zeroes.
+        return self._sock.send(bytes(min(loan.length, COPY)))
+
     def _account(self, count: int) -> None:
         queue = self._queue
         while count:
-            view, slab, slots = queue[0]
-            length = len(view)
+            piece, slab, slots = queue[0]
+            length = len(piece)
             if count < length:
-                queue[0] = (view[count:], slab, slots)
+                if isinstance(piece, Loan):
+                    piece.advance(count)
+                else:
+                    queue[0] = (piece[count:], slab, slots)
                 if slab is not None:
                     self.reply_bytes -= count
                 return
             count -= length
             queue.popleft()
             self._sent(slab, slots, length)
+            if isinstance(piece, Loan):
+                piece.give_back()
 
     def _sent(self, slab: Slab | None, slots: int, length: int) -> None:
         self.requests -= slots

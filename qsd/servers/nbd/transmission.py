@@ -18,8 +18,9 @@ from typing import Protocol
 
 import attrs
 
+from qsd.drivers.lending import LEND_MIN
 from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, Reactor, Registration
-from qsd.messages import Op, ReplyQueue, Request
+from qsd.messages import Flag, Op, ReplyQueue, Request
 from qsd.servers.nbd.buffers import Pool, Receive, Slab
 from qsd.servers.nbd.outgoing import Outgoing
 from qsd.servers.nbd.replies import Encoder
@@ -27,6 +28,7 @@ from qsd.wire.nbd import constants as c
 from qsd.wire.nbd import transmission as wire
 
 READ = Op.READ.value
+MAY_LEND = Flag.MAY_LEND.value
 WRITE = Op.WRITE.value
 MAX_LENGTH = c.MAX_PAYLOAD
 
@@ -295,7 +297,8 @@ class Transmission:
                     slab.outstanding += 1
                     out.reply_bytes += stop - start
                     tag: Tag = (cookie, slab, start, stop, None, offset, length, kind, ())
-                    batch.append(Request(READ, offset, length, slab.view[data:stop], replies, 0, tag))
+                    lend = MAY_LEND if length >= LEND_MIN else 0
+                    batch.append(Request(READ, offset, length, slab.view[data:stop], replies, lend, tag))
                     position += header_size
                     budget -= length
                     room -= 1
@@ -428,7 +431,8 @@ class Transmission:
                 receive.lent -= 1
                 if not receive.lent and receive is not self._receive_buffer:
                     self._pool.give_back(receive)
-            if start == last and slab is current and not request.error:
+            loan = request.result
+            if start == last and slab is current and loan is None and not request.error:
                 last = stop
                 count += 1
                 continue
@@ -439,6 +443,9 @@ class Transmission:
                 out.add_bytes(self._answer(request))
                 if slab is not None:
                     out.forget_slot(slab, stop - start)
+                continue
+            if loan is not None:
+                out.add_loan(slab.view[start : stop - length], loan, slab)
                 continue
             current, first, last, count = slab, start, stop, 1
         if current is not None:
