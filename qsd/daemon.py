@@ -83,7 +83,7 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     plane = DataPlane()
     await supervisor.start(plane, Floor.CORE)
 
-    graph = Graph(supervisor, find_driver, plane.aio, _warn)
+    graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.get)
     await supervisor.start(graph, Floor.GRAPH)
     exports = Exports(supervisor, graph, objects, events)
     nbd = NbdService(supervisor, plane.reactor, exports, _warn)

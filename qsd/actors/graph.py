@@ -58,18 +58,24 @@ class _Claim:
 class Graph(Actor):
     """See the module. Runs on the floor GRAPH; its nodes run on the floor NODES and are closed by it.
 
-    ``find_driver`` returns the class for a driver's name or raises QmpError; ``warn`` prints one line on stderr.
+    ``find_driver`` returns the class for a driver's name or raises QmpError; ``warn`` prints one line on stderr;
+    ``secret`` gives the value of a secret object or raises QmpError.
     """
 
     kind = "graph"
 
     def __init__(
-        self, supervisor: Supervisor, find_driver: FindDriver, aio: Aio, warn: Callable[[str], None]
+        self,
+        supervisor: Supervisor,
+        find_driver: FindDriver,
+        aio: Aio,
+        warn: Callable[[str], None],
+        secret: Callable[[str], bytes],
     ) -> None:
         super().__init__("graph")
         self.topology = Topology()
         self._supervisor = supervisor
-        self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, self._truncate)
+        self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, secret, self._truncate)
         self._scopes: set[trio.CancelScope] = set()
         self._work_ended = RepeatedEvent()
 

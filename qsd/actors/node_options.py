@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
+
 from qsd.drivers.base import ChildRole, DetectZeroes, Mode
 from qsd.errors import QmpError
 from qsd.qapi.schema.block import BlockdevDiscardOptions
@@ -17,9 +19,12 @@ def resolve_mode(options: BlockdevOptions, inherited: Mode | None = None, role: 
 
     ``inherited`` is the parent's mode for a child whose options stand inside the parent's, None for others: such a
     child takes over cache, read-only, auto-read-only and force-share where it says nothing itself, and passes
-    discards on unless told otherwise (the node above decides). The rest is never inherited.
+    discards on unless told otherwise (the node above decides). The rest is never inherited. A backing file is
+    read-only where it says nothing.
     """
     base = inherited or Mode()
+    if role is ChildRole.COW and inherited is not None:
+        base = attrs.evolve(base, read_only=True, auto_read_only=False)
     cache = options.cache
     discard = options.discard
     if discard is None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -20,7 +21,7 @@ from qsd.actors.node import Node
 from qsd.actors.node_options import check_mode, resolve_mode
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.actors.topology import Topology
-from qsd.drivers.base import Aio, ChildRole, Driver, Mode
+from qsd.drivers.base import Aio, Child, ChildRole, Driver, Mode
 from qsd.errors import QmpError, errno_text
 from qsd.qapi.core import NULL
 
@@ -35,12 +36,18 @@ FindDriver = Callable[[str], type[Driver]]
 UNKNOWN_REFERENCE = "Cannot find device='{}' nor node-name='{}'"
 
 
+async def _nothing_to_open(name: str, _role: ChildRole, _options: Any) -> Child:
+    raise AssertionError(f"child {name} is opened outside of Driver.open")
+
+
 @attrs.define(eq=False)
 class NodeHost:
     """What the daemon lends one node's driver (the ``Host`` protocol)."""
 
     aio: Aio
     warn: Callable[[str], None]
+    secret: Callable[[str], bytes]
+    open_child: Callable[[str, ChildRole, Any], Awaitable[Child]] = _nothing_to_open
     node: Node | None = None
 
     def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:
@@ -69,6 +76,7 @@ class Opener:
         find_driver: FindDriver,
         aio: Aio,
         warn: Callable[[str], None],
+        secret: Callable[[str], bytes],
         truncate: Truncate,
     ) -> None:
         self._topology = topology
@@ -76,6 +84,7 @@ class Opener:
         self._find_driver = find_driver
         self._aio = aio
         self._warn = warn
+        self._secret = secret
         self._truncate = truncate
 
     # -- opening ----------------------------------------------------------------------------------------------
@@ -114,7 +123,7 @@ class Opener:
         topology = self._topology
         name = topology.take_name(options.node_name)
         try:
-            host = NodeHost(self._aio, self._warn)
+            host = NodeHost(self._aio, self._warn, self._secret)
             driver = driver_class(name, options, mode, host)
             node = Node(name, driver)
             host.node = node
@@ -128,7 +137,11 @@ class Opener:
         topology.living[info.key] = node
         try:
             await self._attach(node, children)
-            await driver.open()
+            host.open_child = partial(self._open_child, node, children)
+            try:
+                await driver.open()
+            finally:
+                host.open_child = _nothing_to_open
             node.is_open = True
             await self._join(node)
         except BaseException as error:
@@ -140,6 +153,17 @@ class Opener:
             if child.is_inline:
                 info_of(child.node).inline_parent = node
         return node
+
+    async def _open_child(
+        self, node: Node, children: list[_Found], name: str, role: ChildRole, options: Any
+    ) -> Child:
+        found = _Found(name, role, await self.open(options, node.mode, role), is_inline=True)
+        try:
+            await self._attach(node, [found])
+            children.append(found)
+        finally:
+            await self._unpin(found.node)
+        return node.driver.children[name]
 
     async def _attach(self, node: Node, children: list[_Found]) -> None:
         if not children:
@@ -165,7 +189,7 @@ class Opener:
     async def _give_up(self, node: Node) -> None:
         # A driver that failed to open has let go of everything itself; one that opened is closed by its node.
         info_of(node).state = NodeState.CLOSING
-        await self._end(node)
+        await self.close_unwanted(await self._end(node))
 
     async def _unpin(self, node: Node) -> None:
         info_of(node).pins -= 1

@@ -24,7 +24,7 @@ import trio
 from qsd.block.mode import DetectZeroes as DetectZeroes
 from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
-from qsd.messages import Request
+from qsd.messages import Extent, Request
 
 SECTOR = 512
 
@@ -75,8 +75,17 @@ class Child(Protocol):
     async def read(self, offset: int, length: int) -> bytes:
         """Slow-path read; raises OSError."""
 
-    async def write(self, offset: int, data: bytes) -> None:
+    async def write(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         """Slow-path write; raises OSError."""
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Slow-path zeroing; raises OSError."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Slow-path discard; raises OSError."""
+
+    async def block_status(self, offset: int, length: int, extents: int = 1) -> list[Extent]:
+        """At most ``extents`` extents from ``offset`` on; raises OSError."""
 
     async def flush(self) -> None:
         """Slow-path flush; raises OSError."""
@@ -123,6 +132,17 @@ class Host(Protocol):
 
     def warn(self, text: str) -> None:
         """One line on the daemon's standard error."""
+
+    def secret(self, name: str) -> bytes:
+        """The plain bytes of the secret object ``name``. Raises QmpError."""
+
+    async def open_child(self, name: str, role: ChildRole, options: Any) -> Child:
+        """Open a node the image itself names (``BlockdevOptions``) and make it the child ``name``. Raises QmpError.
+
+        Only from within ``Driver.open``. It is the one gate for files the user did not name: a driver calls it when
+        its options allow that, never because of an image alone. The child inherits as an inline one does, belongs
+        to this node, and is in ``Driver.children`` afterwards.
+        """
 
 
 class Driver(ABC):
@@ -217,6 +237,15 @@ class Driver(ABC):
         raise NotImplementedError
 
     can_truncate: ClassVar[bool] = False
+
+    async def amend(self, options: Any, *, force: bool) -> None:
+        """Change properties of the image in place (x-blockdev-amend). Raises QmpError.
+
+        ``options`` is the driver's branch of ``BlockdevAmendOptions``. The node is writable; requests go on.
+        """
+        raise NotImplementedError
+
+    can_amend: ClassVar[bool] = False
 
     def refresh_length(self) -> None:
         """Look again at how long the thing below is (after a child was resized)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qsd.drivers.base import Driver
+from qsd.drivers.creating import Creator
 from qsd.drivers.file import FileDriver, HostDeviceDriver
 from qsd.drivers.null import NullAioDriver, NullDriver
 from qsd.drivers.raw import RawDriver
@@ -11,6 +12,9 @@ from qsd.errors import QmpError
 DRIVERS: dict[str, type[Driver]] = {
     kind.name: kind for kind in (FileDriver, HostDeviceDriver, NullDriver, NullAioDriver, RawDriver)
 }
+
+# Formats and protocols that blockdev-create can make, by driver name.
+CREATORS: dict[str, Creator] = {}
 
 
 def find_driver(name: str) -> type[Driver]:

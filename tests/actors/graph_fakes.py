@@ -49,6 +49,9 @@ class FormatOptions(BlockdevOptions):
     backing: Any = None
 
 
+NO_SECRETS: dict[str, bytes] = {}
+
+
 @attrs.define
 class World:
     """``fail`` holds (what, node name); ``gates`` lets an operation of that kind wait."""
@@ -56,6 +59,8 @@ class World:
     contents: dict[str, bytearray] = attrs.field(factory=dict)
     locks: dict[tuple[str, int], tuple[Perm, Perm]] = attrs.field(factory=dict)
     open: set[str] = attrs.field(factory=set)
+    # Node name of a format -> what its image says its backing file is.
+    named_backing: dict[str, BlockdevOptions] = attrs.field(factory=dict)
     fail: set[tuple[str, str]] = attrs.field(factory=set)
     gates: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
     arrived: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
@@ -227,6 +232,13 @@ class Format(_Fake):
     child_specs = (("backing", ChildRole.COW), ("file", ChildRole.DATA))
     can_truncate = False
 
+    async def open(self) -> None:
+        named = self.world.named_backing.get(self.node_name)
+        if named is not None and self.options.backing is None:
+            child = await self.host.open_child("backing", ChildRole.COW, named)
+            assert self.children["backing"] is child
+        await super().open()
+
     def refresh_length(self) -> None:
         self.length = self.children["file"].length
 
@@ -261,7 +273,8 @@ async def running_graph() -> AsyncIterator[tuple[Graph, World]]:
         return kinds[name]
 
     async with Supervisor() as supervisor:
-        graph = Graph(supervisor, find, NoAio(), warn=print)  # type: ignore[arg-type]  # never used
+        aio: Any = NoAio()  # never used
+        graph = Graph(supervisor, find, aio, warn=print, secret=NO_SECRETS.__getitem__)
         await supervisor.start(graph, Floor.GRAPH)
         yield graph, world
     assert supervisor.fatal is None

@@ -9,7 +9,7 @@ import pytest
 import trio
 from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
-from qsd.actors.edges import NodeState, RootOptions
+from qsd.actors.edges import NodeState, RootOptions, info_of
 from qsd.actors.graph import Graph
 from qsd.actors.node import Node
 from qsd.actors.supervisor import Floor
@@ -144,6 +144,30 @@ async def test_inline_children_inherit(bench: Bench) -> None:
     )
     await graph.add(raw("s", disk("g", read_only=False, cache=BlockdevCacheOptions(direct=False)), cache=cache))
     assert graph.find("g").mode == Mode(discard_unmap=True, cache_no_flush=True)
+
+
+async def test_backing_file_an_image_names_belongs_to_it(bench: Bench) -> None:
+    graph, world = bench
+    world.named_backing["top"] = DiskOptions(filename="base")
+    await graph.add(FormatOptions(node_name="top", file=DiskOptions(node_name="f")))
+    backing = info_of(graph.find("top")).children["backing"].node
+    assert backing.mode.read_only
+    assert info_of(backing).pins == 0
+    assert info_of(backing).inline_parent is graph.find("top")
+    await graph.delete("top")
+    assert not graph.nodes
+
+
+@pytest.mark.parametrize("where", ["base", "top"])
+async def test_open_that_fails_closes_the_backing_file_the_image_names(bench: Bench, where: str) -> None:
+    graph, world = bench
+    world.named_backing["top"] = DiskOptions(node_name="base", filename="base")
+    world.fail.add(("open", where))
+    with pytest.raises(QmpError, match=f"open of {where} fails"):
+        await graph.add(FormatOptions(node_name="top", file=DiskOptions(node_name="f")))
+    assert not graph.nodes
+    assert not world.open
+    assert not world.locks
 
 
 async def test_referenced_children_do_not_inherit(bench: Bench) -> None:
