@@ -14,7 +14,7 @@ may neither await nor raise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
@@ -136,7 +136,7 @@ class Host(Protocol):
     def secret(self, name: str) -> bytes:
         """The plain bytes of the secret object ``name``. Raises QmpError."""
 
-    async def open_child(self, name: str, role: ChildRole, options: Any) -> Child:
+    def open_child(self, name: str, role: ChildRole, options: Any, /) -> Awaitable[Child]:
         """Open a node the image itself names (``BlockdevOptions``) and make it the child ``name``. Raises QmpError.
 
         Only from within ``Driver.open``. It is the one gate for files the user did not name: a driver calls it when
