@@ -1,0 +1,372 @@
+"""The header cluster of a qcow2 image: fields, feature bits, header extensions, backing file name.
+
+Pure. Follows the qcow2 specification (interop/qcow2, "Header" and "Header extensions"); the bounds beyond the
+specification (table sizes, cluster sizes) and the error texts are the reference's. All numbers are big endian.
+
+To open: read ``PROBE_LENGTH`` bytes, ``probe_cluster_size`` of them, read that many bytes, ``parse_header``. To
+change: ``attrs.evolve`` the header, write ``serialise_header`` of it over the start of the file. Header extensions
+nobody here knows and header fields of later versions survive that.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import attrs
+
+from qsd.errors import QmpError
+
+MAGIC: Final = b"QFI\xfb"
+PROBE_LENGTH: Final = 112
+V2_LENGTH: Final = 72
+V3_LENGTH: Final = 104
+# With the compression type and its padding; what is written for every new image.
+FULL_LENGTH: Final = 112
+
+MIN_CLUSTER_BITS: Final = 9
+MAX_CLUSTER_BITS: Final = 21
+MIN_EXTENDED_CLUSTER_BITS: Final = 14
+MAX_BACKING_NAME: Final = 1023
+# Bytes. Enough for 2 EiB at 2 MiB clusters; a bound on memory an image can ask for (CVE-2014-0143 and kin).
+MAX_L1_BYTES: Final = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
+MAX_SNAPSHOTS: Final = 65536
+MAX_REFCOUNT_ORDER: Final = 6
+MAX_SIZE: Final = (1 << 63) - 1
+
+# Incompatible feature bits.
+DIRTY: Final = 1 << 0
+CORRUPT: Final = 1 << 1
+DATA_FILE: Final = 1 << 2
+COMPRESSION: Final = 1 << 3
+EXTENDED_L2: Final = 1 << 4
+KNOWN_INCOMPATIBLE: Final = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
+# Compatible.
+LAZY_REFCOUNTS: Final = 1 << 0
+# Autoclear.
+BITMAPS: Final = 1 << 0
+DATA_FILE_RAW: Final = 1 << 1
+KNOWN_AUTOCLEAR: Final = BITMAPS | DATA_FILE_RAW
+
+# Header extension types.
+EXT_END: Final = 0
+EXT_BACKING_FORMAT: Final = 0xE2792ACA
+EXT_FEATURE_NAMES: Final = 0x6803F857
+EXT_BITMAPS: Final = 0x23852875
+EXT_CRYPTO: Final = 0x0537BE77
+EXT_DATA_FILE: Final = 0x44415441
+
+CRYPT_NONE: Final = 0
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
+COMPRESSION_ZLIB: Final = 0
+COMPRESSION_ZSTD: Final = 1
+
+_INCOMPATIBLE, _COMPATIBLE, _AUTOCLEAR = 0, 1, 2
+# The feature name table written into every v3 image: kind, bit, name.
+FEATURE_NAMES: Final = (
+    (_INCOMPATIBLE, 0, "dirty bit"),
+    (_INCOMPATIBLE, 1, "corrupt bit"),
+    (_INCOMPATIBLE, 2, "external data file"),
+    (_INCOMPATIBLE, 3, "compression type"),
+    (_INCOMPATIBLE, 4, "extended L2 entries"),
+    (_COMPATIBLE, 0, "lazy refcounts"),
+    (_AUTOCLEAR, 0, "bitmaps"),
+    (_AUTOCLEAR, 1, "raw external data"),
+)
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+_EXTENSION = struct.Struct(">II")
+_FEATURE = struct.Struct(">BB46s")
+_NOT_QCOW2 = "Image is not in qcow2 format"
+
+
+@attrs.frozen
+class Extension:
+    """One header extension: type and data, without the padding to 8 bytes."""
+
+    type: int
+    data: bytes
+
+
+@attrs.frozen(kw_only=True)
+class Header:
+    """The header cluster. Offsets and sizes: bytes; ``l1_size``: entries; ``refcount_table_clusters``: clusters.
+
+    ``extensions`` are in file order, without the end mark and the feature name table (which is written anew).
+    ``later_fields`` are the bytes of a longer header than ``FULL_LENGTH``. ``backing_offset`` and
+    ``backing_file`` are where the name was found and what it is; ``serialise_header`` places it anew.
+    """
+
+    version: int = 3
+    cluster_bits: int = 16
+    size: int = 0
+    crypt_method: int = CRYPT_NONE
+    l1_size: int = 0
+    l1_offset: int = 0
+    refcount_table_offset: int = 0
+    refcount_table_clusters: int = 0
+    snapshot_count: int = 0
+    snapshots_offset: int = 0
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    header_length: int = FULL_LENGTH
+    compression_type: int = COMPRESSION_ZLIB
+    later_fields: bytes = b""
+    backing_file: bytes | None = None
+    extensions: tuple[Extension, ...] = ()
+    feature_names: dict[tuple[int, int], str] = attrs.field(factory=dict, eq=False)
+
+    # -- derived ----------------------------------------------------------------------------------------------
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def has_extended_l2(self) -> bool:
+        """True when L2 entries have 16 bytes and a cluster 32 subclusters."""
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def has_data_file(self) -> bool:
+        """True when guest data lies in another file."""
+        return bool(self.incompatible & DATA_FILE)
+
+    @property
+    def is_data_file_raw(self) -> bool:
+        """True when the external data file must always be a valid raw image."""
+        return bool(self.autoclear & DATA_FILE_RAW)
+
+    @property
+    def l2_entry_size(self) -> int:
+        """Bytes of an L2 entry."""
+        return 16 if self.has_extended_l2 else 8
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of an L2 table, which takes one cluster."""
+        return self.cluster_size // self.l2_entry_size
+
+    @property
+    def refcount_bits(self) -> int:
+        """Bits of a reference count."""
+        return 1 << self.refcount_order
+
+    @property
+    def subcluster_size(self) -> int:
+        """Bytes of what is allocated at once: a cluster, or a 32nd of one with extended L2 entries."""
+        return self.cluster_size // 32 if self.has_extended_l2 else self.cluster_size
+
+    @property
+    def l1_needed(self) -> int:
+        """L1 entries that ``size`` needs."""
+        span = self.cluster_size * self.l2_entries
+        return -(-self.size // span)
+
+    def extension(self, kind: int) -> bytes | None:
+        """The data of the first header extension of a type."""
+        return next((extension.data for extension in self.extensions if extension.type == kind), None)
+
+    def with_extension(self, kind: int, data: bytes | None) -> Header:
+        """The header with that extension set (in place, else at the end) or taken away (None)."""
+        rest = [extension for extension in self.extensions if extension.type != kind]
+        if data is None:
+            return attrs.evolve(self, extensions=tuple(rest))
+        index = next((i for i, extension in enumerate(self.extensions) if extension.type == kind), len(rest))
+        rest.insert(index, Extension(kind, data))
+        return attrs.evolve(self, extensions=tuple(rest))
+
+
+def probe_cluster_size(start: bytes) -> int:
+    """The bytes of the header cluster, from the first ``PROBE_LENGTH`` bytes of the file. Raises QmpError."""
+    if len(start) < V2_LENGTH or start[:4] != MAGIC:
+        raise QmpError(_NOT_QCOW2)
+    version, bits = struct.unpack_from(">I", start, 4)[0], struct.unpack_from(">I", start, 20)[0]
+    if not 2 <= version <= 3:
+        raise QmpError(f"Unsupported qcow2 version {version}")
+    if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
+        raise QmpError(f"Unsupported cluster size: 2^{bits}")
+    return 1 << int(bits)
+
+
+def parse_header(cluster: bytes) -> Header:
+    """Read the header cluster; raises QmpError for what cannot be opened.
+
+    ``cluster`` holds as much of the first cluster as the file has. Unknown incompatible features are refused here
+    (with the names the image gives them); what else the bits mean is the driver's affair.
+    """
+    cluster_size = probe_cluster_size(cluster)
+    fields = _V2.unpack_from(cluster)
+    version, backing_offset, backing_size = fields[1], fields[2], fields[3]
+    header = Header(
+        version=version,
+        cluster_bits=fields[4],
+        size=fields[5],
+        crypt_method=fields[6],
+        l1_size=fields[7],
+        l1_offset=fields[8],
+        refcount_table_offset=fields[9],
+        refcount_table_clusters=fields[10],
+        snapshot_count=fields[11],
+        snapshots_offset=fields[12],
+        header_length=V2_LENGTH,
+    )
+    if version >= 3:
+        header = _with_v3_fields(header, cluster, cluster_size)
+    if backing_offset > cluster_size:
+        raise QmpError("Invalid backing file offset")
+    extensions_end = backing_offset or cluster_size
+    extensions, names = _parse_extensions(cluster, header.header_length, extensions_end)
+    header = attrs.evolve(header, extensions=extensions, feature_names=names)
+    _check_features(header)
+    if backing_offset:
+        header = attrs.evolve(header, backing_file=_backing_name(cluster, backing_offset, backing_size))
+    _check_bounds(header)
+    return header
+
+
+def _with_v3_fields(header: Header, cluster: bytes, cluster_size: int) -> Header:
+    if len(cluster) < V3_LENGTH:
+        raise QmpError("qcow2 header too short")
+    incompatible, compatible, autoclear, order, length = _V3.unpack_from(cluster, V2_LENGTH)
+    if length < V3_LENGTH:
+        raise QmpError("qcow2 header too short")
+    if length > cluster_size:
+        raise QmpError("qcow2 header exceeds cluster size")
+    return attrs.evolve(
+        header,
+        incompatible=incompatible,
+        compatible=compatible,
+        autoclear=autoclear,
+        refcount_order=order,
+        header_length=length,
+        compression_type=cluster[V3_LENGTH] if length > V3_LENGTH else COMPRESSION_ZLIB,
+        later_fields=bytes(cluster[FULL_LENGTH:length]),
+    )
+
+
+def _parse_extensions(
+    cluster: bytes, start: int, end: int
+) -> tuple[tuple[Extension, ...], dict[tuple[int, int], str]]:
+    found: list[Extension] = []
+    names: dict[tuple[int, int], str] = {}
+    position = start
+    end = min(end, len(cluster))
+    while position + _EXTENSION.size <= end:
+        kind, length = _EXTENSION.unpack_from(cluster, position)
+        position += _EXTENSION.size
+        if kind == EXT_END:
+            break
+        if length > end - position:
+            raise QmpError("Header extension too large")
+        data = bytes(cluster[position : position + length])
+        if kind == EXT_FEATURE_NAMES:
+            names = _parse_feature_names(data)
+        else:
+            found.append(Extension(kind, data))
+        position += -(-length // 8) * 8
+    return tuple(found), names
+
+
+def _parse_feature_names(data: bytes) -> dict[tuple[int, int], str]:
+    names: dict[tuple[int, int], str] = {}
+    for position in range(0, len(data) - _FEATURE.size + 1, _FEATURE.size):
+        kind, bit, name = _FEATURE.unpack_from(data, position)
+        names[kind, bit] = name.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return names
+
+
+def _check_features(header: Header) -> None:
+    unknown = header.incompatible & ~KNOWN_INCOMPATIBLE
+    if not unknown:
+        return
+    known_names = [
+        name for (kind, bit), name in header.feature_names.items() if kind == _INCOMPATIBLE and unknown >> bit & 1
+    ]
+    for kind, bit in header.feature_names:
+        if kind == _INCOMPATIBLE:
+            unknown &= ~(1 << bit)
+    if unknown:
+        known_names.append(f"Unknown incompatible feature: {unknown:x}")
+    raise QmpError(f"Unsupported qcow2 feature(s): {', '.join(known_names)}")
+
+
+def _backing_name(cluster: bytes, offset: int, size: int) -> bytes:
+    if size > min(MAX_BACKING_NAME, (1 << 63) - 1) or offset + size > len(cluster):
+        raise QmpError("Backing file name too long")
+    return bytes(cluster[offset : offset + size])
+
+
+def _check_bounds(header: Header) -> None:
+    cluster_mask = header.cluster_size - 1
+    if header.refcount_order > MAX_REFCOUNT_ORDER:
+        raise QmpError("Reference count entry width too large; may not exceed 64 bits")
+    if header.has_extended_l2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise QmpError(f"Unsupported cluster size: 2^{header.cluster_bits}")
+    if header.refcount_table_clusters << header.cluster_bits > MAX_REFCOUNT_TABLE_BYTES:
+        raise QmpError("Reference count table too large")
+    if not header.refcount_table_clusters:
+        raise QmpError("Image does not contain a reference count table")
+    if header.refcount_table_offset & cluster_mask or header.refcount_table_offset > MAX_SIZE:
+        raise QmpError("Invalid reference count table offset")
+    if header.snapshot_count > MAX_SNAPSHOTS:
+        raise QmpError("Snapshot table too large")
+    if header.snapshots_offset & cluster_mask or header.snapshots_offset > MAX_SIZE:
+        raise QmpError("Snapshot table offset invalid")
+    if header.l1_size * 8 > MAX_L1_BYTES:
+        raise QmpError("Active L1 table too large")
+    if header.size > MAX_SIZE or header.l1_needed * 8 > MAX_L1_BYTES:
+        raise QmpError("Image is too big")
+    if header.l1_size < header.l1_needed:
+        raise QmpError("L1 table is too small")
+    if header.l1_offset & cluster_mask or header.l1_offset > MAX_SIZE:
+        raise QmpError("Active L1 table offset invalid")
+
+
+def serialise_header(header: Header) -> bytes:
+    """The header cluster's bytes up to the end of the backing file name, padded to 8.
+
+    Raises QmpError when they do not fit into a cluster.
+    """
+    length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
+    extensions = b"".join(_packed(extension) for extension in header.extensions)
+    if header.version >= 3:
+        table = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in FEATURE_NAMES)
+        extensions += _packed(Extension(EXT_FEATURE_NAMES, table))
+    extensions += _EXTENSION.pack(EXT_END, 0)
+    name = header.backing_file or b""
+    backing_offset = length + len(extensions) if header.backing_file is not None else 0
+    fields = _V2.pack(
+        MAGIC,
+        header.version,
+        backing_offset,
+        len(name),
+        header.cluster_bits,
+        header.size,
+        header.crypt_method,
+        header.l1_size,
+        header.l1_offset,
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        header.snapshot_count,
+        header.snapshots_offset,
+    )
+    if header.version >= 3:
+        fields += _V3.pack(header.incompatible, header.compatible, header.autoclear, header.refcount_order, length)
+        fields += bytes((header.compression_type,)) + bytes(7)
+        fields += header.later_fields.ljust(length - FULL_LENGTH, b"\0")
+    whole = fields + extensions + name
+    if len(whole) > header.cluster_size:
+        raise QmpError("No space left on device")
+    return whole.ljust(-(-len(whole) // 8) * 8, b"\0")
+
+
+def _packed(extension: Extension) -> bytes:
+    length = len(extension.data)
+    return _EXTENSION.pack(extension.type, length) + extension.data.ljust(-(-length // 8) * 8, b"\0")
