@@ -192,17 +192,18 @@ class Transmission:
                     self._target.submit(batch)
             if replies.ready:
                 self._collect()
-            elif not batch:
+            elif not batch and not out:
                 break
             if out:
+                owed = out.requests, out.reply_bytes
                 self._send()
+                # What has left makes room for requests that have arrived already, which no event would announce.
+                if not batch and not replies.ready and owed == (out.requests, out.reply_bytes):
+                    break
+        replies.armed = True
         if self._gone:
-            replies.armed = True
             self._finish_if_idle()
             return
-        replies.armed = True
-        if out:
-            self._send()
         if not self._out.requests:
             if self._closing:
                 self.disconnect(self._closing)
