@@ -1,0 +1,215 @@
+"""The transmission phase in a world of its own: whatever the socket takes when, and whenever requests end, every
+request is answered. A lost wake-up shows as a world in which nothing can happen while answers are missing."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
+from qsd.messages import Op, Request
+from qsd.servers.nbd.buffers import Pool
+from qsd.servers.nbd.replies import Encoder
+from qsd.servers.nbd.transmission import Transmission
+from qsd.wire.nbd import constants as c
+from qsd.wire.nbd.handshake import ExportInfo, Negotiated
+from qsd.wire.nbd.transmission import REQUEST, SIMPLE_REPLY
+
+SIZE = 64 << 20
+
+
+class FakeSocket:
+    """A socket whose client has sent ``inbox``; each sending call takes as many bytes as ``windows`` says next."""
+
+    def __init__(self, inbox: bytes, windows: list[int]) -> None:
+        self.inbox = inbox
+        self._windows = iter(windows)
+        self.sent = bytearray()
+        self.is_closed = False
+
+    def setblocking(self, _flag: bool) -> None:
+        """Always non-blocking."""
+
+    def fileno(self) -> int:
+        return 7
+
+    def recv_into(self, view: memoryview) -> int:
+        if not self.inbox:
+            raise BlockingIOError
+        part = self.inbox[: len(view)]
+        view[: len(part)] = part
+        self.inbox = self.inbox[len(part) :]
+        return len(part)
+
+    def send(self, data: memoryview | bytes) -> int:
+        window = next(self._windows, 64 << 20)
+        if not window:
+            raise BlockingIOError
+        part = bytes(data[:window])
+        self.sent += part
+        return len(part)
+
+    def sendmsg(self, views: list[memoryview], _ancillary: object = (), _flags: int = 0) -> int:
+        return self.send(b"".join(views))
+
+    def shutdown(self, _how: int) -> None:
+        self.is_closed = True
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class FakeReactor:
+    """Remembers what the connection waits for; runs what is deferred at once, as outside of a round."""
+
+    registration: Registration
+
+    def register(self, fd: int, ready: Callable[[int], None], crashed: Callable[[Exception], None]) -> Registration:
+        self.registration = Registration(fd, ready, crashed, EPOLLIN)
+        return self.registration
+
+    def set_events(self, registration: Registration, events: int) -> None:
+        registration.events = events
+
+    def unregister(self, _registration: Registration) -> None:
+        """Nothing is registered anywhere."""
+
+    def defer(self, function: Callable[[], None], _crashed: object) -> None:
+        function()
+
+
+class FakeNode:
+    """Ends some requests on the spot and keeps the others until ``finish``."""
+
+    def __init__(self, is_late: Callable[[Request], bool]) -> None:
+        self._is_late = is_late
+        self.waiting: list[Request] = []
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if self._is_late(request):
+                self.waiting.append(request)
+            else:
+                self._serve(request)
+
+    def finish(self, index: int) -> None:
+        self._serve(self.waiting.pop(index % len(self.waiting)))
+
+    @staticmethod
+    def _serve(request: Request) -> None:
+        if request.op == Op.READ:
+            assert request.buffer is not None
+            request.buffer[:] = bytes((request.offset >> 12 & 0xFF,)) * request.length
+        request.complete(errno.EIO if request.offset == SIZE - 4096 else 0)
+
+
+class World:
+    """One connection with everything around it."""
+
+    def __init__(self, inbox: bytes, windows: list[int], is_late: Callable[[Request], bool]) -> None:
+        self.sock = FakeSocket(inbox, windows)
+        self.reactor = FakeReactor()
+        self.node = FakeNode(is_late)
+        self.ended: list[str] = []
+        export = ExportInfo("e", SIZE, read_only=False)
+        sock: Any = self.sock
+        reactor: Any = self.reactor
+        self.transmission = Transmission(
+            sock,
+            reactor,
+            self.node,
+            Encoder(Negotiated(export, False, False, (), b""), writethrough=False),
+            Pool(),
+            alignment=1,
+            leftover=b"",
+            ended=self.ended.append,
+            crashed=self._crashed,
+        )
+        self.transmission.start()
+
+    @staticmethod
+    def _crashed(error: Exception) -> None:
+        raise error
+
+    def run(self, picks: list[int]) -> None:
+        """Let things happen, a socket event first, else the end of a late request, until nothing can."""
+        for pick in itertools.cycle(picks):
+            events = self.reactor.registration.events & ((EPOLLIN if self.sock.inbox else 0) | EPOLLOUT)
+            if events:
+                self.reactor.registration.ready(events)
+            elif self.node.waiting:
+                self.node.finish(pick)
+            else:
+                return
+
+
+def read(cookie: int, offset: int, length: int) -> bytes:
+    return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, offset, length)
+
+
+def write(cookie: int, offset: int, length: int) -> bytes:
+    return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, cookie, offset, length) + bytes(length)
+
+
+def cookies_answered(sent: bytes, lengths: dict[int, int]) -> list[int]:
+    """Walk the simple replies, whose data must be what the node gave."""
+    found = []
+    position = 0
+    while position < len(sent):
+        magic, error, cookie = SIMPLE_REPLY.unpack_from(sent, position)
+        assert magic == c.SIMPLE_REPLY_MAGIC
+        position += SIMPLE_REPLY.size + (0 if error else lengths[cookie])
+        found.append(cookie)
+    assert position == len(sent)
+    return found
+
+
+kinds = st.tuples(st.booleans(), st.sampled_from((512, 4096, 65536, 262144, 1 << 20)), st.booleans(), st.booleans())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    requests=st.lists(kinds, min_size=1, max_size=40),
+    windows=st.lists(st.sampled_from((0, 100, 5000, 300_000, 4 << 20)), max_size=20),
+    picks=st.lists(st.integers(0, 50), min_size=1, max_size=8),
+)
+def test_every_request_is_answered(
+    requests: list[tuple[bool, int, bool, bool]], windows: list[int], picks: list[int]
+) -> None:
+    inbox = b""
+    lengths: dict[int, int] = {}
+    late = set()
+    for cookie, (is_read, length, is_late, fails) in enumerate(requests):
+        # A request is known by its offset; the last block of the export is the one that cannot be read.
+        offset = SIZE - 4096 if fails and length <= 4096 else cookie << 20
+        inbox += (read if is_read else write)(cookie, offset, length)
+        lengths[cookie] = length if is_read else 0
+        if is_late:
+            late.add(offset)
+    world = World(inbox, windows, lambda request: request.offset in late)
+    world.run(picks)
+    assert sorted(cookies_answered(bytes(world.sock.sent), lengths)) == list(range(len(requests)))
+    assert not world.sock.inbox
+    assert not world.ended
+
+
+def test_socket_that_empties_at_once_leaves_nothing_unparsed() -> None:
+    """Replies of more than a batch were owed, the socket then took them all, and what had arrived stayed unseen."""
+    count = 24
+    inbox = b"".join(read(cookie, cookie << 18, 256 << 10) for cookie in range(count))
+    for refusals in range(6):
+        world = World(inbox, [0] * refusals, lambda _request: False)
+        world.run([0])
+        assert cookies_answered(bytes(world.sock.sent), dict.fromkeys(range(count), 256 << 10)) == list(
+            range(count)
+        )
+
+
+def test_layout_is_the_protocols() -> None:
+    assert read(1, 2, 3) == struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 2, 3)
