@@ -83,8 +83,8 @@ class Graph(Actor):
 
     @property
     def nodes(self) -> list[Node]:
-        """The open nodes, oldest first."""
-        return list(self.topology.nodes.values())
+        """The open nodes, oldest first: what an image names comes after the node of that image."""
+        return sorted(self.topology.nodes.values(), key=lambda node: info_of(node).key)
 
     @property
     def roots(self) -> list[RootEdge]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
+import outcome
 import trio
 
 from qsd.actors.change import Change, Firmness
@@ -33,6 +34,8 @@ T = TypeVar("T")
 # Finds the class of a driver by the name users give; raises QmpError.
 FindDriver = Callable[[str], type[Driver]]
 
+# How many images may name one another, as libvirt limits it; a bound for chains that lead back to themselves.
+MAX_CHAIN = 200
 UNKNOWN_REFERENCE = "Cannot find device='{}' nor node-name='{}'"
 
 
@@ -90,9 +93,15 @@ class Opener:
     # -- opening ----------------------------------------------------------------------------------------------
 
     async def open(
-        self, options: BlockdevOptions, inherited: Mode | None = None, role: ChildRole = ChildRole.DATA
+        self,
+        options: BlockdevOptions,
+        inherited: Mode | None = None,
+        role: ChildRole = ChildRole.DATA,
+        depth: int = 0,
     ) -> Node:
         """Open a node with its inline children. It has one pin of the caller's.
+
+        ``depth`` counts how many images named the next until this one was named.
 
         Raises QmpError and leaves nothing: no node, no descriptor, no lock, no name.
         """
@@ -101,24 +110,27 @@ class Opener:
         async with contextlib.AsyncExitStack() as stack:
             children: list[_Found] = []
             for name, child_role in driver_class.child_specs:
-                found = await self._child(getattr(options, _attribute(name)), mode, name, child_role)
+                found = await self._child(getattr(options, _attribute(name)), mode, name, child_role, depth)
                 if found is not None:
                     children.append(found)
                     stack.push_async_callback(self._unpin, found.node)
             check_mode(mode)
-            return await self._open(driver_class, options, mode, children)
+            return await self._open(driver_class, options, mode, children, depth)
 
-    async def _child(self, value: Any, mode: Mode, name: str, role: ChildRole) -> _Found | None:
+    async def _child(self, value: Any, mode: Mode, name: str, role: ChildRole, depth: int) -> _Found | None:
         if value is None or value is NULL:
             return None
         if isinstance(value, str):
             node = self._topology.find(value, UNKNOWN_REFERENCE)
             info_of(node).pins += 1
             return _Found(name, role, node, is_inline=False)
-        return _Found(name, role, await self.open(value, mode, role), is_inline=True)
+        try:
+            return _Found(name, role, await self.open(value, mode, role, depth), is_inline=True)
+        except QmpError as error:
+            raise error.prefixed("Could not open backing file: " if role is ChildRole.COW else "") from None
 
     async def _open(
-        self, driver_class: type[Driver], options: BlockdevOptions, mode: Mode, children: list[_Found]
+        self, driver_class: type[Driver], options: BlockdevOptions, mode: Mode, children: list[_Found], depth: int
     ) -> Node:
         topology = self._topology
         name = topology.take_name(options.node_name)
@@ -137,7 +149,7 @@ class Opener:
         topology.living[info.key] = node
         try:
             await self._attach(node, children)
-            host.open_child = partial(self._open_child, node, children)
+            host.open_child = partial(self._open_child, node, children, depth)
             try:
                 await driver.open()
             finally:
@@ -155,9 +167,12 @@ class Opener:
         return node
 
     async def _open_child(
-        self, node: Node, children: list[_Found], name: str, role: ChildRole, options: Any
+        self, node: Node, children: list[_Found], depth: int, name: str, role: ChildRole, options: Any
     ) -> Child:
-        found = _Found(name, role, await self.open(options, node.mode, role), is_inline=True)
+        if depth >= MAX_CHAIN:
+            raise QmpError("The chain of images is too long")
+        opened = await _in_own_task(self.open, options, node.mode, role, depth + 1)
+        found = _Found(name, role, opened, is_inline=True)
         try:
             await self._attach(node, [found])
             children.append(found)
@@ -235,6 +250,23 @@ class Opener:
             del topology.living[info.key]
             topology.release_name(node.name)
         return left
+
+
+async def _in_own_task(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await with a stack of its own: every image of a long chain is opened from within the one above."""
+    result: outcome.Maybe[T] | None = None
+
+    async def run() -> None:
+        nonlocal result
+        try:
+            result = outcome.Value(await function(*args))
+        except Exception as error:  # noqa: BLE001  # it is what the caller gets
+            result = outcome.Error(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, name="open child")
+    assert result is not None
+    return result.unwrap()
 
 
 def _attribute(name: str) -> str:

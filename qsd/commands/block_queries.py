@@ -54,7 +54,7 @@ def _device_info(node: Node, *, flat: bool) -> Json:
         "detect_zeroes": mode.detect_zeroes.value,
         "write_threshold": _signed(node.write_threshold),
         "cache": {"writeback": True, "direct": mode.cache_direct, "no-flush": mode.cache_no_flush},
-        "children": [{"child": name, "node-name": edge.node.name} for name, edge in _children(node).items()],
+        "children": [{"child": name, "node-name": edge.node.name} for name, edge in _newest_first(node)],
         "image": _image_info(node, chain),
         **_NO_THROTTLING,
     }
@@ -70,6 +70,10 @@ def _signed(number: int) -> int:
 
 def _children(node: Node) -> dict[str, Edge]:
     return info_of(node).children
+
+
+def _newest_first(node: Node) -> list[tuple[str, Edge]]:
+    return list(reversed(_children(node).items()))
 
 
 def _backing_chain(node: Node) -> list[Node]:
@@ -102,6 +106,7 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
         "format": driver.name,
         "virtual-size": node.length,
         "limits": shown,
+        **driver.image_facts(),
     }
     for name, fact in (
         ("actual-size", driver.allocated_size()),
@@ -111,7 +116,6 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
         if fact is not None:
             image[name] = fact
     if chain:
-        image["backing-filename"] = image["full-backing-filename"] = chain[0].driver.filename()
         image["backing-image"] = _image_info(chain[0], chain[1:])
     return image
 

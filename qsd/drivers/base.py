@@ -268,6 +268,10 @@ class Driver(ABC):
         """``dirty-flag`` of ImageInfo: True when the image was not closed cleanly; None without such a notion."""
         return None
 
+    def image_facts(self) -> dict[str, Any]:
+        """Further members of ImageInfo: cluster size, and what the image says about a backing file."""
+        return {}
+
     def driver_statistics(self) -> dict[str, Any] | None:
         """``driver-specific`` of BlockStats as JSON, or None."""
         return None

@@ -264,7 +264,3 @@ class HostDeviceDriver(FileDriver):
             raise QmpError("Cannot grow device files")
         if exact and size < length:
             raise QmpError("Cannot resize device files")
-
-    def format_specific(self) -> dict[str, Any] | None:
-        """None."""
-        return None

@@ -6,11 +6,12 @@ from qsd.drivers.base import Driver
 from qsd.drivers.creating import Creator
 from qsd.drivers.file import FileDriver, HostDeviceDriver
 from qsd.drivers.null import NullAioDriver, NullDriver
+from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.raw import RawDriver
 from qsd.errors import QmpError
 
 DRIVERS: dict[str, type[Driver]] = {
-    kind.name: kind for kind in (FileDriver, HostDeviceDriver, NullDriver, NullAioDriver, RawDriver)
+    kind.name: kind for kind in (FileDriver, HostDeviceDriver, NullDriver, NullAioDriver, RawDriver, Qcow2Driver)
 }
 
 # Formats and protocols that blockdev-create can make, by driver name.

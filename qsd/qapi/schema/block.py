@@ -14,6 +14,7 @@ class BlockdevDriver(str, Enum):
     HOST_DEVICE = "host_device"
     NULL_AIO = "null-aio"
     NULL_CO = "null-co"
+    QCOW2 = "qcow2"
     RAW = "raw"
 
 

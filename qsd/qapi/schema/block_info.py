@@ -6,6 +6,7 @@ from enum import Enum
 
 from qsd.qapi.core import SCHEMA, Command, Uint64, branch, enum, legacy_union, struct, union
 from qsd.qapi.schema.block import BlockdevDetectZeroesOptions, BlockdevDriver
+from qsd.qapi.schema.qcow2 import ImageInfoSpecificQCow2
 
 
 @struct("BlockdevChild")
@@ -70,12 +71,19 @@ class ImageInfoSpecificFile:
 @enum("ImageInfoSpecificKind")
 class ImageInfoSpecificKind(str, Enum):
     FILE = "file"
+    QCOW2 = "qcow2"
 
 
-@legacy_union("ImageInfoSpecific", {ImageInfoSpecificKind.FILE: ImageInfoSpecificFile})
+@legacy_union(
+    "ImageInfoSpecific",
+    {
+        ImageInfoSpecificKind.FILE: ImageInfoSpecificFile,
+        ImageInfoSpecificKind.QCOW2: ImageInfoSpecificQCow2,
+    },
+)
 class ImageInfoSpecific:
     type: ImageInfoSpecificKind
-    data: ImageInfoSpecificFile
+    data: ImageInfoSpecificFile | ImageInfoSpecificQCow2
 
 
 @struct("ImageInfo")

@@ -1,0 +1,126 @@
+"""Files that an image names: from the string in a header to the options of a node.
+
+The words of a name are the reference's: a path (relative to the directory of the image that names it), ``file:``
+or ``host_device:`` and a path, ``json:{...}``. Anything else with a protocol in front is refused, and so is a
+``json:`` name that refers to nodes of the user's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from qsd.drivers.probing import probe, protocol_of
+from qsd.errors import QmpError
+from qsd.qapi.visit import from_json
+from qsd.wire.qmp_json import parse_one
+
+if TYPE_CHECKING:
+    from qsd.qapi.schema.block import BlockdevOptions
+
+_PROTOCOLS: Final = ("file", "host_device")
+
+
+def protocol_in(name: str) -> str | None:
+    """The protocol ``name`` begins with, or None for a path."""
+    protocol, colon, _rest = name.partition(":")
+    return protocol if colon and "/" not in protocol else None
+
+
+def full_name(name: str, image: str) -> str:
+    """``name`` as the image called ``image`` means it. Raises QmpError."""
+    if not name or protocol_in(name) is not None or os.path.isabs(name):
+        return name
+    if protocol_in(image) is not None:
+        raise QmpError(f"Cannot use relative backing file names for '{image}'")
+    return os.path.join(os.path.dirname(image), name)
+
+
+def protocol_options(name: str) -> dict[str, Any]:
+    """The protocol node for a full name that is not ``json:``. Raises QmpError."""
+    protocol = protocol_in(name)
+    if protocol is None:
+        return {"driver": protocol_of(name), "filename": name}
+    if protocol not in _PROTOCOLS:
+        raise QmpError(f"Unknown protocol '{protocol}'")
+    path = name.partition(":")[2]
+    return {"driver": protocol_of(path) if protocol == "file" else protocol, "filename": path}
+
+
+def format_options(name: str, image: str, format_name: str | None) -> BlockdevOptions:
+    """The node for a backing file called ``name`` by ``image``; without a format's name it is probed.
+
+    Raises QmpError.
+    """
+    name = full_name(name, image)
+    if name.startswith("json:"):
+        tree = _json_tree(name)
+        if format_name is not None:
+            tree["driver"] = format_name
+        elif "driver" not in tree:
+            tree["driver"] = _probe_tree(tree.get("file"))
+        return checked_options(tree)
+    file = protocol_options(name)
+    wanted = probe(file["filename"]) if format_name is None else format_name
+    if wanted in _PROTOCOLS:
+        return checked_options({**file, "driver": wanted})
+    return checked_options({"driver": wanted, "file": file})
+
+
+def plain_options(name: str, image: str) -> BlockdevOptions:
+    """The node for a file without a format (a data file) called ``name`` by ``image``. Raises QmpError."""
+    name = full_name(name, image)
+    return checked_options(_json_tree(name) if name.startswith("json:") else protocol_options(name))
+
+
+def checked_options(tree: dict[str, Any]) -> BlockdevOptions:
+    """Options as the contract knows them. Raises QmpError, for an unknown driver in its own words."""
+    # Imported late: the schema names drivers, and drivers are imported where only they are needed.
+    from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptions
+
+    driver = tree.get("driver")
+    if driver not in {known.value for known in BlockdevDriver}:
+        raise QmpError(f"Unknown driver '{driver}'")
+    options: BlockdevOptions = from_json(BlockdevOptions, tree)
+    return options
+
+
+def _json_tree(name: str) -> dict[str, Any]:
+    try:
+        value = parse_one(name.removeprefix("json:"))
+    except QmpError as error:
+        raise error.prefixed("Could not parse the JSON options: ") from None
+    if not isinstance(value, dict):
+        raise QmpError("Invalid JSON object given")
+    tree: dict[str, Any] = {}
+    for key, item in value.items():
+        _put(tree, key.split("."), item)
+    return _without_nodes(tree)
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise QmpError(f"Cannot mix the option '{part}' and its members")
+        tree = inner
+    tree[path[-1]] = value
+
+
+def _without_nodes(tree: dict[str, Any]) -> dict[str, Any]:
+    """Names of nodes are the user's to give: an image cannot make use of a node, nor choose a name."""
+    kept = {key: item for key, item in tree.items() if key != "node-name"}
+    for child in ("file", "backing", "data-file"):
+        inner = kept.get(child)
+        if isinstance(inner, str):
+            raise QmpError(f"An image cannot name the node '{inner}'")
+        if isinstance(inner, dict):
+            kept[child] = _without_nodes(inner)
+    return kept
+
+
+def _probe_tree(file: Any) -> str:
+    filename = file.get("filename") if isinstance(file, dict) else None
+    if not isinstance(filename, str):
+        raise QmpError('A block device must be specified for "file"')
+    return probe(filename)

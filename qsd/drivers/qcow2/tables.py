@@ -1,0 +1,82 @@
+"""The cache of L2 tables: slices of them by number, within a limit of bytes.
+
+Two generations stand in for a list in order of use: a slice found in ``young`` costs one dictionary look-up and no
+bookkeeping; one found in ``old`` moves over. When there is no room, the oldest of ``old`` goes; when ``old`` is
+empty, what was young becomes old. So as long as everything in use fits, nothing is ever thrown out.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+
+class SliceCache:
+    """See the module. ``slice_bytes`` is what one slice takes, ``limit`` what all may take (at least two slices).
+
+    ``is_pinned(number)`` says that a slice must stay: it holds what the image does not have yet.
+    """
+
+    def __init__(self, slice_bytes: int, limit: int, is_pinned: Callable[[int], bool]) -> None:
+        self.slice_bytes = slice_bytes
+        self.young: dict[int, array[int]] = {}
+        self.old: dict[int, array[int]] = {}
+        self._is_pinned = is_pinned
+        self.set_limit(limit)
+
+    def set_limit(self, limit: int) -> None:
+        """Take another limit in bytes from the next insertion on."""
+        self.limit = max(2, limit // self.slice_bytes)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return (len(self.young) + len(self.old)) * self.slice_bytes
+
+    def find(self, number: int) -> array[int] | None:
+        """The slice, as used now; None when it is not in memory."""
+        found = self.young.get(number)
+        if found is None:
+            found = self.old.pop(number, None)
+            if found is not None:
+                self.young[number] = found
+        return found
+
+    def peek(self, number: int) -> array[int] | None:
+        """The slice, without counting as use."""
+        found = self.young.get(number)
+        return self.old.get(number) if found is None else found
+
+    def insert(self, number: int, table: array[int]) -> None:
+        """Keep a slice that was not in memory; throw others out as the limit demands."""
+        self.young[number] = table
+        if len(self.young) + len(self.old) > self.limit:
+            self._evict(number)
+
+    def _evict(self, keep: int) -> None:
+        # Every slice is looked at once at most: with all of them pinned the cache grows until some are written.
+        for _ in range(len(self.young) + len(self.old)):
+            if not self.old:
+                self.young, self.old = self.old, self.young
+            number = next(iter(self.old))
+            table = self.old.pop(number)
+            if number == keep or self._is_pinned(number):
+                self.young[number] = table
+            elif len(self.young) + len(self.old) <= self.limit:
+                return
+
+    def drop(self, number: int) -> None:
+        """Forget a slice."""
+        self.young.pop(number, None)
+        self.old.pop(number, None)
+
+    def clean(self) -> None:
+        """Forget what was not used since the last call (cache-clean-interval), except what is pinned."""
+        kept = {number: table for number, table in self.old.items() if self._is_pinned(number)}
+        self.old = self.young | kept
+        self.young = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.young = {}
+        self.old = {}
