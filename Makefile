@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help run test check bench clean bytecode
 
@@ -18,13 +19,15 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tools/packages python3-venv
 	$(PYTHON) -m venv $(VENV)
 
-# The daemon alone, then with what the tests and checks need. The stamps say which is installed.
+# The daemon alone, then with what the tests and checks need. The stamps say which is installed. pyfuse3 is built
+# from source; where that cannot be done, the tests of the view are skipped.
 $(VENV)/.qsd: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.qsd-all: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	@tools/packages libfuse3-dev pkg-config gcc python3-dev
+	$(PIP) --editable '.[all]' || $(PIP) --editable '.[crypto,test,dev]'
 	@touch $@ $(VENV)/.qsd
 
 # An installed package has its bytecode beside it; an editable one on a machine that writes none
@@ -36,7 +39,7 @@ run: bytecode
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.qsd-all bytecode
-	@tools/packages qemu-utils libnbd-bin python3-libnbd nbdkit fio
+	@tools/packages qemu-utils libnbd-bin python3-libnbd nbdkit fio fuse3
 	$(BIN)/python -m pytest -q
 
 check: $(VENV)/.qsd-all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -26,12 +27,15 @@ from qsd.commands.dispatch import execute, run
 from qsd.drivers.registry import find_driver
 from qsd.qapi.schema.control import MonitorOptions
 from qsd.qapi.schema.exports import NbdServerOptions
+from qsd.qapi.schema.objects import QsdViewProperties
 from qsd.servers.chardev.base import Origin
 from qsd.servers.chardev.table import Chardevs
 from qsd.servers.exports import Exports
 from qsd.servers.monitor.session import Session
 from qsd.servers.monitor.table import Monitors
 from qsd.servers.nbd.server import NbdService
+from qsd.servers.view.contents import Sources
+from qsd.servers.view.view import Views
 
 
 @attrs.define(eq=False)
@@ -102,6 +106,11 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     async def dispatch(session: Session, name: str, arguments: dict[str, Any]) -> Any:
         return await execute(Context(services, session), name, arguments)
 
+    async def ask(name: str, arguments: dict[str, Any]) -> Any:
+        return await execute(Context(services), name, arguments)
+
+    views = Views(Sources(ask, graph, exports, supervisor), lambda name: objects.withdraw("objects", name))
+    objects.makers[QsdViewProperties] = lambda options: partial(views.make, options)
     objects.mount("chardevs", chardevs.faces)
     monitors = Monitors(supervisor, chardevs, objects, events, dispatch)
     await monitors.start()

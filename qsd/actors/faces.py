@@ -11,14 +11,20 @@ from qsd.actors.qom import Property, QomObject, declare_type
 
 
 @attrs.define(eq=False, slots=False)
-class MonitorFace(QomObject):
-    """A QMP monitor under ``/objects``. ``remove`` ends the monitor when its object is deleted."""
+class LivingFace(QomObject):
+    """An object under ``/objects`` that stands for an actor: ``remove`` ends it when the object is deleted."""
+
+    remove: Callable[[], Awaitable[None]]
+
+
+@attrs.define(eq=False, slots=False)
+class MonitorFace(LivingFace):
+    """A QMP monitor."""
 
     typename = "monitor-qmp"
 
     chardev: str
     pretty: bool
-    remove: Callable[[], Awaitable[None]]
     close_action: str = "none"
 
 

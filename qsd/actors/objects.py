@@ -6,11 +6,11 @@ It has no task and no mailbox: its state is changed between awaits only, by whoe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qsd import trace
-from qsd.actors.faces import MonitorFace
+from qsd.actors.faces import LivingFace, MonitorFace
 from qsd.actors.iothread import IoThread
 from qsd.actors.qom import Children, Container, QomObject, list_types
 from qsd.actors.secret import Secret
@@ -43,6 +43,11 @@ class Objects:
             self.root.items[name] = Container()
         self.secrets = Secrets(self)
         self.iothreads = IoThreads(self)
+        # By the type of their options: checks the options, and returns what makes the object. Both raise QmpError.
+        self.makers: dict[type, Callable[[Any], Callable[[], Awaitable[QomObject]]]] = {
+            IothreadProperties: self._iothread,
+            SecretProperties: self._secret,
+        }
         # Ids taken by objects that are being made: their id is refused to others, and they are not found yet.
         self._reserved: set[str] = set()
 
@@ -55,22 +60,33 @@ class Objects:
         """Make what ``options`` (a branch of ``ObjectOptions``) describe. Raises QmpError and leaves nothing."""
         name: str = options.id
         check_identifier(name)
-        made: QomObject
-        if isinstance(options, IothreadProperties):
-            made = IoThread.from_options(options)
-        else:
-            assert isinstance(options, SecretProperties), f"{type(options).__name__} has no implementation"
-            made = Secret.from_options(options)
+        make = self.makers[type(options)](options)
         self._check_free(name)
         self._reserved.add(name)
         try:
-            if isinstance(made, Secret):
-                await made.load(options, self.secrets.get)
+            made = await make()
         finally:
             self._reserved.discard(name)
         self.user[name] = made
         if _NEW.enabled:
             _NEW("{} ({})", name, made.typename)
+
+    def _iothread(self, options: IothreadProperties) -> Callable[[], Awaitable[QomObject]]:
+        made = IoThread.from_options(options)
+
+        async def make() -> QomObject:
+            return made
+
+        return make
+
+    def _secret(self, options: SecretProperties) -> Callable[[], Awaitable[QomObject]]:
+        made = Secret.from_options(options)
+
+        async def make() -> QomObject:
+            await made.load(options, self.secrets.get)
+            return made
+
+        return make
 
     async def delete(self, name: str, session: str | None = None) -> None:
         """Delete a user's object. ``session`` is the id of the monitor that asks. Raises QmpError.
@@ -80,8 +96,8 @@ class Objects:
         found = self.user.get(name)
         if found is None:
             raise QmpError(f"object '{name}' not found")
-        if isinstance(found, MonitorFace):
-            if name == session:
+        if isinstance(found, LivingFace):
+            if isinstance(found, MonitorFace) and name == session:
                 raise QmpError("Cannot delete the current QMP monitor")
             self.withdraw("objects", name)
             await found.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -26,6 +26,9 @@ class Export(Protocol):
 
     def has_clients(self) -> bool:
         """True while a client holds it (safe deletion refuses)."""
+
+    def clients(self) -> Sequence[Actor]:
+        """The actors of its clients, where clients have actors."""
 
     async def close(self) -> None:
         """Drop clients; return when nothing is in flight."""

@@ -136,7 +136,7 @@ def test_help_of_an_object_type_as_the_reference_gives_it(arguments: list[str], 
 @pytest.mark.parametrize("arguments", [["--object", "help"], ["--object", "?"], ["--object", "nope,help"]])
 def test_help_lists_the_types_that_work(arguments: list[str]) -> None:
     ours = run(*arguments)
-    assert ours.stdout == "List of user creatable objects:\n  iothread\n  secret\n"
+    assert ours.stdout == "List of user creatable objects:\n  iothread\n  qsd-view\n  secret\n"
     assert (ours.stderr, ours.returncode) == ("", 0)
 
 

@@ -6,11 +6,13 @@ from enum import Enum
 from typing import Any
 
 from qsd.qapi.core import SCHEMA, Command, branch, enum, struct, union
+from qsd.qapi.schema.block import OnOffAuto
 
 
 @enum("ObjectType")
 class ObjectType(str, Enum):
     IOTHREAD = "iothread"
+    QSD_VIEW = "qsd-view"
     SECRET = "secret"
 
 
@@ -44,6 +46,14 @@ class SecretProperties(ObjectOptions):
     iv: str | None = None
     data: str | None = None
     file: str | None = None
+
+
+@branch(ObjectOptions, ObjectType.QSD_VIEW, name="QsdViewProperties")
+class QsdViewProperties(ObjectOptions):
+    """Beyond the reference: the daemon as a directory, mounted on ``mountpoint``."""
+
+    mountpoint: str
+    allow_other: OnOffAuto | None = None
 
 
 @struct("object-del-arg")

@@ -81,7 +81,7 @@ class Monitors:
         async def remove() -> None:
             await self.remove(name)
 
-        self._objects.publish("objects", name, MonitorFace(info.chardev, info.pretty, remove))
+        self._objects.publish("objects", name, MonitorFace(remove, info.chardev, info.pretty))
         try:
             await self._supervisor.start(monitor, Floor.MONITORS)
             self._monitors[name] = monitor

@@ -83,6 +83,10 @@ class NbdExport(Actor):
         """True while a client is connected."""
         return bool(self.connections)
 
+    def clients(self) -> Sequence[NbdConnection]:
+        """The connections."""
+        return list(self.connections)
+
     def joined(self, connection: NbdConnection) -> None:
         """A client has chosen this export."""
         self.connections.add(connection)
