@@ -120,7 +120,7 @@ class Node(Actor):
             and not driver.mode.read_only
             and not self.write_threshold
             and driver.mode.detect_zeroes is DetectZeroes.OFF
-            and not self._mask
+            and not (self._mask and self.serialiser.is_tracking)
         )
 
     def set_writable(self, *, writable: bool) -> None:
@@ -206,7 +206,7 @@ class Node(Actor):
                 plain.append(request)
             elif (request.offset | request.length) & self._mask:
                 self._task(unaligned, self, request, name=f"unaligned {Op(op).name.lower()}")
-            elif op in (WRITE, WRITE_ZEROES, DISCARD):
+            elif op in (WRITE, WRITE_ZEROES, DISCARD) and self.serialiser.is_tracking:
                 self.serialiser.submit(request, plain)
             else:
                 plain.append(request)
@@ -305,6 +305,27 @@ class Node(Actor):
         if not self._holds and self._held:
             held, self._held = self._held, []
             self.submit(held)
+
+    async def settle(self) -> None:
+        """Return when what was submitted before has ended, here and below; what comes meanwhile is kept back."""
+        self._holds += 1
+        try:
+            await self.driver.wait_idle()
+            await self.serialiser.wait_idle()
+            for child in self.driver.children.values():
+                await child.settle()
+        finally:
+            self.release()
+
+    async def track_writes(self) -> None:
+        """Return when every write in flight is known to the serialiser: none is tracked before it is needed."""
+        serialiser = self.serialiser
+        if not serialiser.is_tracking:
+            serialiser.is_tracking = True
+            self.refresh()
+            await self.settle()
+            serialiser.settled.set()
+        await serialiser.settled.wait()
 
     def break_down(self) -> None:
         """The node's actor has crashed, or the node is gone: answer EIO from now on."""

@@ -90,6 +90,9 @@ class Child(Protocol):
     async def flush(self) -> None:
         """Slow-path flush; raises OSError."""
 
+    async def settle(self) -> None:
+        """Return when what was submitted to the child before, by anybody, has ended."""
+
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child; raises QmpError."""
 
@@ -103,8 +106,19 @@ class Aio(Protocol):
 
     name: str
 
-    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
-        """Start whole requests, all READ or all WRITE without FUA: one ``done(request, result)`` each."""
+    def transfer(
+        self,
+        fd: int,
+        requests: list[Request],
+        places: list[tuple[memoryview, int]] | None,
+        ended: Callable[[list[tuple[Request, int]]], None],
+        /,
+    ) -> None:
+        """Start whole requests, all READ or all WRITE without FUA; ``ended`` gets requests with their results.
+
+        ``places`` are buffers of at least the requests' lengths with their addresses, to use instead of the
+        requests' own; the caller keeps them. What ends together may be told together.
+        """
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None]) -> None: ...
 
@@ -186,9 +200,9 @@ class Driver(ABC):
         """Count a request that will end later."""
         self.in_flight += 1
 
-    def finished(self) -> None:
-        """Count its end."""
-        self.in_flight -= 1
+    def finished(self, count: int = 1) -> None:
+        """Count its end, or that of several."""
+        self.in_flight -= count
         if not self.in_flight and self._idle is not None:
             self._idle.set()
 

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from functools import partial
 
 from qsd.drivers.base import Driver
+from qsd.drivers.file_direct import DirectIo, aligned
 from qsd.drivers.lending import Lender
 from qsd.host import files
-from qsd.host.memory import address_of
 from qsd.messages import BlockState, Extent, Flag, Op, Request
 
 READ = Op.READ.value
@@ -65,6 +65,7 @@ class FileIo:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._aio = driver.host.aio
+        self._direct = DirectIo(self._aio, self._transferred)
         self.fd = -1
         self.is_device = False
         self.direct = False
@@ -138,55 +139,53 @@ class FileIo:
             self._aio.flush()
 
     def _submit_direct(self, batch: list[Request]) -> None:
-        alignment = self._driver.limits.min_mem_alignment
         reads: list[Request] = []
         writes: list[Request] = []
         started = False
         for request in batch:
             op = request.op
             if op == READ:
-                buffer = request.buffer
-                assert buffer is not None
-                if address_of(buffer) % alignment:
-                    self._bounced_read(request, buffer)
-                    started = True
-                else:
-                    reads.append(request)
-            elif op == WRITE:
-                buffer = request.buffer
-                assert buffer is not None
-                if address_of(buffer) % alignment:
-                    bounce = memoryview(mmap.mmap(-1, request.length))
-                    bounce[:] = buffer
-                    self._start_write(request, bounce, 0)
-                    started = True
-                elif request.flags & FUA:
-                    self._start_write(request, buffer, 0)
-                    started = True
-                else:
-                    writes.append(request)
-            else:
+                reads.append(request)
+            elif op != WRITE:
                 started |= self._other(request)
-        if reads:
-            self._transfer(reads)
-        if writes:
-            self._transfer(writes)
+            elif request.flags & FUA:
+                assert request.buffer is not None
+                self._start_write(request, request.buffer, 0)
+                started = True
+            else:
+                writes.append(request)
+        for requests in (reads, writes):
+            if requests:
+                self._transfer_direct(requests)
         if started or reads or writes:
             self._aio.flush()
 
+    def _transfer_direct(self, requests: list[Request]) -> None:
+        self._driver.in_flight += len(requests)
+        self._direct.transfer(self.fd, requests, self._driver.limits.min_mem_alignment)
+
     def _transfer(self, requests: list[Request]) -> None:
         self._driver.in_flight += len(requests)
-        self._aio.transfer(self.fd, requests, self._transferred)
+        self._aio.transfer(self.fd, requests, None, self._transferred)
 
-    def _transferred(self, request: Request, result: int) -> None:
-        if result != request.length:
-            ended = self._read_done if request.op == READ else self._whole_write_done
-            ended(request, 0, result)
-            return
-        self._driver.finished()
-        if request.op == WRITE:
-            self._generation += 1
-        request.complete()
+    def _transferred(self, transfers: list[tuple[Request, int]]) -> None:
+        # Told of all that has ended: whole ones first, which is nearly always every one.
+        whole = 0
+        for request, result in transfers:
+            if result != request.length:
+                ended = self._read_done if request.op == READ else self._whole_write_done
+                ended(request, 0, result)
+                continue
+            whole += 1
+            if request.op == WRITE:
+                self._generation += 1
+            reply = request.reply
+            reply.ready.append(request)
+            if reply.armed:
+                reply.armed = False
+                reply.notify()
+        if whole:
+            self._driver.finished(whole)
 
     def _other(self, request: Request) -> bool:
         return _SERVE[request.op](self, request)
@@ -220,23 +219,11 @@ class FileIo:
             request.complete(0)
 
     def _read_on(self, request: Request, have: int) -> None:
-        self._start_read(request, have)
+        if self.direct:
+            self._transfer_direct([request])
+        else:
+            self._start_read(request, have)
         self._aio.flush()
-
-    def _bounced_read(self, request: Request, buffer: memoryview) -> None:
-        bounce = memoryview(mmap.mmap(-1, request.length))
-        self._driver.started()
-
-        def done(result: int) -> None:
-            self._driver.finished()
-            if result < 0:
-                request.complete(-result)
-                return
-            buffer[:result] = bounce[:result]
-            buffer[result:] = bytes(request.length - result)
-            request.complete(0)
-
-        self._aio.read(self.fd, bounce, request.offset, done)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -279,6 +266,8 @@ class FileIo:
         self._driver.started()
         dsync = bool(request.flags & FUA)
         rest = buffer[done:] if done else buffer
+        if self.direct:
+            rest = aligned(rest, self._driver.limits.min_mem_alignment)
         self._aio.write(
             self.fd, rest, request.offset + done, partial(self._write_done, request, buffer, done), dsync=dsync
         )

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from qsd.messages import Op, Request
 
@@ -99,6 +100,38 @@ class ThreadPool:
         os.close(self._event)
 
 
+# Requests and the results of their system calls.
+Transfers = list[tuple[Request, int]]
+
+
+# Buffers with their addresses.
+Places = list[tuple[memoryview, int]]
+
+
+class _Engine(Protocol):
+    def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None: ...
+    def write(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None: ...
+
+
+def transfer_singly(
+    engine: _Engine,
+    fd: int,
+    requests: list[Request],
+    places: Places | None,
+    ended: Callable[[Transfers], None],
+) -> None:
+    """``Aio.transfer`` for an engine that has no better way, or no room for a batch."""
+    for index, request in enumerate(requests):
+        buffer = request.buffer if places is None else places[index][0][: request.length]
+        assert buffer is not None
+        start = engine.read if request.op == Op.READ else engine.write
+        start(fd, buffer, request.offset, partial(_tell_one, ended, request))
+
+
+def _tell_one(ended: Callable[[Transfers], None], request: Request, result: int) -> None:
+    ended([(request, result)])
+
+
 class ThreadAio:
     """The ``Aio`` engine on a pool of threads."""
 
@@ -112,12 +145,11 @@ class ThreadAio:
         """Operations that have not been reported yet."""
         return self._pool.in_flight
 
-    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+    def transfer(
+        self, fd: int, requests: list[Request], places: Places | None, ended: Callable[[Transfers], None]
+    ) -> None:
         """Whole requests, all READ or all WRITE without FUA."""
-        for request in requests:
-            assert request.buffer is not None
-            start = self.read if request.op == Op.READ else self.write
-            start(fd, request.buffer, request.offset, partial(done, request))
+        transfer_singly(self, fd, requests, places, ended)
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
         """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""

@@ -15,11 +15,10 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from qsd.host.memory import address_of
-from qsd.host.threads import ThreadPool
+from qsd.host.threads import Places, ThreadPool, Transfers, transfer_singly
 from qsd.messages import Op, Request
 
 _SYS_IO_URING_SETUP = 425
@@ -67,10 +66,6 @@ def _setup(entries: int) -> tuple[int, tuple[int, ...]]:
     raise OSError(error, os.strerror(error))
 
 
-def _tell(done: Done, result: int) -> None:
-    done(result)
-
-
 class Uring:
     """An ``Aio`` engine (drivers/base.py) on one ring. ``fileno`` becomes readable when completions wait.
 
@@ -109,8 +104,8 @@ class Uring:
         self._entries = sq_entries
         self._queued = 0
         self._tail = self._words[self._sq_tail]
-        # user_data -> (done, its first argument, what to keep alive besides).
-        self._slots: dict[int, tuple[Callable[[Any, int], None], Any, memoryview | None]] = {}
+        # user_data -> (done, None, what to keep alive), or (None, request, who is told of several at once).
+        self._slots: dict[int, tuple[Done | None, Any, Any]] = {}
         self._next = 0
         self._is_reaping = False
         # Operations that found the completion queue's worth in flight; started as others end.
@@ -135,30 +130,27 @@ class Uring:
 
     # -- operations -------------------------------------------------------------------------------------------
 
-    def transfer(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
+    def transfer(
+        self, fd: int, requests: list[Request], places: Places | None, ended: Callable[[Transfers], None]
+    ) -> None:
         """Whole requests, all READ or all WRITE without FUA."""
         slots = self._slots
         free = min(self._entries - self._queued, self._limit - len(slots))
         if len(requests) > free:
-            self._transfer_piecemeal(fd, requests, done)
+            transfer_singly(self, fd, requests, places, ended)
             return
         opcode = _OP_READ if requests[0].op == Op.READ else _OP_WRITE
         pack, sqes, mask = _SQE.pack_into, self._sqes, self._sq_mask
         token, tail = self._next, self._tail
-        for request in requests:
-            address = address_of(request.buffer)  # type: ignore[arg-type]  # lent: never None
-            slots[token] = (done, request, None)
+        if places is None:
+            places = [(request.buffer, address_of(request.buffer)) for request in requests]  # type: ignore[arg-type,misc]  # lent
+        for request, (_buffer, address) in zip(requests, places, strict=True):
+            slots[token] = (None, request, ended)
             pack(sqes, (tail & mask) * 64, opcode, 0, 0, fd, request.offset, address, request.length, 0, token)
             token += 1
             tail = (tail + 1) & 0xFFFFFFFF
         self._next, self._tail = token, tail
         self._queued += len(requests)
-
-    def _transfer_piecemeal(self, fd: int, requests: list[Request], done: Callable[[Request, int], None]) -> None:
-        for request in requests:
-            assert request.buffer is not None
-            start = self.read if request.op == Op.READ else self.write
-            start(fd, request.buffer, request.offset, partial(done, request))
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: Done) -> None:
         """preadv into ``buffer``; ``done`` gets the count, which may be short, or a negative errno."""
@@ -195,7 +187,7 @@ class Uring:
             self.flush()
         token = self._next
         self._next = token + 1  # 64 bits last for ever
-        self._slots[token] = (_tell, done, buffer)
+        self._slots[token] = (done, None, buffer)
         position = (self._tail & self._sq_mask) * 64
         _SQE.pack_into(self._sqes, position, opcode, 0, 0, fd, offset, address, length, flags, token)
         self._tail = (self._tail + 1) & 0xFFFFFFFF
@@ -241,10 +233,21 @@ class Uring:
         base = self._cq_cqes
         unpack = _CQE.unpack_from
         slots = self._slots
+        transfers: Transfers = []
+        owner: Callable[[Transfers], None] | None = None
         head = words[self._cq_head]
         while head != words[self._cq_tail]:
             token, result, _flags = unpack(cqes, base + (head & mask) * 16)
             head = (head + 1) & 0xFFFFFFFF
             words[self._cq_head] = head
-            done, context, _buffer = slots.pop(token)
-            done(context, result)
+            done, request, context = slots.pop(token)
+            if done is not None:
+                done(result)
+            elif context == owner:
+                transfers.append((request, result))
+            else:
+                if owner is not None:
+                    owner(transfers)
+                owner, transfers = context, [(request, result)]
+        if owner is not None:
+            owner(transfers)
