@@ -124,3 +124,31 @@ async def test_settle_waits_for_what_came_before_and_keeps_the_rest_back() -> No
         assert [request.offset for request in replies.ready] == [0]
         assert [request.offset for request in disk.pending] == [512]
         disk.end_one(chance)
+
+
+async def test_unaligned_write_keeps_what_an_earlier_write_of_the_block_brings() -> None:
+    """The earlier one is not tracked: the node was all aligned until then."""
+    chance = random.Random(1)
+    disk = LateDisk(chance)
+    replies = ReplyQueue(lambda: None)
+    async with Supervisor() as supervisor:
+        node = Node("disk", disk)
+        await supervisor.start(node, Floor.NODES)
+        node.set_writable(writable=True)
+        node.submit([Request(Op.WRITE.value, 0, 512, memoryview(b"w" * 512), replies)])
+        node.submit([Request(Op.WRITE.value, 0, 10, memoryview(b"u" * 10), replies)])
+        await trio.testing.wait_all_tasks_blocked()
+        while disk.pending:
+            # The newest first: the worst order for the one that came before.
+            disk.pending.insert(0, disk.pending.pop())
+            disk.end_one(First())
+            await trio.testing.wait_all_tasks_blocked()
+    assert len(replies.ready) == 2
+    assert disk.data[:512] == b"u" * 10 + b"w" * 502
+
+
+class First(random.Random):
+    """Chooses the first of everything."""
+
+    def randrange(self, *_args: Any) -> int:  # type: ignore[override]
+        return 0
