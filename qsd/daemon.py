@@ -14,11 +14,14 @@ import qsd.commands.block_queries
 import qsd.commands.chardev
 import qsd.commands.control
 import qsd.commands.exports
+import qsd.commands.jobs
 import qsd.commands.objects  # noqa: F401  # each fills the table of commands
 from qsd.actors.core import Actor
 from qsd.actors.dataplane import DataPlane
 from qsd.actors.events import EventActor, EventBus
 from qsd.actors.graph import Graph
+from qsd.actors.jobs.create import CreateServices
+from qsd.actors.jobs.table import Jobs
 from qsd.actors.objects import Objects
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.cli_chardev import NewChardev
@@ -89,6 +92,8 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
 
     graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.get)
     await supervisor.start(graph, Floor.GRAPH)
+    jobs = Jobs(supervisor, events)
+    await supervisor.start(jobs, Floor.JOBS)
     exports = Exports(supervisor, graph, objects, events)
     nbd = NbdService(supervisor, plane.reactor, exports, _warn)
     await supervisor.start(nbd, Floor.EXPORTS)
@@ -101,6 +106,8 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
         graph=graph,
         exports=exports,
         nbd=nbd,
+        jobs=jobs,
+        creating=CreateServices(graph, objects.secrets.get, _warn),
     )
 
     async def dispatch(session: Session, name: str, arguments: dict[str, Any]) -> Any:

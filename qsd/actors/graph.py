@@ -24,7 +24,7 @@ from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
 from qsd.actors.node import Node
-from qsd.actors.opening import FindDriver, Opener, shielded
+from qsd.actors.opening import UNKNOWN_REFERENCE, FindDriver, Opener, shielded
 from qsd.actors.reopening import UNKNOWN_NODE, reopen
 from qsd.actors.supervisor import Supervisor
 from qsd.actors.topology import Topology
@@ -123,9 +123,21 @@ class Graph(Actor):
 
     async def attach(self, name: str, options: RootOptions) -> RootEdge:
         """Use the node ``name`` from outside the graph. Raises QmpError (unknown node, permissions)."""
+        return await self._claim(self._attach, name, options)
+
+    async def attach_ref(self, ref: str | BlockdevOptions, options: RootOptions) -> RootEdge:
+        """Use the node ``ref`` names, or one to be opened from options, which closes with its last user.
+
+        Raises QmpError.
+        """
+        return await self._claim(self._attach_ref, ref, options)
+
+    async def _claim(
+        self, function: Callable[..., Awaitable[RootEdge]], what: Any, options: RootOptions
+    ) -> RootEdge:
         claim = _Claim()
         try:
-            edge = await self._do(self._attach, name, options, claim)
+            edge = await self._do(function, what, options, claim)
         except trio.Cancelled:
             claim.is_abandoned = True
             if claim.edge is not None:
@@ -230,17 +242,37 @@ class Graph(Actor):
     # -- root edges -------------------------------------------------------------------------------------------
 
     async def _attach(self, name: str, options: RootOptions, claim: _Claim) -> RootEdge:
+        async with self.topology.lock:
+            edge = await self._attach_node(self.topology.find(name, UNKNOWN_DEVICE), options)
+        return await self._hand_over(edge, claim)
+
+    async def _attach_ref(self, ref: str | BlockdevOptions, options: RootOptions, claim: _Claim) -> RootEdge:
         topology = self.topology
-        async with topology.lock:
-            node = topology.find(name, UNKNOWN_DEVICE)
-            change = Change(topology, [node])
-            if not options.allow_inactive:
-                for below in topology.below([node]):
-                    if not below.active:
-                        change.activate(below, active=True)
-            edge = RootEdge(node, options, self._truncate, self._ask_for_edge)
-            change.attach(edge)
-            await change.run()
+        if isinstance(ref, str):
+            node = topology.find(ref, UNKNOWN_REFERENCE)
+            info_of(node).pins += 1
+        else:
+            node = await self._opener.open(ref)
+        try:
+            async with topology.lock:
+                edge = await self._attach_node(node, options)
+        finally:
+            await shielded(self._opener.unpin, node)
+        return await self._hand_over(edge, claim)
+
+    async def _attach_node(self, node: Node, options: RootOptions) -> RootEdge:
+        topology = self.topology
+        change = Change(topology, [node])
+        if not options.allow_inactive:
+            for below in topology.below([node]):
+                if not below.active:
+                    change.activate(below, active=True)
+        edge = RootEdge(node, options, self._truncate, self._ask_for_edge)
+        change.attach(edge)
+        await change.run()
+        return edge
+
+    async def _hand_over(self, edge: RootEdge, claim: _Claim) -> RootEdge:
         if claim.is_abandoned:
             await shielded(self._detach, edge)
         claim.edge = edge

@@ -113,7 +113,7 @@ class Opener:
                 found = await self._child(getattr(options, _attribute(name)), mode, name, child_role, depth)
                 if found is not None:
                     children.append(found)
-                    stack.push_async_callback(self._unpin, found.node)
+                    stack.push_async_callback(self.unpin, found.node)
             check_mode(mode)
             return await self._open(driver_class, options, mode, children, depth)
 
@@ -177,7 +177,7 @@ class Opener:
             await self._attach(node, [found])
             children.append(found)
         finally:
-            await self._unpin(found.node)
+            await self.unpin(found.node)
         return node.driver.children[name]
 
     async def _attach(self, node: Node, children: list[_Found]) -> None:
@@ -206,7 +206,8 @@ class Opener:
         info_of(node).state = NodeState.CLOSING
         await self.close_unwanted(await self._end(node))
 
-    async def _unpin(self, node: Node) -> None:
+    async def unpin(self, node: Node) -> None:
+        """Give up one pin; the node closes when it was all that kept it. Does not raise."""
         info_of(node).pins -= 1
         if self._topology.is_orphan(node):
             await shielded(self.close_unwanted, [node])

@@ -9,6 +9,8 @@ import attrs
 if TYPE_CHECKING:
     from qsd.actors.events import EventBus
     from qsd.actors.graph import Graph
+    from qsd.actors.jobs.create import CreateServices
+    from qsd.actors.jobs.table import Jobs
     from qsd.actors.objects import Objects
     from qsd.actors.supervisor import Supervisor
     from qsd.qapi.schema.control import QMPCapability
@@ -37,6 +39,8 @@ class Services:
     graph: Graph
     exports: Exports
     nbd: NbdService
+    jobs: Jobs
+    creating: CreateServices
 
 
 @attrs.define(eq=False)

@@ -26,6 +26,9 @@ class CreateHost(Protocol):
     def secret(self, name: str) -> bytes:
         """The plain bytes of the secret object ``name``. Raises QmpError."""
 
+    def warn(self, text: str) -> None:
+        """One line on the daemon's standard error."""
+
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run what takes long and holds no loop (key derivation, preallocation) on a thread; its result."""
 

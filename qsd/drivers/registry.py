@@ -5,6 +5,7 @@ from __future__ import annotations
 from qsd.drivers.base import Driver
 from qsd.drivers.creating import Creator
 from qsd.drivers.file import FileDriver, HostDeviceDriver
+from qsd.drivers.file_create import create_file
 from qsd.drivers.null import NullAioDriver, NullDriver
 from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.raw import RawDriver
@@ -15,7 +16,7 @@ DRIVERS: dict[str, type[Driver]] = {
 }
 
 # Formats and protocols that blockdev-create can make, by driver name.
-CREATORS: dict[str, Creator] = {}
+CREATORS: dict[str, Creator] = {"file": create_file}
 
 
 def find_driver(name: str) -> type[Driver]:

@@ -1,0 +1,1 @@
+"""Jobs: what takes long, is steered over QMP while it runs, and reports its end."""
