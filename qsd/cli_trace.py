@@ -25,8 +25,14 @@ class EventsFileError(Exception):
 def load_all_events() -> None:
     """Import every module of the package, which declares every event. Only done when tracing: it takes its time."""
     for module in pkgutil.walk_packages(qsd.__path__, "qsd."):
-        if not module.name.endswith("__main__"):
+        if module.name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            # What stands on an extra that is not installed never runs, so it has nothing to trace.
+            if (error.name or "").startswith("qsd"):
+                raise
 
 
 def event_names() -> list[str]:
