@@ -32,6 +32,10 @@ def _ours() -> _Types:
 _BEYOND = {"qsd-view"}
 
 
+# Branches of unions that are still to come. (A value of the tag without a branch has no members of its own.)
+TO_COME = {"blockdev-create: arg-type.options[qcow2]", "x-blockdev-amend: arg-type.options[qcow2]"}
+
+
 class _Comparison:
     """Compares two type graphs whose names differ. Ours may lack values, branches and choices, nothing else.
 
@@ -81,7 +85,11 @@ class _Comparison:
         for item in mine.get("variants", []):
             if item["case"] in _BEYOND:
                 continue
-            self.compare(item["type"], cases[item["case"]], f"{where}[{item['case']}]")
+            place = f"{where}[{item['case']}]"
+            if place in TO_COME:
+                self.same(self.ours[item["type"]]["members"], [], f"{place} is here")
+            else:
+                self.compare(item["type"], cases[item["case"]], place)
 
     def kind(self, types: _Types, name: str) -> str:
         entry = types[name]
