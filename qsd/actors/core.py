@@ -139,6 +139,8 @@ class Actor:
         self.served = 0
         self.nursery: trio.Nursery | None = None
         self.stopped = trio.Event()
+        self._shutting: trio.CancelScope | None = None
+        self._grace = math.inf
 
     async def started(self) -> None:
         """Prepare; ``self.nursery`` is open. An exception here is the actor's crash."""
@@ -170,15 +172,25 @@ class Actor:
                     await self._shut()
                     nursery.cancel_scope.cancel()
         finally:
-            self.nursery = None
-            self.turn_away()
-            self.stopped.set()
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Be over: whoever asks, or has asked, is turned away."""
+        self.nursery = None
+        self.turn_away()
+        self.stopped.set()
+
+    def hurry(self, grace: float) -> None:
+        """Give ``stopping`` ``grace`` seconds, from now or from when it begins. The supervisor's last word."""
+        self._grace = grace
+        if self._shutting is not None:
+            self._shutting.deadline = trio.current_time() + grace
 
     async def _shut(self) -> None:
-        # Shielded: letting go must happen on a cancelled path as well. The deadline belongs to the floor
-        # (supervisor), which abandons an actor that does not end.
-        with trio.CancelScope(shield=True) as scope:
-            self.shutdown_scope = scope
+        # Shielded: letting go must happen on a cancelled path as well. How long it may take is up to the floor's
+        # deadline, after which the supervisor says ``hurry``.
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as scope:
+            self._shutting = scope
             await self.stopping()
 
     async def _serve(self) -> None:
@@ -190,14 +202,12 @@ class Actor:
 
     async def _serve_one(self, envelope: Envelope) -> None:
         self.served += 1
-        handler = self._handlers.get(type(envelope.message))
-        if handler is None:
-            error = TypeError(f"{self.name} does not receive {type(envelope.message).__name__}")
-            envelope.answer(outcome.Error(error))
-            return
         # The one place of an actor where every exception is caught: it becomes the reply. A message nobody
         # waits for has no reply to carry it, so there it is the actor's crash.
         try:
+            handler = self._handlers.get(type(envelope.message))
+            if handler is None:
+                raise TypeError(f"{self.name} does not receive {type(envelope.message).__name__}")
             result = await handler(self, envelope.message)
         except Exception as error:
             if envelope.promise is None:

@@ -50,6 +50,9 @@ DEADLINES: dict[Floor, float] = {
     Floor.COMMANDS: 2.0,
 }
 
+# Seconds an actor that is stopped by force has to let go of what it holds.
+GRACE = 1.0
+
 CrashHandler = Callable[[Actor, BaseException], None]
 
 
@@ -73,6 +76,7 @@ class Supervisor:
     def __init__(self, failures: dict[str, CrashHandler] | None = None) -> None:
         self.failures: dict[str, CrashHandler] = dict(failures or {})
         self._places: dict[Actor, _Place] = {}
+        self._closed: set[Floor] = set()
         self._nurseries: dict[Floor, trio.Nursery] = {}
         self.fatal: BaseException | None = None
         self.stop_requested = trio.Event()
@@ -95,13 +99,18 @@ class Supervisor:
             raise error
 
     async def start(self, actor: Actor, floor: Floor, parent: Actor | None = None) -> None:
-        """Start ``actor`` and return once its ``started`` has run; raises what ``started`` raised."""
-        nursery = self._nurseries[floor]
+        """Start ``actor`` and return once its ``started`` has run; raises what ``started`` raised.
+
+        On a floor that closes, or has closed, nobody starts any more: raises ``ActorStopped``.
+        """
+        place = _Place(actor, floor, parent, trio.CancelScope())
+        if floor in self._closed:
+            actor.conclude()
+            raise ActorStopped(f"{actor.name} comes too late: its floor is closing")
+        self._places[actor] = place  # before anything waits, so that a closing floor finds it
         failure: list[Exception] = []
 
         async def live(*, task_status: trio.TaskStatus[None]) -> None:
-            place = _Place(actor, floor, parent, trio.CancelScope())
-            self._places[actor] = place
             up = False
 
             class _Status:
@@ -122,7 +131,7 @@ class Supervisor:
             finally:
                 del self._places[actor]
 
-        await nursery.start(live, name=actor.name)
+        await self._nurseries[floor].start(live, name=actor.name)
         if failure:
             raise failure[0]
 
@@ -162,10 +171,8 @@ class Supervisor:
         place = self._places.get(actor)
         if place is None:
             return
+        actor.hurry(GRACE)
         place.scope.cancel()
-        scope = getattr(actor, "shutdown_scope", None)
-        if scope is not None:
-            scope.shield = False
         await actor.stopped.wait()
 
     def actors(self, floor: Floor | None = None) -> list[Actor]:
@@ -178,7 +185,8 @@ class Supervisor:
             await self.close_floor(floor)
 
     async def close_floor(self, floor: Floor) -> None:
-        """Stop the actors of one floor together, newest first, within the floor's deadline."""
+        """Stop the actors of one floor together, newest first, within the floor's deadline; nobody comes after."""
+        self._closed.add(floor)
         async with trio.open_nursery() as nursery:
             for actor in reversed(self.actors(floor)):
                 nursery.start_soon(self.stop, actor, DEADLINES[floor])

@@ -396,7 +396,11 @@ class NbdService(Actor):
         self._count += 1
         connection = NbdConnection(self, sock, self._count)
         self._connections.add(connection)
-        await self._supervisor.start(connection, Floor.EXPORTS, parent=self)
+        try:
+            await self._supervisor.start(connection, Floor.EXPORTS, parent=self)
+        except ActorStopped:  # the daemon is shutting down
+            sock.close()
+            self.left(connection)
 
     def left(self, connection: NbdConnection) -> None:
         """A client has gone."""
