@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qsd.cli_getopt import Given, Option, UsageError, options
-from qsd.cli_report import Report
+from qsd.cli_report import Report, tell
 from qsd.errors import QmpError, errno_text
+from qsd.host.console import write_stderr
 
 if TYPE_CHECKING:
     from qsd.host.daemonize import Background
@@ -25,11 +26,18 @@ def main(words: Sequence[str] | None = None) -> int:
     prog = os.path.basename(sys.argv[0])
     if not prog or prog == "__main__.py":
         prog = "qsd"
-    try:
-        return _main(prog, sys.argv[1:] if words is None else words)
-    except BrokenPipeError:  # a reader of our help had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    _open_standard_descriptors()
+    return _main(prog, sys.argv[1:] if words is None else words)
+
+
+def _open_standard_descriptors() -> None:
+    """Put /dev/null where a standard descriptor is closed: else the next socket or image would get its number, and
+    messages with it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _main(prog: str, words: Sequence[str]) -> int:
@@ -64,10 +72,7 @@ def _main(prog: str, words: Sequence[str]) -> int:
 def _tell(prog: str, what: Option) -> int:
     from qsd import cli_help
 
-    text = cli_help.help_text(prog) if what is Option.HELP else cli_help.version_text(prog)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-    return 0
+    return tell(cli_help.help_text(prog) if what is Option.HELP else cli_help.version_text(prog))
 
 
 def _run(prog: str, given: list[Given], pidfile: str | None, background: Background | None) -> int:
@@ -85,7 +90,12 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
 
     gc.freeze()
     gc.enable()
-    logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
+
+    class Stderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            write_stderr(self.format(record) + "\n")
+
+    logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING, handlers=[Stderr()])
 
     async def start(supervisor: Supervisor) -> int | None:
         daemon = await build(supervisor, is_background=background is not None)

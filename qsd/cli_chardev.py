@@ -95,7 +95,7 @@ def _socket(given: QemuOpts) -> schema.ChardevSocket:
         telnet=given.flag("telnet"),
         tn3270=given.flag("tn3270"),
         websocket=given.flag("websocket"),
-        reconnect_ms=given.number("reconnect-ms"),
+        reconnect_ms=_signed(given.number("reconnect-ms")),
     )
 
 
@@ -120,6 +120,11 @@ def _address(given: QemuOpts) -> AnySocketAddress:
         )
     # Without any address the reference takes an empty descriptor number.
     return FdSocketAddress(str=descriptor or "")
+
+
+def _signed(number: int | None) -> int | None:
+    """A number as the 64 bits the reference keeps of it."""
+    return None if number is None else (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 _ADDRESS_TYPES: dict[type, SocketAddressType] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from qsd import cli_chardev
 from qsd.actors import qom
 from qsd.actors.objects import creatable_types
 from qsd.cli_getopt import Given, Option
-from qsd.cli_report import Report
+from qsd.cli_report import Report, tell
 from qsd.daemon import Daemon
 from qsd.errors import QmpError
 from qsd.qapi.schema.block import BlockdevOptions
@@ -76,8 +75,7 @@ async def _export(daemon: Daemon, text: str, _report: Report) -> None:
 async def _object(daemon: Daemon, text: str, _report: Report) -> None:
     argument = _parsed(text, "qom-type")
     if argument.wants_help:
-        print(_object_help(argument.tree.get("qom-type")), end="", flush=True)
-        raise Finish(0)
+        raise Finish(tell(_object_help(argument.tree.get("qom-type"))))
     await daemon.command("object-add", argument.visited(ObjectOptions))
 
 
@@ -102,8 +100,7 @@ async def _monitor(daemon: Daemon, text: str, _report: Report) -> None:
 async def _chardev(daemon: Daemon, text: str, report: Report) -> None:
     made = cli_chardev.read(text, report.warn)
     if isinstance(made, cli_chardev.Help):
-        print(made.text, end="", flush=True)
-        raise Finish(made.code)
+        raise Finish(tell(made.text, made.code))
     await daemon.add_chardev(made, report.info)
 
 
@@ -112,11 +109,9 @@ async def _trace(_daemon: Daemon, text: str, report: Report) -> None:
 
     try:
         if cli_trace.apply(text, report.warn, report.plain):
-            print("\n".join(cli_trace.event_names()), flush=True)
-            raise Finish(0)
+            raise Finish(tell("".join(f"{name}\n" for name in cli_trace.event_names())))
     except cli_trace.EventsFileError as error:
-        # The reference puts no blank between its name and the file's.
-        sys.stderr.write(f"{report.prog}:{error}\n")
+        report.plain(str(error))
         raise Finish(1) from None
 
 

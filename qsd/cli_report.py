@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import attrs
 
 from qsd.errors import QmpError
+from qsd.host.console import write_stderr, write_stdout
+
+
+def tell(text: str, code: int = 0) -> int:
+    """Print what was asked for; the exit code that goes with it: ``code``, or 1 when nobody takes the text."""
+    return code if write_stdout(text) else 1
 
 
 @attrs.frozen
@@ -20,7 +24,7 @@ class Report:
         """Print an error and its hint."""
         self._print(f"{self._place}{error.desc}")
         if error.hint:
-            self._write(error.hint.rstrip("\n") + "\n")
+            write_stderr(error.hint.rstrip("\n") + "\n")
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -32,17 +36,11 @@ class Report:
 
     def plain(self, text: str) -> None:
         """Print a line that names its own place, a file and line, right behind the program's name."""
-        self._write(f"{self.prog}:{text}\n")
+        write_stderr(f"{self.prog}:{text}\n")
 
     @property
     def _place(self) -> str:
         return "" if self.where is None else f"{self.where}: "
 
     def _print(self, text: str) -> None:
-        self._write(f"{self.prog}: {text}\n")
-
-    def _write(self, text: str) -> None:
-        # Arguments are arbitrary bytes: they come out as they came in.
-        sys.stderr.flush()
-        sys.stderr.buffer.write(text.encode("utf-8", "surrogateescape"))
-        sys.stderr.buffer.flush()
+        write_stderr(f"{self.prog}: {text}\n")

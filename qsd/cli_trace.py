@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
-import sys
 from collections.abc import Callable
 
 import qsd
 from qsd.errors import QmpError, errno_text
+from qsd.host.console import write_stderr
 from qsd.trace import REGISTRY, nowhere
 from qsd.wire.qemuopts import OptionKind, OptionTable, parse
 
@@ -54,7 +55,7 @@ def apply(text: str, warn: Callable[[str], None], warn_plain: Callable[[str], No
     if REGISTRY.sink is nowhere:
         REGISTRY.sink = _to_stderr
     load_all_events()
-    if enable:
+    if enable is not None:
         unknown = REGISTRY.apply(enable)
         if unknown is not None:
             warn(f"trace event '{unknown}' does not exist")
@@ -102,11 +103,12 @@ class FileSink:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
     def __call__(self, line: str) -> None:
-        os.write(self._descriptor, line.encode("utf-8", "surrogateescape") + b"\n")
+        with contextlib.suppress(OSError):  # a full disk loses lines, and must not fail what is traced
+            os.write(self._descriptor, line.encode("utf-8", "surrogateescape") + b"\n")
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    write_stderr(line + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from qsd.cli_chardev import NewChardev
 from qsd.commands.context import Context, Services
 from qsd.commands.dispatch import execute, run
 from qsd.drivers.registry import find_driver
+from qsd.host.console import write_stderr
 from qsd.qapi.schema.control import MonitorOptions
 from qsd.qapi.schema.exports import NbdServerOptions
 from qsd.qapi.schema.objects import QsdViewProperties
@@ -78,7 +78,7 @@ FAILURES = {
 
 
 def _warn(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    write_stderr(f"{text}\n")
 
 
 async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:

@@ -6,10 +6,8 @@ floors from the inside, each within its deadline; the pid file goes last.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import attrs
@@ -17,6 +15,7 @@ import trio
 
 from qsd.actors.supervisor import Supervisor
 from qsd.errors import QmpError
+from qsd.host.console import write_stderr
 from qsd.host.notify import notify
 from qsd.host.pidfile import PidFile
 
@@ -93,8 +92,6 @@ def _exit_code(supervisor: Supervisor) -> int:
 async def _obey(arrivals: AsyncIterator[int], supervisor: Supervisor) -> None:
     async for number in arrivals:
         if number == signal.SIGUSR1:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(supervisor.tree())
-                sys.stderr.flush()
+            write_stderr(supervisor.tree())
         else:
             supervisor.stop_daemon()

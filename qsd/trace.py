@@ -71,7 +71,7 @@ class TraceRegistry:
             if pattern.fullmatch(event.name):
                 event.enabled = on
                 hit = True
-        return name if not hit and name and "*" not in name else None
+        return name if not hit and "*" not in name else None
 
 
 REGISTRY = TraceRegistry()

@@ -19,12 +19,13 @@ class LivingFace(QomObject):
 
 @attrs.define(eq=False, slots=False)
 class MonitorFace(LivingFace):
-    """A QMP monitor."""
+    """A QMP monitor. ``set_pretty`` makes it write for human eyes, or not, from the next message on."""
 
     typename = "monitor-qmp"
 
     chardev: str
     pretty: bool
+    set_pretty: Callable[[bool], None]
     close_action: str = "none"
 
 
@@ -49,12 +50,17 @@ class SocketChardevFace(QomObject):
     addr: Callable[[], Any]
 
 
+def _set_pretty(item: MonitorFace, value: bool) -> None:
+    item.pretty = value
+    item.set_pretty(value)
+
+
 declare_type("monitor", "object", abstract=True)
 declare_type(
     "monitor-qmp",
     "monitor",
     Property("chardev", "string", lambda item: item.chardev),
-    Property("pretty", "bool", lambda item: item.pretty),
+    Property("pretty", "bool", lambda item: item.pretty, bool, _set_pretty),
     Property("close-action", "MonitorQMPCloseAction", lambda item: item.close_action),
 )
 declare_type("chardev", "object", abstract=True)

@@ -95,5 +95,12 @@ def _property(name: str) -> Property:
     return Property(name, "int", read, int, write)
 
 
-declare_type("event-loop-base", "object", abstract=True)
-declare_type("iothread", "event-loop-base", *(_property(name) for name in _LIMITS), user_creatable=True)
+_OF_EVERY_LOOP = ("thread-pool-min", "aio-max-batch", "thread-pool-max")
+
+declare_type("event-loop-base", "object", *map(_property, _OF_EVERY_LOOP), abstract=True)
+declare_type(
+    "iothread",
+    "event-loop-base",
+    *(_property(name) for name in _LIMITS if name not in _OF_EVERY_LOOP),
+    user_creatable=True,
+)

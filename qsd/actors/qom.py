@@ -124,15 +124,16 @@ def type_properties(name: str) -> tuple[Property, ...]:
     return row.properties
 
 
-def resolve(root: QomObject, path: str) -> QomObject:
-    """Find the one object ``path`` means. Raises QmpError: DeviceNotFound, or an ambiguous partial path."""
+def resolve(root: QomObject, path: str, *, tells_ambiguity: bool = True) -> QomObject:
+    """Find the one object ``path`` means. Raises QmpError: DeviceNotFound, or an ambiguous partial path, which
+    only some commands tell from one that does not exist."""
     parts = [part for part in path.split("/") if part]
     if path.startswith("/"):
         found = _descend(root, parts)
         matches = [] if found is None else [found]
     else:
         matches = list(_search(root, parts))
-    if not matches:
+    if not matches or (len(matches) > 1 and not tells_ambiguity):
         raise QmpError(f"Device '{path}' not found", error_class=ErrorClass.DEVICE_NOT_FOUND)
     if len(matches) > 1:
         raise QmpError(f"Path '{path}' is ambiguous")

@@ -17,6 +17,7 @@ from qsd.qapi.schema.chardev import (
     RingbufReadArgs,
     RingbufWriteArgs,
 )
+from qsd.wire import modified_utf8
 
 
 @command("chardev-add")
@@ -46,7 +47,7 @@ async def query_chardev_backends(context: Context, _args: None) -> list[ChardevB
 @command("ringbuf-write")
 async def ringbuf_write(context: Context, args: RingbufWriteArgs) -> None:
     """Add text, or bytes in base64."""
-    data = args.data.encode("utf-8", "surrogatepass")
+    data = modified_utf8.encode(args.data)
     if args.format is DataFormat.BASE64:
         context.services.chardevs.check_ring(args.device)
         data = decode_base64(data)
@@ -55,8 +56,8 @@ async def ringbuf_write(context: Context, args: RingbufWriteArgs) -> None:
 
 @command("ringbuf-read")
 async def ringbuf_read(context: Context, args: RingbufReadArgs) -> str:
-    """Take bytes out: as base64, or as text that ends at a NUL."""
+    """Take bytes out: as base64, or as text, which ends at a bare NUL (those of texts are written C0 80)."""
     data = await context.services.chardevs.read_ring(args.device, args.size)
     if args.format is DataFormat.BASE64:
         return base64.b64encode(data).decode("ascii")
-    return data.partition(b"\0")[0].decode("utf-8", "replace")
+    return modified_utf8.decode_leniently(data.partition(b"\0")[0])

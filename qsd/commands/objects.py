@@ -47,13 +47,14 @@ async def qom_list(context: Context, args: QomListArgs) -> list[ObjectPropertyIn
 async def qom_get(context: Context, args: QomGetArgs) -> Any:
     """The value of one property."""
     root = context.services.objects.root
-    return qom.get_property(root, qom.resolve(root, args.path), args.property)
+    return qom.get_property(root, qom.resolve(root, args.path, tells_ambiguity=False), args.property)
 
 
 @command("qom-set")
 async def qom_set(context: Context, args: QomSetArgs) -> None:
     """Set one property."""
-    qom.set_property(qom.resolve(context.services.objects.root, args.path), args.property, args.value)
+    item = qom.resolve(context.services.objects.root, args.path, tells_ambiguity=False)
+    qom.set_property(item, args.property, args.value)
 
 
 @command("qom-list-get")

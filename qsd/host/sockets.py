@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -35,6 +36,7 @@ from qsd.qapi.schema.sockets import (
 
 _SUN_PATH_MAX = 108
 _IPPROTO_MPTCP = 262  # socket.IPPROTO_MPTCP exists from Python 3.10 on, but only where it was compiled with it
+_NUMBER = re.compile(r"[ \t\n\v\f\r]*[+-]?[0-9]+")
 _CONNECT_RETRY_S = 0.01  # a unix listener with a full backlog can only be asked again
 
 Address = SocketAddress | SocketAddressLegacy | AnySocketAddress
@@ -113,7 +115,9 @@ async def connect(address: Address, *, may_pass_fds: bool = False) -> socket.soc
     """Connect to ``address`` (a descriptor address is a connected socket already). Raises QmpError."""
     plain = _plain(address)
     if isinstance(plain, UnixSocketAddress):
-        return await _connect_first([(socket.AF_UNIX, 0, unix_name(plain))], f"Failed to connect to '{plain.path}'")
+        # No name at all is, to the kernel, an abstract one that nobody has; Python would make it a bad address.
+        path = unix_name(plain) or bytes(_SUN_PATH_MAX)
+        return await _connect_first([(socket.AF_UNIX, 0, path)], f"Failed to connect to '{plain.path}'")
     if isinstance(plain, InetSocketAddress):
         proto = _IPPROTO_MPTCP if plain.mptcp else 0
         found = [(family, proto, name) for family, name in await _resolve(plain, passive=False)]
@@ -133,7 +137,10 @@ def unix_name(address: UnixSocketAddress) -> str | bytes:
     raw = os.fsencode(address.path)
     limit = _SUN_PATH_MAX - 1  # a NUL stands before an abstract name, and behind a path
     if len(raw) > limit:
-        raise QmpError(f"UNIX socket path '{address.path}' is too long")
+        room = limit if address.abstract else _SUN_PATH_MAX
+        raise QmpError(
+            f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {room} bytes"
+        )
     if not address.abstract:
         return address.path
     name = b"\0" + raw
@@ -219,11 +226,13 @@ def _adopt(address: FdSocketAddress, may_pass_fds: bool) -> socket.socket:
     if not may_pass_fds:
         raise QmpError("only QEMU supports file descriptor passing")
     text = address.str
-    if not (text.isascii() and text.isdecimal() and int(text) < 1 << 31):
+    if _NUMBER.fullmatch(text) is None:
         raise QmpError(f"Unable to parse FD number {text}")
+    if len(text) > 32 or not -(1 << 31) <= int(text) < 1 << 31:
+        raise QmpError(f"Unable to parse FD number {text}: {errno_text(errno.ERANGE)}")
     try:
         sock = socket.socket(fileno=int(text))
-    except OSError:
+    except (OSError, ValueError):
         raise QmpError(f"File descriptor '{text}' is not a socket") from None
     sock.set_inheritable(False)
     sock.setblocking(False)
@@ -244,7 +253,8 @@ async def _resolve(address: InetSocketAddress, *, passive: bool) -> list[tuple[i
         family = socket.AF_INET6
     elif address.ipv4 or address.ipv6 is False:
         family = socket.AF_INET
-    flags = socket.AI_PASSIVE if passive else 0
+    # Who connects over IPv6 may name an IPv4 address, as the reference allows.
+    flags = socket.AI_PASSIVE if passive else socket.AI_V4MAPPED if family == socket.AF_INET6 else 0
     if address.numeric:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     # The reference does not connect to an empty host; listening, that is every address.
@@ -286,9 +296,11 @@ async def _listen_inet(address: InetSocketAddress, backlog: int) -> list[Listene
 def _listen_range(address: InetSocketAddress, family: int, name: Any, backlog: int) -> Listener:
     first = name[1]
     last = first if address.to is None else address.to
+    if last < first:
+        raise QmpError("Failed to create a socket")  # the reference's word for a range without a port
     failure: OSError = OSError(errno.EADDRINUSE, "")
     what = "Failed to find an available port"
-    for port in range(first, max(first, last) + 1):
+    for port in range(first, last + 1):
         sock = _socket(family, _IPPROTO_MPTCP if address.mptcp else 0)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

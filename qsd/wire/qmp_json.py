@@ -22,6 +22,7 @@ from typing import Any, Final
 import attrs
 
 from qsd.errors import QmpError
+from qsd.wire import modified_utf8
 from qsd.wire.qmp_json_lexer import MAX_TOKEN_SIZE, Kind, Lexer, Token
 from qsd.wire.qmp_json_writer import dumps
 
@@ -34,9 +35,6 @@ _QUOTED_LIMIT = 4096
 
 _LARGEST = 1.7976931348623157e308
 _INTEGER = re.compile(r"-?[0-9]+")
-_NONCHARACTER = re.compile(
-    "[\ufdd0-\ufdef" + "".join(chr((plane << 16) | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)) + "]"
-)
 _PIECE = re.compile(rb"[^\\]+|\\u(?:[0-9a-fA-F]{4})?|\\.", re.DOTALL)
 _ESCAPES = {b"\\" + key: value for key, value in zip((b'"', b"'", b"\\", b"/"), "\"'\\/", strict=True)} | {
     b"\\b": "\b",
@@ -86,7 +84,7 @@ def _no_constant(_text: str) -> Any:
 _quick_decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_number, parse_float=_number
 ).raw_decode
-_DOUBTFUL = re.compile(_NONCHARACTER.pattern + r"|\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3}[eEfF])")
+_DOUBTFUL = re.compile(modified_utf8.NONCHARACTER.pattern + r"|\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3}[eEfF])")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -338,33 +336,14 @@ def parse_one(text: str) -> Any:
 
 def _printable(data: bytes) -> str:
     """Input as messages quote it: up to the first NUL, each broken sequence one U+FFFD."""
-    found = []
-    for match in _SEQUENCE.finditer(data[:_QUOTED_LIMIT].split(b"\0")[0]):
-        piece = match.group()
-        try:
-            found.append("\0" if piece == b"\xc0\x80" else _text(piece))
-        except _Refused:
-            found.append("\ufffd")
-    return "".join(found)
-
-
-_SEQUENCE = re.compile(
-    rb"[\x00-\x7f]+|[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
-    rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc-\xfd][\x80-\xbf]{0,5}|[\x80-\xff]"
-)
+    return modified_utf8.decode_leniently(data[:_QUOTED_LIMIT].split(b"\0")[0])
 
 
 def _text(data: bytes) -> str:
-    """Decode UTF-8 as the reference does: no noncharacters, but a NUL may be written C0 80."""
-    if data.isascii():
-        return data.decode("ascii")
     try:
-        text = data.replace(b"\xc0\x80", b"\0").decode("utf-8")
-    except UnicodeDecodeError:
+        return modified_utf8.decode(data)
+    except ValueError:
         raise _Refused("invalid UTF-8 sequence in string") from None
-    if _NONCHARACTER.search(text):
-        raise _Refused("invalid UTF-8 sequence in string")
-    return text
 
 
 def _string(token: bytes) -> str:
@@ -405,6 +384,6 @@ def _code_point(token: bytes, at: int) -> tuple[str, int]:
         if 0xDC00 <= low < 0xE000:
             code, end = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00), end + 6
     character = chr(code)
-    if 0xD800 <= code < 0xE000 or _NONCHARACTER.match(character):
+    if 0xD800 <= code < 0xE000 or modified_utf8.NONCHARACTER.match(character):
         raise _Refused(f"{token[at:end].decode('ascii')} is not a valid Unicode character")
     return character, end

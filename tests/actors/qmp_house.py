@@ -122,8 +122,8 @@ class House:
         return await execute(Context(self.services, session), name, arguments)
 
     async def chardev(self, label: str, kind: str, *, origin: Origin = Origin.QMP, **data: Any) -> Any:
-        """Make a chardev from the JSON of its options (underscores for dashes)."""
-        body = {key.replace("_", "-"): value for key, value in data.items()}
+        """Make a chardev from the JSON of its options (underscores for dashes, ``in_`` for ``in``)."""
+        body = {key.rstrip("_").replace("_", "-"): value for key, value in data.items()}
         backend = from_json(ChardevBackend, {"type": kind, "data": body})
         return await self.chardevs.add(label, backend, origin=origin)
 

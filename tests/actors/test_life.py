@@ -96,7 +96,7 @@ async def test_signal_stops(number: signal.Signals) -> None:
     assert life.log == WHOLE_LIFE
 
 
-async def test_sigusr1_prints_the_tree_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_sigusr1_prints_the_tree_and_changes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     life = Life()
     async with trio.open_nursery() as nursery:
 
@@ -108,7 +108,7 @@ async def test_sigusr1_prints_the_tree_and_changes_nothing(capsys: pytest.Captur
         nursery.start_soon(kill)
         assert await run(life.start, life.process) == 0
     assert life.log == WHOLE_LIFE
-    printed = capsys.readouterr().err
+    printed = capfd.readouterr().err
     assert "monitors/\n  high [fragile] served=0" in printed
 
 

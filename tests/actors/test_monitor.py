@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -130,6 +131,14 @@ TRANSCRIPT: list[tuple[str, str | None, str, dict[str, Any]]] = [
     ("garbage\n", GENERIC, "1:895: JSON parse error, invalid keyword 'garbage'", {}),
     ('{"execute": }', GENERIC, "2:13: JSON parse error, expecting value", {}),
     ('{"execute":"qmp_capabilities"}', NOT_FOUND, COMPLETE, {}),
+    # What is wrong with the arguments is told first.
+    ('{"execute":"qmp_capabilities","arguments":{"x":1}}', GENERIC, "Parameter 'x' is unexpected", {}),
+    (
+        '{"execute":"qmp_capabilities","arguments":{"enable":["x"]}}',
+        GENERIC,
+        "Parameter 'null' does not accept value 'x'",
+        {},
+    ),
 ]
 
 
@@ -390,6 +399,19 @@ async def test_shutdown_is_not_kept_by_a_command_that_never_ends_or_a_client_tha
     assert "command gate did not stop within 2 s: forced" in caplog.text
 
 
+async def test_shutdown_is_not_kept_by_commands_behind_answers_nobody_reads(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house(tmp_path) as house:
+        client = await house.negotiated(await house.monitor())
+        for _ in range(50):  # some run, the others wait for room for their answers
+            await client.send('{"execute":"query-qmp-schema"}')
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.current_time()
+    assert trio.current_time() - before <= 1.1  # the moment a client is given for what is left for it
+    assert caplog.text == ""
+
+
 # -- out of band ----------------------------------------------------------------------------------------------
 
 
@@ -458,6 +480,18 @@ async def test_refused_monitors_leave_nothing(house: House) -> None:
     assert [info.id for info in house.monitors.infos()] == ["taken"]
     assert set(house.objects.user) == {"taken"}
     assert len(house.supervisor.actors(Floor.MONITORS)) == 1
+
+
+async def test_pretty_is_switched_through_the_object(house: House) -> None:
+    client = await house.negotiated(await house.monitor("a"))
+    body = {"path": "/objects/compat_monitor0", "property": "pretty"}
+    assert (await client.ask("qom-get", body))["return"] is False
+    await client.send(json.dumps({"execute": "qom-set", "arguments": {**body, "value": True}}))
+    assert [await client.line() for _ in range(4)] == [b"{\r\n", b'    "return": {\r\n', b"    }\r\n", b"}\r\n"]
+    await client.send(json.dumps({"execute": "qom-set", "arguments": {**body, "value": False}}))
+    assert await client.message() == {"return": {}}
+    answer = await client.ask("qom-set", {**body, "value": 1})
+    assert answer["error"]["desc"] == "Invalid parameter type for 'pretty', expected: boolean"
 
 
 async def test_monitors_are_objects_and_cannot_delete_themselves(house: House) -> None:

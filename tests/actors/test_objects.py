@@ -210,7 +210,7 @@ async def test_object_del(daemon: Daemon) -> None:
 
 
 async def test_object_del_of_the_monitor_that_asks(daemon: Daemon) -> None:
-    daemon.objects.publish("objects", "compat_monitor0", MonitorFace(nothing, "c0", False))
+    daemon.objects.publish("objects", "compat_monitor0", MonitorFace(nothing, "c0", False, lambda _pretty: None))
     daemon.session = SimpleNamespace(name="compat_monitor0")
     assert await daemon.refusal("object-del", id="compat_monitor0") == "Cannot delete the current QMP monitor"
 
@@ -221,7 +221,7 @@ async def test_object_del_of_another_monitor_ends_it(daemon: Daemon) -> None:
     async def remove() -> None:
         ended.set()
 
-    daemon.objects.publish("objects", "m", MonitorFace(remove, "c0", False))
+    daemon.objects.publish("objects", "m", MonitorFace(remove, "c0", False, lambda _pretty: None))
     daemon.session = SimpleNamespace(name="compat_monitor0")
     await daemon("object-del", id="m")
     assert ended.is_set()
@@ -229,7 +229,7 @@ async def test_object_del_of_another_monitor_ends_it(daemon: Daemon) -> None:
 
 
 async def test_monitor_takes_its_id_from_users(daemon: Daemon) -> None:
-    daemon.objects.publish("objects", "compat_monitor0", MonitorFace(nothing, "c0", False))
+    daemon.objects.publish("objects", "compat_monitor0", MonitorFace(nothing, "c0", False, lambda _pretty: None))
     assert "duplicate property 'compat_monitor0'" in await daemon.refusal(
         "object-add", qom__type="iothread", id="compat_monitor0"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -262,8 +264,6 @@ def background(tmp_path: Path) -> object:
             continue
         os.kill(pid, signal.SIGTERM)
         # Not our child: its end shows by the pid file's disappearance and the pidfd becoming readable.
-        import select
-
         assert select.select([ended], [], [], 30)[0], "the background daemon did not end"
         os.close(ended)
     assert not (tmp_path / "qsd.pid").exists()
@@ -336,6 +336,60 @@ def test_socket_passed_as_file_descriptor(daemon: Start, tmp_path: Path) -> None
             pass_fds=(number,),
         )
         running.qmp("passed.sock").execute("query-version")
+
+
+def test_manual_page_s_example_of_a_passed_socket(tmp_path: Path) -> None:
+    # As it stands there: the server waits for its first client, and the client connects before the daemon is up.
+    path = str(tmp_path / "qmp.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listen_sock:
+        listen_sock.bind(path)
+        listen_sock.listen()
+        fd = listen_sock.fileno()
+        process = subprocess.Popen(
+            [*PROGRAM, "--chardev", f"socket,fd={fd},server=on,id=char1", "--monitor", "chardev=char1"],
+            pass_fds=[fd],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as qmp_sock:
+        qmp_sock.connect(path)
+        qmp_sock.sendall(b'{"execute": "qmp_capabilities"} {"execute": "quit"}')
+        answers = qmp_sock.makefile().readlines()
+    assert [sorted(json.loads(line)) for line in answers] == [["QMP"], ["return"], ["return"]]
+    assert process.communicate(timeout=30)[1] == (
+        f"qsd: --chardev socket,fd={fd},server=on,id=char1: info: QEMU waiting for connection on: "
+        f"disconnected:unix:{path},server=on\n"
+    )
+    assert process.returncode == 0
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-T", "help"], ["--object", "help"], ["--bogus"]])
+def test_texts_nobody_takes_do_not_upset_it(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*PROGRAM, *words], stdout=full, stderr=full, timeout=30, check=False)
+    assert ended.returncode == 1
+
+
+def test_closed_standard_descriptors_are_not_given_to_anything_else(tmp_path: Path) -> None:
+    script = (
+        f"exec {' '.join(PROGRAM)} --pidfile qsd.pid --blockdev null-co,node-name=n --chardev socket,id=c,path=s,"
+    )
+    script += "server=on --monitor c <&- >&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", script], cwd=tmp_path)
+    pidfd = os.pidfd_open(process.pid)
+    from harness import Qmp
+
+    while not (tmp_path / "s").exists():
+        assert not select.select([pidfd], [], [], 0.01)[0], "it has ended"
+    os.close(pidfd)
+    monitor = Qmp(tmp_path / "s")
+    names = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+    assert names == ["/dev/null"] * 3
+    monitor.execute("quit")
+    monitor.close()
+    assert process.wait(30) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_monitors_at_once(daemon: Start) -> None:

@@ -138,6 +138,10 @@ def test_unix_name_too_long() -> None:
     with pytest.raises(QmpError) as caught:
         unix_name(unix(long))
     assert caught.value.desc == f"UNIX socket path '{long}' is too long"
+    assert caught.value.hint == "Path must be less than 108 bytes"
+    with pytest.raises(QmpError) as caught:
+        unix_name(unix(long, abstract=True))
+    assert caught.value.hint == "Path must be less than 107 bytes"
 
 
 async def test_unix_errors(tmp_path: Path) -> None:
@@ -276,7 +280,13 @@ async def test_passed_descriptor_connected() -> None:
 
 
 async def test_passed_descriptor_errors(tmp_path: Path) -> None:
-    for text in ("zz", "", "-1", "99999999999"):
+    for text in ("-1", "+999", " 999", "0999"):
+        wanted = f"File descriptor '{text}' is not a socket"
+        assert await refusal(FdSocketAddress(str=text), may_pass_fds=True) == wanted
+    for text in ("99999999999", "9" * 5000):
+        wanted = f"Unable to parse FD number {text}: Numerical result out of range"
+        assert await refusal(FdSocketAddress(str=text), may_pass_fds=True) == wanted
+    for text in ("zz", "", "0x1", "1x", "-"):
         assert await refusal(FdSocketAddress(str=text), may_pass_fds=True) == f"Unable to parse FD number {text}"
     with (tmp_path / "f").open("w") as file:
         fd = file.fileno()
@@ -288,3 +298,22 @@ async def test_passed_descriptor_errors(tmp_path: Path) -> None:
         text = await refusal(FdSocketAddress(str=str(theirs.fileno())), may_pass_fds=True)
         assert text == "Failed to listen on fd socket: Invalid argument"
         assert theirs.fileno() >= 0
+
+
+async def test_range_of_ports_without_a_port() -> None:
+    assert await refusal(inet("127.0.0.1", 4000, to=3999)) == "Failed to create a socket"
+
+
+async def test_nobody_is_at_an_empty_path() -> None:
+    with pytest.raises(QmpError, match="Failed to connect to '': Connection refused"):
+        await connect(unix(""))
+
+
+@pytest.mark.parametrize("more", [{"ipv4": False}, {"ipv6": True}])
+async def test_ipv4_address_is_reached_over_ipv6(more: dict[str, bool]) -> None:
+    listener = await listen_one(inet("127.0.0.1", 0))
+    port = listener.socket.getsockname()[1]
+    client = await connect(inet("127.0.0.1", port, **more))
+    with client:
+        assert client.family == socket.AF_INET6
+    listener.close()

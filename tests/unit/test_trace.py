@@ -56,7 +56,8 @@ def test_patterns(registry: TraceRegistry, patterns: list[str], on: set[str]) ->
         ("no?pe", "no?pe"),
         ("*nope*", None),
         ("nbd_client_loop", None),
-        ("", None),
+        ("", ""),
+        ("-", ""),
     ],
 )
 def test_unknown_names_are_told(registry: TraceRegistry, pattern: str, unknown: str | None) -> None:

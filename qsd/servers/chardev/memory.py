@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import attrs
+import trio
 
 from qsd.actors.core import receives
 from qsd.errors import QmpError
 from qsd.qapi.schema.chardev import ChardevCommon, ChardevRingbuf
 from qsd.servers.chardev.base import Chardev, Surroundings
+from qsd.servers.chardev.logfile import LogFile
+from qsd.servers.chardev.stream import Stream
 
 _DEFAULT_BYTES = 64 << 10
 
@@ -46,6 +49,31 @@ class Ring:
         return data
 
 
+class RingStream(Stream):
+    """The peer of a ring buffer's user: takes everything, says nothing."""
+
+    def __init__(self, ring: Ring, log: LogFile | None) -> None:
+        super().__init__(log)
+        self._ring = ring
+
+    async def wait_writable(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def _receive(self) -> bytes:
+        raise BlockingIOError
+
+    def _send(self, data: bytes | memoryview) -> int:
+        self._ring.write(bytes(data))
+        return len(data)
+
+    async def _wait_readable(self) -> None:
+        await self.closed.wait()
+        raise trio.ClosedResourceError
+
+    def _close(self) -> None:
+        return
+
+
 @attrs.frozen
 class RingWrite:
     """Append ``data``."""
@@ -73,6 +101,7 @@ class RingbufChardev(Chardev):
     async def open(self) -> None:
         if self._size < 0 or self._size & (self._size - 1):
             raise QmpError("size of ringbuf chardev must be power of two")
+        self.spawn(self.serve, RingStream(self._ring, self.log), name="ring")
 
     def filename(self) -> str:
         return self.backend

@@ -25,7 +25,7 @@ class PtyChardev(Chardev):
     def __init__(self, label: str, backend: str, options: ChardevPty, surroundings: Surroundings) -> None:
         super().__init__(label, backend, options, surroundings)
         # Absolute, because a background daemon changes its working directory.
-        self._link = None if options.path is None else os.path.abspath(options.path)
+        self._link = os.path.abspath(options.path) if options.path else options.path
         self._has_link = False
         self._master = -1
         self.device = ""

@@ -26,7 +26,8 @@ from qsd.qapi.visit import to_json
 from qsd.servers.chardev import socket_name
 from qsd.servers.chardev.base import Chardev, Origin, Surroundings, log
 from qsd.servers.chardev.stream import SocketStream
-from qsd.servers.chardev.telnet import TelnetStream
+from qsd.servers.chardev.telnet import GREETING_3270, TelnetStream
+from qsd.servers.chardev.websocket import WebsocketStream, upgrade
 
 _BACKLOG = 1
 _RETRY_S = 1.0  # when accept fails for want of descriptors or memory
@@ -40,7 +41,7 @@ class SocketChardev(Chardev):
         self._options = options
         self._address: AnySocketAddress = plain_address(options.addr)
         self._is_server = options.server is not False
-        self._protocol = "telnet" if options.telnet else "tcp"
+        self._protocol = "telnet" if options.telnet else "websocket" if options.websocket else "tcp"
         self._listeners: list[Listener] = []
 
     async def open(self) -> None:
@@ -56,18 +57,14 @@ class SocketChardev(Chardev):
         options = self._options
         if self._is_server and options.reconnect_ms is not None:
             raise QmpError("'reconnect-ms' option is incompatible with socket in server listen mode")
+        if not self._is_server and options.websocket:
+            raise QmpError("Websocket client is not implemented")
         if not self._is_server and options.wait is not None:
             raise QmpError("'wait' option is incompatible with socket in client connect mode")
         if options.tls_creds is not None:
             raise QmpError(f"No TLS credentials with id '{options.tls_creds}'")
         if options.tls_authz is not None:
             raise QmpError("'tls_authz' option requires 'tls_creds' option")
-        if options.websocket:
-            if not self._is_server:
-                raise QmpError("Websocket client is not implemented")
-            raise QmpError("Websocket server is not supported")
-        if options.tn3270:
-            raise QmpError("TN3270 is not supported")
 
     @property
     def _may_pass_fds(self) -> bool:
@@ -136,13 +133,29 @@ class SocketChardev(Chardev):
     async def _serve_socket(self, sock: socket.socket) -> None:
         if self._options.nodelay:
             sockets.set_no_delay(sock)
-        kind = TelnetStream if self._options.telnet else SocketStream
         try:
-            stream = kind(sock, self.log)
-        except OSError:  # gone before it was greeted
+            stream = await self._greet(sock)
+        except BaseException:
             sock.close()
-            return
-        await self.serve(stream)
+            raise
+        if stream is None:
+            sock.close()
+        else:
+            await self.serve(stream)
+
+    async def _greet(self, sock: socket.socket) -> SocketStream | None:
+        """Begin the protocol the chardev speaks; None when the peer has gone, or does not speak it."""
+        try:
+            if self._options.websocket:
+                rest = await upgrade(sock)
+                return None if rest is None else WebsocketStream(sock, self.log, rest)
+            if self._options.tn3270:
+                sock.send(GREETING_3270)  # a new connection's buffer takes it
+            elif self._options.telnet:
+                return TelnetStream(sock, self.log)
+        except OSError:
+            return None
+        return SocketStream(sock, self.log)
 
     # -- client -----------------------------------------------------------------------------------------------
 

@@ -150,7 +150,11 @@ class SocketStream(Stream):
 
 
 class FileStream(Stream):
-    """Descriptors to read from (None: nothing ever comes) and write to, non-blocking where that means something."""
+    """Descriptors to read from (None: nothing ever comes) and write to, non-blocking where that means something.
+
+    What cannot be written (a full disk, a pipe whose reader has gone) is lost, as with the reference: input may
+    still come, and the way to end the daemon may be among it.
+    """
 
     def __init__(self, read_fd: int | None, write_fd: int, log: LogFile | None) -> None:
         super().__init__(log)
@@ -169,7 +173,12 @@ class FileStream(Stream):
         return os.read(self._read_fd, RECEIVE_SIZE)
 
     def _send(self, data: bytes | memoryview) -> int:
-        return os.write(self._write_fd, data)
+        try:
+            return os.write(self._write_fd, data)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return len(data)
 
     async def _wait_readable(self) -> None:
         if self._read_fd is None:

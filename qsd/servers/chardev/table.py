@@ -13,6 +13,7 @@ from qsd.actors.core import Actor
 from qsd.actors.qom import QomObject
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.errors import ActorStopped, QmpError
+from qsd.host.console import write_stdout
 from qsd.qapi.schema.chardev import (
     ChardevBackend,
     ChardevBackendInfo,
@@ -90,7 +91,7 @@ class Chardevs:
         self._entries[label] = _Entry(chardev)
         pty = chardev.device if isinstance(chardev, PtyChardev) else None
         if pty is not None and origin is Origin.COMMAND_LINE:
-            print(f"char device redirected to {pty} (label {label})", flush=True)
+            write_stdout(f"char device redirected to {pty} (label {label})\n")
         return ChardevReturn(pty=pty)
 
     async def remove(self, label: str) -> None:
@@ -124,19 +125,23 @@ class Chardevs:
 
     # -- use --------------------------------------------------------------------------------------------------
 
-    async def attach(self, label: str, frontend: Frontend) -> bool:
-        """Become the user of a chardev; peers are handed to ``frontend`` from now on. Raises QmpError.
+    def carries_oob(self, label: str) -> bool:
+        """Whether out-of-band execution is offered on a chardev. Raises QmpError."""
+        return self._usable(label).chardev.carries_oob
 
-        Returns whether out-of-band execution is offered on it.
-        """
-        entry = self._entries.get(label)
-        if entry is None:
-            raise QmpError(f'chardev "{label}" not found')
+    async def attach(self, label: str, frontend: Frontend) -> None:
+        """Become the user of a chardev; peers are handed to ``frontend`` from now on. Raises QmpError."""
+        entry = self._usable(label)
         if entry.user is not None:
             raise QmpError(f"chardev '{label}' is already in use")
         entry.user = frontend
         await entry.chardev.ref.ask(Attach(frontend))
-        return entry.chardev.carries_oob
+
+    def _usable(self, label: str) -> _Entry:
+        entry = self._entries.get(label)
+        if entry is None:
+            raise QmpError(f'chardev "{label}" not found')
+        return entry
 
     def detach(self, label: str, frontend: Frontend) -> None:
         """Stop being the user; a peer that is still connected stays so."""

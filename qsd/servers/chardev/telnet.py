@@ -15,6 +15,9 @@ _SUBNEGOTIATION_END = 240
 
 # WILL echo, WILL suppress go-ahead, WILL binary, DO binary: what the reference sends.
 GREETING = bytes((_IAC, 251, 1, _IAC, 251, 3, _IAC, 251, 0, _IAC, 253, 0))
+# TN3270 (RFC 1576): end of record, binary, terminal type, both ways, and the question for the latter. What the
+# client answers reaches the user of the chardev, as with the reference.
+GREETING_3270 = bytes.fromhex("fffd19 fffb19 fffd00 fffb00 fffd18 fffa1801fff0")
 
 
 class Filter:

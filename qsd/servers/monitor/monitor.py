@@ -43,6 +43,7 @@ class Monitor(Actor):
         super().__init__(f"monitor {info.id}")
         self.info = info
         self.offers_oob = True
+        self.pretty = info.pretty
         self._events = events
         self._dispatch = dispatch
         self._gate = gate
@@ -70,7 +71,7 @@ class Monitor(Actor):
             self._events,
             self._dispatch,
             self._gate,
-            pretty=self.info.pretty,
+            pretty=self.pretty,
             offers_oob=self.offers_oob,
         )
         self._sessions.append(session)
@@ -87,6 +88,12 @@ class Monitor(Actor):
     async def leave(self, _message: Leave) -> None:
         for session in list(self._sessions):
             session.leave()
+
+    def set_pretty(self, pretty: bool) -> None:
+        """Write for human eyes, or not, from the next message on."""
+        self.pretty = pretty
+        for session in self._sessions:
+            session.pretty = pretty
 
     async def wait_idle(self) -> None:
         """Wait until no command runs."""

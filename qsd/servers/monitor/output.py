@@ -35,6 +35,11 @@ class Output:
         """Bytes not sent yet."""
         return len(self._held)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether less than ``SOFT_LIMIT`` is held."""
+        return len(self._held) < SOFT_LIMIT
+
     def put(self, data: bytes) -> None:
         """Send, or keep for later. What is said to a client that has gone is lost."""
         if self._stream.closed.is_set():

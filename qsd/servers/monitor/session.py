@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 import trio
-from trio_util import AsyncBool
+from trio_util import AsyncBool, wait_any
 
 from qsd import trace
 from qsd.actors.events import Emitted, EventBus
@@ -53,12 +53,12 @@ class Gate:
     """Whether commands are taken; shut for good when the daemon stops."""
 
     stop_requested: trio.Event
-    is_shut: bool = False
+    shut: trio.Event = attrs.field(factory=trio.Event)
 
     @property
     def is_open(self) -> bool:
         """Read before every command."""
-        return not self.is_shut and not self.stop_requested.is_set()
+        return not self.shut.is_set() and not self.stop_requested.is_set()
 
 
 class Session:
@@ -80,7 +80,7 @@ class Session:
         self._events = events
         self._dispatch = dispatch
         self._gate = gate
-        self._pretty = pretty
+        self.pretty = pretty
         self._offers_oob = offers_oob
         self.output = Output(stream, name)
         self.is_negotiated = False
@@ -182,7 +182,9 @@ class Session:
         """Run one message's command and answer it; nothing once the daemon stops."""
         # Also the turn of everybody else between two of many pipelined commands.
         await trio.lowlevel.checkpoint()
-        await self.output.wait_room()
+        if not self.output.has_room:
+            # Not once the gate is shut: a client that reads nothing must not hold up the daemon's end.
+            await wait_any(self.output.wait_room, self._gate.shut.wait)
         if not self._gate.is_open or self.stream.closed.is_set():
             return
         request_id = envelope.id_of(message)
@@ -208,14 +210,14 @@ class Session:
             return
         if request.is_oob and request.name in SCHEMA.commands:
             raise QmpError(f"The command {request.name} does not support OOB")
-        if request.name == NEGOTIATE:
+
+    def negotiate(self, enable: tuple[QMPCapability, ...]) -> None:
+        """End the negotiation (the command ``qmp_capabilities``). Raises QmpError when it is over already."""
+        if self.is_negotiated:
             raise QmpError(
                 "Capabilities negotiation is already complete, command ignored",
                 error_class=ErrorClass.COMMAND_NOT_FOUND,
             )
-
-    def negotiate(self, enable: tuple[QMPCapability, ...]) -> None:
-        """End the negotiation (the command ``qmp_capabilities``)."""
         self.is_negotiated = True
         if QMPCapability.OOB in enable:
             assert self._nursery is not None
@@ -241,7 +243,7 @@ class Session:
             self.output.put_unasked(self._encode(dict(event.message)))
 
     def _encode(self, message: dict[str, Any]) -> bytes:
-        text = dumps(message, pretty=self._pretty) + "\n"  # line ends inside strings are escaped
+        text = dumps(message, pretty=self.pretty) + "\n"  # line ends inside strings are escaped
         return text.replace("\n", "\r\n").encode("ascii")
 
 

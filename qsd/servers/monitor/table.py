@@ -27,7 +27,7 @@ class CommandGate(Actor):
         self._monitors = monitors
 
     async def stopping(self) -> None:
-        self._gate.is_shut = True
+        self._gate.shut.set()
         try:
             for monitor in self._monitors.actors():
                 await monitor.wait_idle()
@@ -81,11 +81,14 @@ class Monitors:
         async def remove() -> None:
             await self.remove(name)
 
-        self._objects.publish("objects", name, MonitorFace(remove, info.chardev, info.pretty))
+        face = MonitorFace(remove, info.chardev, info.pretty, monitor.set_pretty)
+        self._objects.publish("objects", name, face)
         try:
             await self._supervisor.start(monitor, Floor.MONITORS)
             self._monitors[name] = monitor
-            monitor.offers_oob = await self._chardevs.attach(info.chardev, monitor)
+            # Before it is attached: the first client may be greeted at once.
+            monitor.offers_oob = self._chardevs.carries_oob(info.chardev)
+            await self._chardevs.attach(info.chardev, monitor)
         except BaseException:
             self._objects.withdraw("objects", name)
             self._monitors.pop(name, None)
