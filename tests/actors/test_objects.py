@@ -259,7 +259,9 @@ async def test_chardevs_are_shown_as_they_are_now(daemon: Daemon) -> None:
 
 async def test_types_listed_are_those_that_work(daemon: Daemon) -> None:
     creatable = [row["name"] for row in await daemon("qom-list-types", implements="user-creatable")]
-    assert sorted(creatable) == creatable_types() == ["iothread", "secret"]
+    # Types declared by rooms this test does not need may be there as well, when another test has loaded them.
+    assert sorted(creatable) == creatable_types()
+    assert {"iothread", "secret"} <= set(creatable)
     assert await daemon("qom-list-types", implements="iothread") == [
         {"name": "iothread", "parent": "event-loop-base"}
     ]
