@@ -34,6 +34,7 @@ from qsd.qapi.schema.objects import QsdViewProperties
 from qsd.servers.chardev.base import Origin
 from qsd.servers.chardev.table import Chardevs
 from qsd.servers.exports import Exports
+from qsd.servers.fuse.export import FuseService
 from qsd.servers.monitor.session import Session
 from qsd.servers.monitor.table import Monitors
 from qsd.servers.nbd.server import NbdService
@@ -97,6 +98,7 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     exports = Exports(supervisor, graph, objects, events)
     nbd = NbdService(supervisor, plane.reactor, exports, _warn)
     await supervisor.start(nbd, Floor.EXPORTS)
+    FuseService(plane.reactor, exports, _warn)
     chardevs = Chardevs(supervisor, is_background=is_background)
     services = Services(
         supervisor=supervisor,

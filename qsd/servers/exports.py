@@ -30,6 +30,9 @@ class Export(Protocol):
     def clients(self) -> Sequence[Actor]:
         """The actors of its clients, where clients have actors."""
 
+    def resized(self) -> None:
+        """The node has another length."""
+
     async def close(self) -> None:
         """Drop clients; return when nothing is in flight."""
 
@@ -45,11 +48,22 @@ class Entry:
     is_shutting_down: bool = False
 
 
-Make = Callable[[str, Any, RootEdge], Awaitable[Any]]
+@attrs.frozen
+class Kind:
+    """A type of export: what checks its options (and raises QmpError), what makes one, what it needs of the node.
+
+    ``more`` are permissions besides reading, and writing where the export is writable.
+    """
+
+    check: Callable[[Any], None]
+    make: Callable[[str, Any, RootEdge], Awaitable[Any]]
+    more: Callable[[Any], Perm] = lambda _options: Perm.NONE
+    unshared: Perm = Perm.NONE
+    allows_iothreads: bool = False
 
 
 class Exports:
-    """The table. ``makers`` maps a type's name to what makes one: first the checks, then the actor."""
+    """The table. ``kinds`` holds the types of exports by name."""
 
     def __init__(self, supervisor: Supervisor, graph: Graph, objects: Objects, events: EventBus) -> None:
         self._supervisor = supervisor
@@ -57,7 +71,7 @@ class Exports:
         self._objects = objects
         self._events = events
         self._entries: dict[str, Entry] = {}
-        self.makers: dict[str, tuple[Callable[[Any], None], Make, Perm]] = {}
+        self.kinds: dict[str, Kind] = {}
 
     def entries(self) -> list[Entry]:
         """All exports, newest first."""
@@ -74,21 +88,26 @@ class Exports:
             raise QmpError("Invalid block export id")
         if name in self._entries:
             raise QmpError(f"Block export id '{name}' is already in use")
-        check, make, unshared = self.makers[options.type.value]
+        kind = self.kinds[options.type.value]
         node = self._graph.find(options.node_name)
-        self._check_iothread(options)
+        self._check_iothread(options, kind)
         if options.writable and node.mode.read_only:
             raise QmpError("Cannot export read-only node as writable")
-        check(options)
-        perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
-        use = RootOptions(perm, Perm.ALL & ~unshared, allow_inactive=bool(options.allow_inactive))
+        kind.check(options)
+        perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE) | kind.more(options)
+        use = RootOptions(
+            perm,
+            Perm.ALL & ~kind.unshared,
+            allow_inactive=bool(options.allow_inactive),
+            on_resize=lambda: self._resized(name),
+        )
         edge = await self._graph.attach(node.name, use)
         try:
             # The table may have changed while the graph was at work.
             if name in self._entries:
                 raise QmpError(f"Block export id '{name}' is already in use")
-            check(options)
-            export = await make(name, options, edge)
+            kind.check(options)
+            export = await kind.make(name, options, edge)
             self._entries[name] = Entry(name, export, export, edge)
             await self._supervisor.start(export, Floor.EXPORTS)
         except BaseException:
@@ -97,12 +116,18 @@ class Exports:
             raise
 
     def policy_of(self, options: Any) -> PollPolicy | None:
-        """How the iothread an export names wants to be polled; None when it names none."""
-        if not isinstance(options.iothread, str):
-            return None
-        return self._objects.iothreads.get(options.iothread).policy
+        """How the iothread an export names wants to be polled, of several the most patient; None for none."""
+        given = options.iothread
+        names = (given,) if isinstance(given, str) else given or ()
+        policies = [self._objects.iothreads.get(name).policy for name in names]
+        return max(policies, key=lambda policy: policy.max_ns, default=None)
 
-    def _check_iothread(self, options: Any) -> None:
+    def _resized(self, name: str) -> None:
+        entry = self._entries.get(name)
+        if entry is not None:
+            entry.export.resized()
+
+    def _check_iothread(self, options: Any, kind: Kind) -> None:
         given = options.iothread
         if given is None:
             return
@@ -113,7 +138,7 @@ class Exports:
             raise QmpError("Cannot use fixed-iothread for a multi-threaded export")
         for name in names:
             self._objects.iothreads.get(name)
-        if not isinstance(given, str):
+        if not isinstance(given, str) and not kind.allows_iothreads:
             raise QmpError("NBD export does not support multi-threading")
 
     def delete(self, name: str, *, hard: bool) -> None:

@@ -12,6 +12,7 @@ from qsd.qapi.schema.sockets import SocketAddress, SocketAddressLegacy
 @enum("BlockExportType")
 class BlockExportType(str, Enum):
     NBD = "nbd"
+    FUSE = "fuse"
 
 
 @enum("BlockExportRemoveMode")
@@ -50,6 +51,20 @@ class BlockExportOptionsNbd(BlockExportOptions):
     description: str | None = None
     bitmaps: tuple[BlockDirtyBitmapOrStr, ...] | None = None
     allocation_depth: bool | None = None
+
+
+@enum("FuseExportAllowOther")
+class FuseExportAllowOther(str, Enum):
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
+@branch(BlockExportOptions, BlockExportType.FUSE, name="BlockExportOptionsFuse")
+class BlockExportOptionsFuse(BlockExportOptions):
+    mountpoint: str
+    growable: bool | None = None
+    allow_other: FuseExportAllowOther | None = None
 
 
 @struct("block-export-del-arg")

@@ -21,7 +21,7 @@ from qsd.drivers.base import Limits
 from qsd.errors import ActorStopped, QmpError
 from qsd.host import sockets
 from qsd.host.reactor import Reactor
-from qsd.servers.exports import Exports
+from qsd.servers.exports import Exports, Kind
 from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
@@ -86,6 +86,9 @@ class NbdExport(Actor):
     def clients(self) -> Sequence[NbdConnection]:
         """The connections."""
         return list(self.connections)
+
+    def resized(self) -> None:
+        """Cannot happen while it is exported: a client is told the length once."""
 
     def joined(self, connection: NbdConnection) -> None:
         """A client has chosen this export."""
@@ -277,7 +280,7 @@ class NbdService(Actor):
         self._connections: set[NbdConnection] = set()
         self._room = RepeatedEvent()
         self._count = 0
-        exports.makers["nbd"] = (self._check, self._make, Perm.RESIZE)
+        exports.kinds["nbd"] = Kind(self._check, self._make, unshared=Perm.RESIZE)
 
     # -- exports (wire.nbd.handshake.ExportDirectory) ---------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""FUSE exports: a node as a regular file, the kernel's protocol spoken over /dev/fuse."""
