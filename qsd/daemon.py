@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+import qsd.commands.bitmaps
 import qsd.commands.block
 import qsd.commands.block_queries
 import qsd.commands.chardev

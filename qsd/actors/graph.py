@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,6 +20,7 @@ import trio
 from trio_util import RepeatedEvent
 
 from qsd.actors.activation import set_active
+from qsd.actors.bitmaps import BitmapAction, change_bitmaps
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
@@ -29,6 +30,7 @@ from qsd.actors.reopening import UNKNOWN_NODE, reopen
 from qsd.actors.supervisor import Supervisor
 from qsd.actors.topology import Topology
 from qsd.actors.transaction import CommitFailed
+from qsd.block.dirty import Bar
 from qsd.block.permissions import Perm, perm_text
 from qsd.drivers.base import Aio, ChildRole
 from qsd.errors import ActorStopped, QmpError, errno_text
@@ -120,6 +122,10 @@ class Graph(Actor):
     async def set_active(self, name: str | None, *, active: bool) -> None:
         """Activate or inactivate one node with what is below it, or all (None). Raises QmpError."""
         await self._do(self._set_active, name, active)
+
+    async def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
+        """Do something to dirty bitmaps, all of it or nothing. Raises QmpError."""
+        await self._do(self._change_bitmaps, actions)
 
     async def attach(self, name: str, options: RootOptions) -> RootEdge:
         """Use the node ``name`` from outside the graph. Raises QmpError (unknown node, permissions)."""
@@ -239,6 +245,10 @@ class Graph(Actor):
         async with self.topology.lock:
             await set_active(self.topology, name, active=active)
 
+    async def _change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
+        async with self.topology.lock:
+            await change_bitmaps(self.topology, actions)
+
     # -- root edges -------------------------------------------------------------------------------------------
 
     async def _attach(self, name: str, options: RootOptions, claim: _Claim) -> RootEdge:
@@ -334,6 +344,7 @@ class Graph(Actor):
             raise QmpError("Image is read-only")
         if not node.driver.can_truncate:
             raise QmpError("Image format driver does not support resize")
+        node.bitmaps.check_resizable()
         try:
             await node.hold()
             await node.driver.truncate(size, exact=exact)
@@ -350,6 +361,9 @@ def _check_deletable(node: Node, info: NodeInfo) -> None:
         if edge.role is ChildRole.COW:
             assert edge.parent is not None
             raise QmpError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+    for bitmap in node.bitmaps:
+        # An export of another node shows it. The reference asserts.
+        bitmap.check(Bar.BUSY)
     if not info.is_monitor_owned:
         raise QmpError(f"Node {node.name} is not owned by the monitor")
     if info.parents or info.pins:

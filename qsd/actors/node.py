@@ -1,8 +1,9 @@
 """A block node: an actor around a driver, and the one funnel every request to it passes.
 
-The funnel checks the contract once: drained? active? writable? inside the node? aligned? It counts, watches the
-write threshold, turns zero writes into WRITE_ZEROES, and serialises what must not overlap. A batch in which
-every request is plain costs one pass over it and goes to the driver as it came; ``_sort`` looks at the rest.
+The funnel checks the contract once: drained? active? writable? inside the node? aligned? It counts, marks dirty
+bitmaps, watches the write threshold, turns zero writes into WRITE_ZEROES, and serialises what must not overlap. A
+batch in which every request is plain costs one pass over it (and one for every bitmap that records) and goes to the
+driver as it came; ``_sort`` looks at the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from trio_util import AsyncValue
 
 from qsd.actors.core import Actor
 from qsd.actors.rmw import Serialiser, unaligned
+from qsd.block.dirty import BitmapSet
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
 from qsd.drivers.calls import call
 from qsd.messages import Extent, Flag, Op, Request
@@ -62,6 +64,7 @@ class Node(Actor):
         self.write_threshold = 0
         self.on_write_threshold: Callable[[Node, int, int], None] | None = None
         self.length = 0
+        self.bitmaps = BitmapSet()
         self.active = driver.mode.active
         # True while a parent may write: the graph sets it when permissions are committed.
         self.writable = False
@@ -113,6 +116,7 @@ class Node(Actor):
         """Take over what opening, resizing, reopening or activation has changed. Call while drained or idle."""
         driver = self.driver
         self.length = (driver.length + SECTOR - 1) // SECTOR * SECTOR
+        self.bitmaps.resize(self.length)
         self._mask = driver.limits.request_alignment - 1
         self._plain_writes = (
             self.active
@@ -176,6 +180,8 @@ class Node(Actor):
             stats.wr_bytes += write_bytes
             if highest > stats.wr_highest_offset:
                 stats.wr_highest_offset = highest
+            if self.bitmaps.recording:
+                self.bitmaps.mark(batch)
         self.driver.submit(batch)
 
     def _submit_stopped(self, batch: list[Request]) -> None:
@@ -202,6 +208,8 @@ class Node(Actor):
                 if not self.mode.discard_unmap:
                     request.flags &= ~Flag.MAY_UNMAP
             self._count(request)
+            if self.bitmaps.recording and op in (WRITE, WRITE_ZEROES, DISCARD):
+                self._mark(request)
             if not self._mask or op == FLUSH:
                 plain.append(request)
             elif (request.offset | request.length) & self._mask:
@@ -235,6 +243,12 @@ class Node(Actor):
         elif op == Op.BLOCK_STATUS and not request.length:
             return errno.EINVAL
         return None
+
+    def _mark(self, request: Request) -> None:
+        # An unaligned write changes whole blocks, if only by writing again what was there.
+        start, end = request.offset, request.offset + request.length
+        if request.length:
+            self.bitmaps.mark_range(start & ~self._mask, (end + self._mask & ~self._mask) - (start & ~self._mask))
 
     def _has_children(self) -> bool:
         return bool(self.driver.children)

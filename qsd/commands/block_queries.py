@@ -6,6 +6,7 @@ from typing import Any
 
 from qsd.actors.edges import Edge, info_of
 from qsd.actors.node import Node
+from qsd.block.dirty import NamedBitmap
 from qsd.block.permissions import PERM_NAMES, Perm
 from qsd.commands.context import Context
 from qsd.commands.registry import command
@@ -58,8 +59,25 @@ def _device_info(node: Node, *, flat: bool) -> Json:
         "image": _image_info(node, chain),
         **_NO_THROTTLING,
     }
+    if node.bitmaps:
+        info["dirty-bitmaps"] = [_bitmap_info(bitmap) for bitmap in reversed(list(node.bitmaps))]
     if chain:
         info["backing_file"] = chain[0].driver.filename()
+    return info
+
+
+def _bitmap_info(bitmap: NamedBitmap) -> Json:
+    info: Json = {
+        "recording": bitmap.is_recording,
+        "persistent": bitmap.is_persistent,
+        "busy": bitmap.is_busy,
+        "granularity": bitmap.bits.granularity,
+        "count": bitmap.bits.dirty_bytes,
+    }
+    if bitmap.name is not None:
+        info["name"] = bitmap.name
+    if bitmap.is_inconsistent:
+        info["inconsistent"] = True
     return info
 
 

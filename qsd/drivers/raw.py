@@ -98,6 +98,12 @@ class RawDriver(Driver):
         flag: bool | None = child.node.driver.dirty_flag()
         return flag
 
+    def image_facts(self) -> dict[str, Any]:
+        """The child's cluster size."""
+        child: Any = self.children["file"]
+        facts = child.node.driver.image_facts()
+        return {name: facts[name] for name in ("cluster-size",) if name in facts}
+
     def allocated_size(self) -> int | None:
         """The child's."""
         child: Any = self.children["file"]

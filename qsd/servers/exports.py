@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 import attrs
 
+from qsd.actors.bitmaps import find_exported
 from qsd.actors.core import Actor
-from qsd.actors.edges import RootEdge, RootOptions
+from qsd.actors.edges import Edge, RootEdge, RootOptions
 from qsd.actors.events import EventBus
 from qsd.actors.graph import Graph
 from qsd.actors.objects import Objects
 from qsd.actors.supervisor import Floor, Supervisor
+from qsd.block.dirty import NamedBitmap
 from qsd.block.names import is_well_formed
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
@@ -114,6 +116,14 @@ class Exports:
             self._entries.pop(name, None)
             await edge.detach()
             raise
+
+    def bitmaps_of(self, options: Any, edge: Edge) -> list[NamedBitmap]:
+        """The dirty bitmaps an export names. Raises QmpError unless all of them can be shown as they are now."""
+        found = []
+        for wanted in options.bitmaps or ():
+            name = wanted if isinstance(wanted, str) else (wanted.node, wanted.name)
+            found.append(find_exported(self._graph.topology, edge.node, name, writable=bool(options.writable)))
+        return found
 
     def policy_of(self, options: Any) -> PollPolicy | None:
         """How the iothread an export names wants to be polled, of several the most patient; None for none."""

@@ -298,6 +298,7 @@ def state_of(graph: Graph, world: World) -> Any:
             node.info.pins,
             node.info.is_monitor_owned,
             node.is_held,
+            [(b.name, b.bits.digest(), b.is_recording, b.is_busy, b.is_persistent) for b in node.bitmaps],
             [(edge.key, edge.perm, edge.shared) for edge in node.info.parents],
             {name: (edge.key, edge.node.name) for name, edge in node.driver.children.items()},
             {name: edge.key for name, edge in node.info.children.items()},

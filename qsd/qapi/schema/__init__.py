@@ -1,5 +1,16 @@
 """The declarations: importing this package fills ``qsd.qapi.core.SCHEMA``."""
 
-from qsd.qapi.schema import block, block_info, chardev, control, create, exports, jobs, objects, sockets
+from qsd.qapi.schema import bitmaps, block, block_info, chardev, control, create, exports, jobs, objects, sockets
 
-__all__ = ["block", "block_info", "chardev", "control", "create", "exports", "jobs", "objects", "sockets"]
+__all__ = [
+    "bitmaps",
+    "block",
+    "block_info",
+    "chardev",
+    "control",
+    "create",
+    "exports",
+    "jobs",
+    "objects",
+    "sockets",
+]

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Annotated
 
 from qsd.qapi.core import SCHEMA, Alternate, Command, Event, Uint32, branch, enum, struct, union
+from qsd.qapi.schema.bitmaps import BlockDirtyBitmapOrStr
 from qsd.qapi.schema.sockets import SocketAddress, SocketAddressLegacy
 
 
@@ -21,14 +22,6 @@ class BlockExportRemoveMode(str, Enum):
     HARD = "hard"
 
 
-@struct("BlockDirtyBitmap")
-class BlockDirtyBitmap:
-    node: str
-    name: str
-
-
-# A bitmap of the exported node by name, or one of another node.
-BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, Alternate("BlockDirtyBitmapOrStr")]
 # One iothread, or several to serve the export's clients from.
 BlockExportIothreads = Annotated[str | tuple[str, ...], Alternate("BlockExportIothreads")]
 

@@ -20,7 +20,7 @@ COPY = 256 << 10
 
 class Outgoing:
     """The output queue. ``requests`` have been parsed and their reply has not been sent whole; ``reply_bytes`` are
-    laid out in slabs and not sent. ``slab`` is the one that replies are laid out in now.
+    laid out or queued and not sent. ``slab`` is the one that replies are laid out in now.
     """
 
     __slots__ = ("_pool", "_queue", "_sock", "bytes_sent", "reply_bytes", "requests", "slab")
@@ -48,6 +48,7 @@ class Outgoing:
 
     def add_bytes(self, data: bytes) -> None:
         """Queue one reply that was not laid out in a slab."""
+        self.reply_bytes += len(data)
         self._queue.append((memoryview(data), None, 1))
 
     def fresh_slab(self, size: int) -> Slab:
@@ -137,8 +138,7 @@ class Outgoing:
                     piece.advance(count)
                 else:
                     queue[0] = (piece[count:], slab, slots)
-                if slab is not None:
-                    self.reply_bytes -= count
+                self.reply_bytes -= count
                 return
             count -= length
             queue.popleft()
@@ -148,8 +148,8 @@ class Outgoing:
 
     def _sent(self, slab: Slab | None, slots: int, length: int) -> None:
         self.requests -= slots
+        self.reply_bytes -= length
         if slab is not None:
-            self.reply_bytes -= length
             self._let_go(slab, slots)
 
     def _let_go(self, slab: Slab, slots: int) -> None:

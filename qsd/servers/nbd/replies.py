@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from qsd.block.dirty import NamedBitmap
 from qsd.errors import errno_text
 from qsd.messages import Extent, Flag, Op
 from qsd.wire.nbd import constants as c
@@ -41,10 +42,17 @@ _FLAGS_OF: dict[str, Callable[[Extent], int]] = {
 }
 
 
-class Encoder:
-    """Layouts of one connection. ``size`` is the export's length in bytes."""
+_BAD_PAYLOAD = "CMD_BLOCK_STATUS payload not valid"
+# Extents in one answer, over all contexts it is about.
+MAX_EXTENTS_TOGETHER = 4 * c.MAX_EXTENTS
 
-    def __init__(self, negotiated: Negotiated, *, writethrough: bool) -> None:
+
+class Encoder:
+    """Layouts of one connection. ``size`` is the export's in bytes; ``bitmaps`` go by their context's number."""
+
+    def __init__(
+        self, negotiated: Negotiated, *, writethrough: bool, bitmaps: Mapping[int, NamedBitmap] | None = None
+    ) -> None:
         export = negotiated.export
         self.size = export.size
         self.writable = not export.read_only
@@ -52,6 +60,7 @@ class Encoder:
         self.structured = negotiated.structured
         self.extended = negotiated.extended
         self._contexts = dict(negotiated.contexts)
+        self._bitmaps = bitmaps or {}
         layout = wire.EXTENDED_REQUEST if self.extended else wire.REQUEST
         self.request_size = layout.size
         self.unpack_request: Callable[[Any, int], tuple[int, ...]] = layout.unpack_from
@@ -116,16 +125,13 @@ class Encoder:
         if not header.flags & c.CMD_FLAG_PAYLOAD_LEN:
             return header, tuple(self._contexts), ""
         size = wire.PAYLOAD_EFFECT.size
-        if len(body) < size or (len(body) - size) % wire.CONTEXT_ID.size:
-            return header, (), "invalid payload length for BLOCK_STATUS"
+        count, odd = divmod(len(body) - size, wire.CONTEXT_ID.size)
+        if odd or not 0 < count <= len(self._contexts):
+            return header, (), _BAD_PAYLOAD
         (length,) = wire.PAYLOAD_EFFECT.unpack_from(body)
-        asked = tuple(number for (number,) in wire.CONTEXT_ID.iter_unpack(body[size:]))
-        if (
-            len(asked) > len(self._contexts)
-            or len(set(asked)) != len(asked)
-            or not set(asked) <= set(self._contexts)
-        ):
-            return header, (), "invalid context id in BLOCK_STATUS payload"
+        asked = tuple(sorted({number for (number,) in wire.CONTEXT_ID.iter_unpack(body[size:])}))
+        if len(asked) != count or not self._contexts.keys() >= set(asked):
+            return header, (), _BAD_PAYLOAD
         header = header._replace(length=length)
         if not length:
             return header, (), "need non-zero length"
@@ -133,6 +139,10 @@ class Encoder:
             text = f"operation past EOF; From: {header.offset}, Len: {length}, Size: {self.size}"
             return header, (), text
         return header, asked, ""
+
+    def needs_node(self, contexts: tuple[int, ...]) -> bool:
+        """Whether the node has to be asked: bitmaps alone are answered without it."""
+        return any(number not in self._bitmaps for number in contexts)
 
     def extents_wanted(self, header: RequestHeader) -> int:
         """How many extents the client can take."""
@@ -150,11 +160,15 @@ class Encoder:
 
     def block_status(self, header: RequestHeader, extents: Sequence[Extent], contexts: tuple[int, ...]) -> bytes:
         """One chunk per context in id order, the last with DONE."""
-        limit = self.extents_wanted(header)
+        limit = min(self.extents_wanted(header), max(1, MAX_EXTENTS_TOGETHER // len(contexts)))
         parts = []
         for position, number in enumerate(contexts):
-            flags_of = _FLAGS_OF[self._contexts[number]]
-            runs = [(extent.length, flags_of(extent)) for extent in extents]
+            bitmap = self._bitmaps.get(number)
+            if bitmap is not None:
+                runs: list[tuple[int, int]] = list(bitmap.bits.extents(header.offset, header.length, limit))
+            else:
+                flags_of = _FLAGS_OF[self._contexts[number]]
+                runs = [(extent.length, flags_of(extent)) for extent in extents]
             body = wire.descriptors(runs, extended=self.extended, limit=limit)
             done = position == len(contexts) - 1
             parts.append(wire.status_chunk(header, number, body, extended=self.extended, done=done))

@@ -16,6 +16,7 @@ from qsd import trace
 from qsd.actors.core import Actor, Stop, receives
 from qsd.actors.edges import Edge
 from qsd.actors.supervisor import Floor, Supervisor
+from qsd.block.dirty import NamedBitmap
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Limits
 from qsd.errors import ActorStopped, QmpError
@@ -26,13 +27,22 @@ from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
 from qsd.wire.nbd import constants as c
-from qsd.wire.nbd.handshake import ALLOCATION_DEPTH, BASE_ALLOCATION, ExportInfo, Negotiated, ServerHandshake
+from qsd.wire.nbd.handshake import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    DIRTY_BITMAP,
+    ExportInfo,
+    Negotiated,
+    ServerHandshake,
+)
 
 log = logging.getLogger("qsd.nbd")
 
 NEGOTIATE_BEGIN = trace.event("nbd_negotiate_begin")
 NEGOTIATE_SUCCESS = trace.event("nbd_negotiate_success")
 
+# The number of the first bitmap's metadata context: base:allocation and qemu:allocation-depth are 0 and 1.
+FIRST_BITMAP = 2
 DEFAULT_MAX_CONNECTIONS = 100
 DEFAULT_HANDSHAKE_SECONDS = 10
 # Room for replies in the kernel: one send takes a whole burst of them.
@@ -48,7 +58,15 @@ class NbdExport(Actor):
     kind = "export"
     type_name = "nbd"
 
-    def __init__(self, identifier: str, options: Any, edge: Edge, service: NbdService, exports: Exports) -> None:
+    def __init__(
+        self,
+        identifier: str,
+        options: Any,
+        edge: Edge,
+        bitmaps: Sequence[NamedBitmap],
+        service: NbdService,
+        exports: Exports,
+    ) -> None:
         super().__init__(f"export {identifier}")
         self.id = identifier
         self.edge = edge
@@ -58,15 +76,20 @@ class NbdExport(Actor):
         self._exports = exports
         self._reactor = service.reactor
         self._multi_conn = service.max_connections != 1
+        # By the number of their metadata context; the export keeps them from being changed.
+        self.bitmaps = dict(enumerate(bitmaps, FIRST_BITMAP))
+        for bitmap in bitmaps:
+            bitmap.is_busy = True
         self.connections: set[NbdConnection] = set()
         self._left = RepeatedEvent()
 
     def describe(self) -> ExportInfo:
         """The export as a client sees it now."""
         limits = self.edge.limits
-        contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+        contexts = [(0, BASE_ALLOCATION)]
         if self._options.allocation_depth:
-            contexts += (ALLOCATION_DEPTH,)
+            contexts.append((1, ALLOCATION_DEPTH))
+        contexts.extend((number, f"{DIRTY_BITMAP}{bitmap.name}") for number, bitmap in self.bitmaps.items())
         return ExportInfo(
             name=self.export_name,
             size=self.edge.length,
@@ -75,7 +98,7 @@ class NbdExport(Actor):
             multi_conn=self._multi_conn,
             min_block=limits.request_alignment,
             max_block=min(limits.max_transfer or c.MAX_PAYLOAD, c.MAX_PAYLOAD),
-            contexts=contexts,
+            contexts=tuple(contexts),
             token=self,
         )
 
@@ -105,6 +128,9 @@ class NbdExport(Actor):
             connection.disconnect("export is going away")
         while self.connections:
             await self._left.wait()
+        for bitmap in self.bitmaps.values():
+            bitmap.is_busy = False
+        self.bitmaps = {}
 
     async def started(self) -> None:
         """Let the iothread it names rule the polling."""
@@ -195,7 +221,7 @@ class NbdConnection(Actor):
             self._sock,
             self._service.reactor,
             export.edge,
-            Encoder(result, writethrough=export.writethrough),
+            Encoder(result, writethrough=export.writethrough, bitmaps=export.bitmaps),
             self._service.pool,
             alignment=_buffer_alignment(export.edge.limits),
             leftover=result.leftover,
@@ -313,11 +339,10 @@ class NbdService(Actor):
             raise QmpError(f"description '{options.description}' too long")
         if self.lookup(name) is not None:
             raise QmpError(f"NBD server already has export named '{name}'")
-        for bitmap in options.bitmaps or ():
-            raise QmpError(f"Bitmap '{getattr(bitmap, 'name', bitmap)}' is not found")
 
     async def _make(self, identifier: str, options: Any, edge: Edge) -> NbdExport:
-        return NbdExport(identifier, options, edge, self, self._exports)
+        bitmaps = self._exports.bitmaps_of(options, edge)
+        return NbdExport(identifier, options, edge, bitmaps, self, self._exports)
 
     # -- listening --------------------------------------------------------------------------------------------
 

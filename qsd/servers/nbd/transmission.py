@@ -336,6 +336,7 @@ class Transmission:
             if self._skip:
                 position = self._skip_payload(position, end)
             room -= 1
+            budget = min(budget, MAX_BYTES - out.reply_bytes - self._payload_bytes)
         self._position = position
         return batch
 
@@ -374,6 +375,11 @@ class Transmission:
             if problem:
                 out.requests += 1
                 out.add_bytes(encoder.error(header, errno.EINVAL, problem))
+                return encoder.request_size + payload
+            if not encoder.needs_node(contexts):
+                out.requests += 1
+                self.stats.requests += 1
+                out.add_bytes(encoder.block_status(header, (), contexts))
                 return encoder.request_size + payload
             request = self._without_reply(op, header, contexts)
         else:

@@ -20,6 +20,7 @@ _REPLY = struct.Struct(">QIII")
 
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
 
 # The longest option that is looked at: a name, and as many queries as fit one client's contexts.
 MAX_OPTION_READ = 4 + c.MAX_STRING + 4 + 64 * (4 + c.MAX_STRING)
@@ -28,7 +29,11 @@ MAX_BUFFERED = MAX_OPTION_READ + _OPTION.size
 
 @attrs.frozen
 class ExportInfo:
-    """An export as a client sees it. Sizes in bytes; ``contexts`` are the metadata contexts it offers."""
+    """An export as a client sees it. Sizes in bytes.
+
+    ``contexts`` are the metadata contexts it offers, in the order of their numbers. Two may have the same name (the
+    bitmaps of two nodes); a client that selects by name gets the first.
+    """
 
     name: str
     size: int
@@ -38,7 +43,7 @@ class ExportInfo:
     min_block: int = 1
     preferred_block: int = 4096
     max_block: int = c.MAX_PAYLOAD
-    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    contexts: tuple[tuple[int, str], ...] = ((0, BASE_ALLOCATION),)
     token: object = None
 
 
@@ -300,17 +305,13 @@ class ServerHandshake:
         if queries is None:
             self._reply(option, c.REP_ERR_INVALID, f"Inconsistent lengths in option {c.OPTION_NAMES[option]}")
             return
-        chosen = [
-            context
-            for context in export.contexts
-            if (not queries and not is_set) or any(_matches(context, q, is_list=not is_set) for q in queries)
-        ]
-        for number, context in enumerate(chosen):
+        chosen = _selected(export.contexts, queries, is_list=not is_set)
+        for number, context in chosen:
             identifier = number if is_set else 0
             self._reply(option, c.REP_META_CONTEXT, struct.pack(">I", identifier) + context.encode())
         self._reply(option, c.REP_ACK)
         if is_set:
-            self._contexts = tuple(enumerate(chosen))
+            self._contexts = chosen
             self._contexts_for = export.name
 
     # -- the end ----------------------------------------------------------------------------------------------
@@ -352,11 +353,25 @@ _OPTIONS: dict[int, tuple[_Handler, int]] = {
 }
 
 
-def _matches(context: str, query: str, *, is_list: bool) -> bool:
-    """An exact name, or when listing a namespace: ``base:``, ``qemu:``, ``qemu:dirty-bitmap:``."""
-    if query == context:
-        return True
-    return is_list and query.endswith(":") and context.startswith(query)
+_NAMESPACES = ("base:", "qemu:", DIRTY_BITMAP)
+
+
+def _selected(
+    contexts: Sequence[tuple[int, str]], queries: Sequence[str], *, is_list: bool
+) -> tuple[tuple[int, str], ...]:
+    """The contexts that are asked for: by name, or when listing by namespace; a list of everything by no query."""
+    if is_list and not queries:
+        return tuple(contexts)
+    wanted = set(queries)
+    namespaces = tuple(wanted.intersection(_NAMESPACES)) if is_list else ()
+    chosen = []
+    for number, context in contexts:
+        if context in wanted:
+            wanted.remove(context)
+            chosen.append((number, context))
+        elif namespaces and context.startswith(namespaces):
+            chosen.append((number, context))
+    return tuple(chosen)
 
 
 class _Reader:

@@ -1,0 +1,225 @@
+"""What is done to dirty bitmaps, as actions that can be undone: the commands, and parts of a transaction.
+
+Who runs actions holds the topology's lock, keeps the nodes that ``concerned`` names drained (``drain.drained``),
+and calls ``settle`` of every action after they have been committed and the nodes let go. ``change_bitmaps`` does
+that for actions of this kind. Each action sees what those before it have prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from qsd.actors import transaction
+from qsd.actors.drain import drained
+from qsd.actors.edges import info_of
+from qsd.actors.transaction import Action
+from qsd.block.bitmap import DirtyBitmap
+from qsd.block.dirty import Bar, NamedBitmap, check_granularity, check_mergeable, default_granularity
+from qsd.drivers.base import ChildRole
+from qsd.errors import QmpError
+
+if TYPE_CHECKING:
+    from qsd.actors.node import Node
+    from qsd.actors.topology import Topology
+
+UNKNOWN_NODE = "Node '{}' not found"
+UNKNOWN_DEVICE = "Cannot find device='{}' nor node-name='{}'"
+
+
+def find_bitmap(topology: Topology, node_name: str, name: str) -> tuple[Node, NamedBitmap]:
+    """A node and a bitmap of it; raises QmpError."""
+    node = topology.find(node_name, UNKNOWN_NODE)
+    return node, node.bitmaps.find(name)
+
+
+def _find_below(node: Node, name: str) -> tuple[Node, NamedBitmap]:
+    """The first bitmap of that name in the node, what it filters, or its backing chain."""
+    place: Node | None = node
+    while place is not None:
+        found = place.bitmaps.get(name)
+        if found is not None:
+            return place, found
+        wanted = ChildRole.FILTERED if place.driver.is_filter else ChildRole.COW
+        edges = info_of(place).children.values()
+        place = next((edge.node for edge in edges if edge.role is wanted), None)
+    raise QmpError(f"Bitmap '{name}' is not found")
+
+
+def find_exported(topology: Topology, node: Node, wanted: str | tuple[str, str], *, writable: bool) -> NamedBitmap:
+    """The bitmap that an export of ``node`` shows: of the node or what its data comes from, or of any node.
+
+    Raises QmpError when there is none, or it is in use, or would not stay as it is: a client of a read-only export
+    may rely on that. As in the reference, nobody asks that of a bitmap that is named with its node.
+    """
+    if isinstance(wanted, str):
+        holder, bitmap = _find_below(node, wanted)
+        if not writable and not holder.mode.read_only and bitmap.is_recording:
+            raise QmpError(f"Enabled bitmap '{wanted}' incompatible with readonly export")
+    else:
+        _holder, bitmap = find_bitmap(topology, *wanted)
+    bitmap.check(Bar.UNUSABLE)
+    return bitmap
+
+
+@attrs.define(eq=False, kw_only=True)
+class BitmapAction(Action):
+    """An action on the bitmap ``name`` of the node ``node_name``."""
+
+    # Whether writes that are under way would end up in the wrong bitmap.
+    must_drain: ClassVar[bool] = True
+
+    topology: Topology
+    node_name: str
+    name: str
+
+    @property
+    def concerned(self) -> list[Node]:
+        """The nodes to be drained; an unknown one is for ``prepare`` to complain about."""
+        found = self.topology.nodes.get(self.node_name)
+        return [found] if found is not None and self.must_drain else []
+
+    async def settle(self) -> None:
+        """Do what was left to be done until the nodes serve requests again. Must not raise."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class AddBitmap(BitmapAction):
+    """block-dirty-bitmap-add. ``granularity`` in bytes."""
+
+    granularity: int | None = None
+    is_persistent: bool = False
+    is_disabled: bool = False
+    node: Node = attrs.field(init=False)
+    made: NamedBitmap = attrs.field(init=False)
+
+    async def prepare(self) -> None:
+        """Make the bitmap."""
+        self.node = node = self.topology.find(self.node_name, UNKNOWN_DEVICE)
+        if not self.name:
+            raise QmpError("Bitmap name cannot be empty")
+        if self.granularity is None:
+            granularity = default_granularity(node.driver.image_facts().get("cluster-size"))
+        else:
+            granularity = check_granularity(self.granularity)
+        if self.is_persistent:
+            if node.mode.read_only or not node.active:
+                raise QmpError(f"Cannot add a persistent bitmap to read-only or inactive node '{node.name}'")
+            raise QmpError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+        made = NamedBitmap(self.name, DirtyBitmap(node.length, granularity), is_recording=not self.is_disabled)
+        node.bitmaps.add(made)
+        self.made = made
+
+    def abort(self) -> None:
+        """Take it away again."""
+        self.node.bitmaps.remove(self.made)
+
+
+@attrs.define(eq=False, kw_only=True)
+class _OnOne(BitmapAction):
+    """An action on a bitmap that is there."""
+
+    node: Node = attrs.field(init=False)
+    bitmap: NamedBitmap = attrs.field(init=False)
+
+    def _find(self) -> NamedBitmap:
+        self.node, self.bitmap = find_bitmap(self.topology, self.node_name, self.name)
+        return self.bitmap
+
+
+@attrs.define(eq=False, kw_only=True)
+class RemoveBitmap(_OnOne):
+    """block-dirty-bitmap-remove. Until it is committed the bitmap keeps its name and is busy."""
+
+    must_drain = False
+    was_recording: bool = False
+
+    async def prepare(self) -> None:
+        """Take it out of use."""
+        bitmap = self._find()
+        bitmap.check(Bar.BUSY)
+        self.was_recording = bitmap.is_recording
+        bitmap.is_busy = True
+
+    def commit(self) -> None:
+        """Forget it."""
+        self.node.bitmaps.remove(self.bitmap)
+
+    def abort(self) -> None:
+        """Put it back into use."""
+        self.bitmap.is_busy = False
+
+
+@attrs.define(eq=False, kw_only=True)
+class ClearBitmap(_OnOne):
+    """block-dirty-bitmap-clear."""
+
+    before: DirtyBitmap = attrs.field(init=False)
+
+    async def prepare(self) -> None:
+        """Clear it."""
+        bitmap = self._find()
+        bitmap.check(Bar.ANY)
+        self.before = bitmap.bits.clear()
+
+    def abort(self) -> None:
+        """Bring the content back."""
+        self.bitmap.bits.take_over(self.before)
+
+
+@attrs.define(eq=False, kw_only=True)
+class SwitchBitmap(_OnOne):
+    """block-dirty-bitmap-enable and -disable."""
+
+    enabled: bool
+    was_recording: bool = False
+
+    async def prepare(self) -> None:
+        """Switch it."""
+        bitmap = self._find()
+        bitmap.check(Bar.UNUSABLE)
+        self.was_recording = bitmap.is_recording
+        self.node.bitmaps.record(bitmap, enabled=self.enabled)
+
+    def abort(self) -> None:
+        """Switch it back."""
+        self.node.bitmaps.record(self.bitmap, enabled=self.was_recording)
+
+
+@attrs.define(eq=False, kw_only=True)
+class MergeBitmaps(_OnOne):
+    """block-dirty-bitmap-merge. ``sources``: pairs of a node's and a bitmap's name."""
+
+    sources: Sequence[tuple[str, str]]
+    before: DirtyBitmap = attrs.field(init=False)
+
+    async def prepare(self) -> None:
+        """Add all of them, or none."""
+        target = self._find()
+        sources = []
+        for node_name, name in self.sources:
+            _node, source = find_bitmap(self.topology, node_name, name)
+            check_mergeable(target, source)
+            sources.append(source)
+        self.before = target.bits.copy()
+        for source in sources:
+            target.bits.merge(source.bits)
+
+    def abort(self) -> None:
+        """Bring the content back."""
+        self.bitmap.bits.take_over(self.before)
+
+
+def concerned(actions: Iterable[BitmapAction]) -> list[Node]:
+    """The nodes to be drained for ``actions``."""
+    return [node for action in actions for node in action.concerned]
+
+
+async def change_bitmaps(topology: Topology, actions: Sequence[BitmapAction]) -> None:
+    """Do all of ``actions`` or none, under the topology's lock. Raises QmpError."""
+    async with drained(topology, concerned(actions)):
+        await transaction.run(actions)
+    for action in actions:
+        await action.settle()

@@ -1,0 +1,356 @@
+"""A packed bitmap of what has been written: one bit for every ``granularity`` bytes of a disk.
+
+Bit n is bit n % 8 of byte n // 8, which is also how qcow2 stores it. The bytes are padded with zeroes to whole
+64-bit words, at least one: the digest is taken of those. Bits beyond the end of the disk are always 0.
+
+Nothing here goes bit by bit. Equal stretches are skipped by comparing blocks, bits are joined as long integers, and
+what changes within a byte comes from a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
+from operator import sub
+
+from qsd.block.bitmap_scale import coarser, finer
+from qsd.messages import Op, Request
+
+WRITE = Op.WRITE.value
+
+MIN_GRANULARITY = 512
+MAX_GRANULARITY = 1 << 31
+WORD = 8
+BLOCK = 1 << 14
+# A bitmap is merged into one that is coarser by more than this power of two bit by bit: it has few.
+MAX_STEPS = 12
+# Extents looked for at a time when all of them are wanted.
+STRETCH = 4096
+
+# Going through an area costs as much as going through so many bytes of the bitmap.
+AREA_COST = 1000
+
+MIDDLE = 512
+SMALL = 32
+_UNIFORM = (bytes(BLOCK), b"\xff" * BLOCK)
+_MIDDLE = tuple(uniform[:MIDDLE] for uniform in _UNIFORM)
+_SMALL = tuple(uniform[:SMALL] for uniform in _UNIFORM)
+_OTHER = (re.compile(rb"[^\x00]"), re.compile(rb"[^\xff]"))
+
+
+def _changes(before: int, byte: int) -> tuple[int, ...]:
+    """The bits of ``byte`` that differ from the bit before them, which is ``before`` for bit 0."""
+    bits = [before, *(byte >> position & 1 for position in range(8))]
+    return tuple(position for position in range(8) if bits[position] != bits[position + 1])
+
+
+_CHANGES = tuple(tuple(_changes(before, byte) for byte in range(256)) for before in (0, 1))
+
+
+class DirtyBitmap:
+    """See the module. ``size`` is the disk's in bytes, ``granularity`` a power of two of at least 512."""
+
+    __slots__ = ("_bits", "_count", "_end", "shift", "size")
+
+    def __init__(self, size: int, granularity: int) -> None:
+        assert granularity >= MIN_GRANULARITY
+        assert not granularity & (granularity - 1)
+        self.size = size
+        self.shift = granularity.bit_length() - 1
+        self._end = -(-size // granularity)
+        self._bits = bytearray(_padded(self._end))
+        self._count = 0
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    @property
+    def granularity(self) -> int:
+        """Bytes of the disk that a bit stands for."""
+        return 1 << self.shift
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Set bits times the granularity; more than the disk has when its last bit reaches beyond the end."""
+        return self._count << self.shift
+
+    def digest(self) -> str:
+        """SHA-256 of the padded bytes, in hexadecimal digits."""
+        return hashlib.sha256(self._bits).hexdigest()
+
+    def is_dirty(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` counts as written."""
+        bit = offset >> self.shift
+        return bit < self._end and bool(self._bits[bit >> 3] >> (bit & 7) & 1)
+
+    # -- marking ----------------------------------------------------------------------------------------------
+
+    def mark(self, batch: Iterable[Request]) -> None:
+        """Set what the WRITE requests of a batch touch; they lie inside the disk."""
+        bits = self._bits
+        shift = self.shift
+        for request in batch:
+            length = request.length
+            if request.op == WRITE and length:
+                offset = request.offset
+                first = offset >> shift
+                end = (offset + length - 1 >> shift) + 1
+                if end - first == 1:
+                    old = bits[first >> 3]
+                    new = old | 1 << (first & 7)
+                    if new != old:
+                        bits[first >> 3] = new
+                        self._count += 1
+                else:
+                    self._put(first, end, 1)
+
+    def set(self, offset: int, length: int) -> None:
+        """Set every bit that the range touches, as far as it lies inside the disk; length 0 touches nothing."""
+        self._put_range(offset, length, 1)
+
+    def reset(self, offset: int, length: int) -> None:
+        """Clear every bit that the range touches."""
+        self._put_range(offset, length, 0)
+
+    def _put_range(self, offset: int, length: int, value: int) -> None:
+        end = min(offset + length, self.size)
+        if offset < end:
+            self._put(offset >> self.shift, (end - 1 >> self.shift) + 1, value)
+
+    def _put(self, first: int, end: int, value: int) -> None:
+        """Give the bits [first, end), at least one of them, a value."""
+        low, high = first >> 3, end + 7 >> 3
+        head = 0xFF << (first & 7) & 0xFF
+        tail = 0xFF >> (-end & 7)
+        if high - low == 1:
+            self._put_byte(low, head & tail, value)
+            return
+        self._put_byte(low, head, value)
+        self._put_byte(high - 1, tail, value)
+        bits = self._bits
+        for index in range(low + 1, high - 1, BLOCK):
+            stop = min(high - 1, index + BLOCK)
+            wanted = _UNIFORM[value][: stop - index]
+            if not bits.startswith(wanted, index):
+                before = _ones(bits[index:stop])
+                self._count += (stop - index) * 8 * value - before
+                bits[index:stop] = wanted
+
+    def _put_byte(self, index: int, mask: int, value: int) -> None:
+        old = self._bits[index]
+        new = old | mask if value else old & ~mask
+        self._bits[index] = new
+        self._count += new.bit_count() - old.bit_count()
+
+    def clear(self) -> DirtyBitmap:
+        """Clear everything; what was there before, as a bitmap of its own. Costs no copy."""
+        before = self._like(self._bits)
+        self._bits = bytearray(len(self._bits))
+        self._count = 0
+        return before
+
+    def copy(self) -> DirtyBitmap:
+        """The same content, independent from now on."""
+        return self._like(self._bits[:])
+
+    def take_over(self, other: DirtyBitmap) -> None:
+        """Become what ``other``, of the same shape and not used any more, is."""
+        assert (self.size, self.shift) == (other.size, other.shift)
+        self._bits, self._count = other._bits, other._count
+
+    def _like(self, bits: bytearray) -> DirtyBitmap:
+        made = DirtyBitmap.__new__(DirtyBitmap)
+        made.size, made.shift, made._end, made._count = self.size, self.shift, self._end, self._count
+        made._bits = bits
+        return made
+
+    def resize(self, size: int) -> None:
+        """The disk has another size: what is cut off is forgotten, what is new is clean."""
+        end = -(-size // self.granularity)
+        if end < self._end:
+            self._put(end, self._end, 0)
+        length = _padded(end)
+        if length < len(self._bits):
+            del self._bits[length:]
+        else:
+            self._bits.extend(bytes(length - len(self._bits)))
+        self.size, self._end = size, end
+
+    # -- merging ----------------------------------------------------------------------------------------------
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Set what is set in ``other``, a bitmap of a disk of the same size at any granularity."""
+        assert self.size == other.size
+        steps = self.shift - other.shift
+        # Area by area where that is less work than going through all bytes: few are dirty, or a bit is many.
+        if steps > MAX_STEPS or (steps > 0 and other._count * AREA_COST < len(other._bits)):
+            offset = other.first_dirty(0)
+            while offset is not None:
+                self.set(offset, 1)
+                offset = other.first_dirty((offset | self.granularity - 1) + 1)
+        elif steps < 0 and other._count * AREA_COST < len(self._bits):
+            for offset, length in other.dirty_areas():
+                self.set(offset, length)
+        else:
+            self._join(other._bits, steps)
+
+    def _join(self, source: bytearray, steps: int) -> None:
+        step = BLOCK >> -steps if steps < 0 else BLOCK
+        zeroes = _UNIFORM[0][:step]
+        for index in range(0, len(source), step):
+            if not source.startswith(zeroes[: len(source) - index], index):
+                data = bytes(source[index : index + step])
+                if steps > 0:
+                    # Whole bytes come out: the last block may be shorter.
+                    self._or(index >> steps, coarser(data.ljust(-(-len(data) >> steps) << steps, b"\0"), steps))
+                else:
+                    self._or(index << -steps, finer(data, -steps))
+        self._trim()
+
+    def _or(self, index: int, data: bytes) -> None:
+        bits = self._bits
+        stop = min(len(bits), index + len(data))
+        data = data[: stop - index]
+        if bits.startswith(_UNIFORM[0][: len(data)], index):
+            self._count += _ones(data)
+        elif bits.startswith(data, index):
+            return
+        else:
+            before = int.from_bytes(bits[index:stop], "little")
+            after = before | int.from_bytes(data, "little")
+            self._count += after.bit_count() - before.bit_count()
+            data = after.to_bytes(stop - index, "little")
+        bits[index:stop] = data
+
+    def _trim(self) -> None:
+        """Clear what lies beyond the end of the disk."""
+        end = len(self._bits) * 8
+        if self._end < end:
+            self._put(self._end, end, 0)
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def extents(self, offset: int, length: int, limit: int) -> list[tuple[int, bool]]:
+        """What a range of at least one byte is made of: lengths in bytes, and whether they are dirty.
+
+        Neighbours differ. They begin at ``offset`` and end with the range, or earlier: at most ``limit`` are told.
+        Beyond the end of the disk everything is clean.
+        """
+        end = offset + length
+        stop = min(end, self.size)
+        shift = self.shift
+        if offset >= stop:
+            return [(length, False)]
+        edges = self._edges(offset >> shift, (stop - 1 >> shift) + 1, limit)
+        is_dirty = self.is_dirty(offset)
+        marks = [offset, *(edge << shift for edge in edges)]
+        if len(edges) < limit:
+            # The last run is whole. Where it is dirty and ends with the disk, a clean one follows.
+            if stop < end and is_dirty ^ len(edges) & 1:
+                marks.append(stop)
+            marks.append(end)
+        lengths = map(sub, marks[1:], marks)
+        return list(zip(islice(lengths, limit), cycle((is_dirty, not is_dirty)), strict=False))
+
+    def first_dirty(self, offset: int) -> int | None:
+        """The first dirty byte from ``offset`` on; None when all is clean."""
+        if offset >= self.size:
+            return None
+        if self.is_dirty(offset):
+            return offset
+        edges = self._edges(offset >> self.shift, self._end, 0)
+        return edges[0] << self.shift if edges else None
+
+    def next_dirty(self, offset: int, end: int | None = None) -> tuple[int, int] | None:
+        """Offset and length of the first dirty bytes from ``offset`` on, before ``end``; None if all is clean."""
+        stop = self.size if end is None else min(end, self.size)
+        if offset >= stop:
+            return None
+        for length, is_dirty in self.extents(offset, stop - offset, 2):
+            if is_dirty:
+                return offset, length
+            offset += length
+        return None
+
+    def dirty_areas(self) -> Iterator[tuple[int, int]]:
+        """Offset and length in bytes of every dirty area, as they are when it is their turn."""
+        offset = 0
+        while offset < self.size:
+            for length, is_dirty in self.extents(offset, self.size - offset, STRETCH):
+                if is_dirty:
+                    yield offset, length
+                offset += length
+
+    def _edges(self, first: int, end: int, limit: int) -> list[int]:
+        """The bits in (first, end) that differ from the one before them; when there are more, above ``limit``."""
+        bits = self._bits
+        index = first >> 3
+        stop = end + 7 >> 3
+        state = bits[index] >> (first & 7) & 1
+        # Within the first byte, what is below the first bit is taken to be like it.
+        below = (1 << (first & 7)) - 1
+        byte = bits[index] | below if state else bits[index] & ~below
+        edges: list[int] = []
+        while True:
+            changes = _CHANGES[state][byte]
+            edges.extend([index * 8 + change for change in changes])
+            state ^= len(changes) & 1
+            index += 1
+            if len(edges) > limit or index >= stop:
+                break
+            if not _CHANGES[state][bits[index]]:
+                index = self._skip(index, stop, state)
+                if index >= stop:
+                    break
+            byte = bits[index]
+        while edges and edges[-1] >= end:
+            edges.pop()
+        return edges
+
+    def _skip(self, index: int, stop: int, state: int) -> int:
+        """The first byte from ``index`` on whose bits are not all ``state``; ``stop`` or more if there is none."""
+        bits = self._bits
+        uniform, middle, small = _UNIFORM[state], _MIDDLE[state], _SMALL[state]
+        while index < stop:
+            if bits.startswith(uniform, index):
+                index += BLOCK
+                continue
+            while bits.startswith(middle, index):
+                index += MIDDLE
+            while bits.startswith(small, index):
+                index += SMALL
+            found = _OTHER[state].search(bits, index, min(stop, index + SMALL))
+            if found is not None:
+                return found.start()
+            index += SMALL
+        return stop
+
+    # -- storing ----------------------------------------------------------------------------------------------
+
+    @property
+    def data_length(self) -> int:
+        """Bytes that hold bits of the disk."""
+        return self._end + 7 >> 3
+
+    def uniform(self, start: int, stop: int) -> int | None:
+        """0 or 1 when all bits of the disk in the bytes [start, stop) are that, else None."""
+        edges = self._edges(start * 8, min(stop * 8, self._end), 0)
+        return None if edges else self._bits[start] & 1
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of the bitmap."""
+        return bytes(self._bits[start:stop])
+
+    def load(self, start: int, data: bytes) -> None:
+        """Set what is set in ``data``, bytes of a bitmap of this shape from byte ``start`` on."""
+        self._or(start, data)
+        self._trim()
+
+
+def _padded(bits: int) -> int:
+    return max(1, -(-bits // (WORD * 8))) * WORD
+
+
+def _ones(data: bytes | bytearray) -> int:
+    return int.from_bytes(data, "little").bit_count()
