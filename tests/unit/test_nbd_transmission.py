@@ -8,12 +8,13 @@ import itertools
 import struct
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
-from qsd.messages import Op, Request
+from qsd.messages import Loan, Op, Request
 from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
@@ -22,6 +23,13 @@ from qsd.wire.nbd.handshake import ExportInfo, Negotiated
 from qsd.wire.nbd.transmission import REQUEST, SIMPLE_REPLY
 
 SIZE = 64 << 20
+# The descriptor of what is lent; nothing is ever asked of it.
+LENT = -77
+
+
+def fill(offset: int) -> bytes:
+    """The byte that is read from an offset on."""
+    return bytes((offset >> 18 & 0xFF,))
 
 
 class FakeSocket:
@@ -54,6 +62,11 @@ class FakeSocket:
         part = bytes(data[:window])
         self.sent += part
         return len(part)
+
+    def sendfile(self, _out: int, fd: int, offset: int, count: int) -> int:
+        """In place of os.sendfile: the bytes of a lent range are those the node would have given."""
+        assert fd == LENT
+        return self.send(fill(offset) * count)
 
     def sendmsg(self, views: list[memoryview], _ancillary: object = (), _flags: int = 0) -> int:
         return self.send(b"".join(views))
@@ -90,6 +103,7 @@ class FakeNode:
     def __init__(self, is_late: Callable[[Request], bool]) -> None:
         self._is_late = is_late
         self.waiting: list[Request] = []
+        self.lent = 0
 
     def submit(self, batch: list[Request]) -> None:
         for request in batch:
@@ -101,11 +115,16 @@ class FakeNode:
     def finish(self, index: int) -> None:
         self._serve(self.waiting.pop(index % len(self.waiting)))
 
-    @staticmethod
-    def _serve(request: Request) -> None:
-        if request.op == Op.READ:
+    def _give_back(self) -> None:
+        self.lent -= 1
+
+    def _serve(self, request: Request) -> None:
+        if request.op == Op.READ and request.flags and request.offset >> 20 & 1:
+            self.lent += 1
+            request.result = Loan(LENT, request.offset, request.length, self._give_back)
+        elif request.op == Op.READ:
             assert request.buffer is not None
-            request.buffer[:] = bytes((request.offset >> 12 & 0xFF,)) * request.length
+            request.buffer[:] = fill(request.offset) * request.length
         request.complete(errno.EIO if request.offset == SIZE - 4096 else 0)
 
 
@@ -139,6 +158,10 @@ class World:
 
     def run(self, picks: list[int]) -> None:
         """Let things happen, a socket event first, else the end of a late request, until nothing can."""
+        with mock.patch("os.sendfile", self.sock.sendfile):
+            self._run(picks)
+
+    def _run(self, picks: list[int]) -> None:
         for pick in itertools.cycle(picks):
             events = self.reactor.registration.events & ((EPOLLIN if self.sock.inbox else 0) | EPOLLOUT)
             if events:
@@ -157,14 +180,17 @@ def write(cookie: int, offset: int, length: int) -> bytes:
     return REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_WRITE, cookie, offset, length) + bytes(length)
 
 
-def cookies_answered(sent: bytes, lengths: dict[int, int]) -> list[int]:
-    """Walk the simple replies, whose data must be what the node gave."""
+def cookies_answered(sent: bytes, reads: dict[int, tuple[int, int]]) -> list[int]:
+    """Walk the simple replies. ``reads`` has offset and length of what was read; its data must be the node's."""
     found = []
     position = 0
     while position < len(sent):
         magic, error, cookie = SIMPLE_REPLY.unpack_from(sent, position)
         assert magic == c.SIMPLE_REPLY_MAGIC
-        position += SIMPLE_REPLY.size + (0 if error else lengths[cookie])
+        position += SIMPLE_REPLY.size
+        offset, length = (0, 0) if error else reads.get(cookie, (0, 0))
+        assert sent[position : position + min(length, 1)] == fill(offset)[:length]
+        position += length
         found.append(cookie)
     assert position == len(sent)
     return found
@@ -183,20 +209,22 @@ def test_every_request_is_answered(
     requests: list[tuple[bool, int, bool, bool]], windows: list[int], picks: list[int]
 ) -> None:
     inbox = b""
-    lengths: dict[int, int] = {}
+    reads: dict[int, tuple[int, int]] = {}
     late = set()
     for cookie, (is_read, length, is_late, fails) in enumerate(requests):
         # A request is known by its offset; the last block of the export is the one that cannot be read.
         offset = SIZE - 4096 if fails and length <= 4096 else cookie << 20
         inbox += (read if is_read else write)(cookie, offset, length)
-        lengths[cookie] = length if is_read else 0
+        if is_read:
+            reads[cookie] = offset, length
         if is_late:
             late.add(offset)
     world = World(inbox, windows, lambda request: request.offset in late)
     world.run(picks)
-    assert sorted(cookies_answered(bytes(world.sock.sent), lengths)) == list(range(len(requests)))
+    assert sorted(cookies_answered(bytes(world.sock.sent), reads)) == list(range(len(requests)))
     assert not world.sock.inbox
     assert not world.ended
+    assert not world.node.lent, "a loan was not given back"
 
 
 def test_socket_that_empties_at_once_leaves_nothing_unparsed() -> None:
@@ -206,9 +234,18 @@ def test_socket_that_empties_at_once_leaves_nothing_unparsed() -> None:
     for refusals in range(6):
         world = World(inbox, [0] * refusals, lambda _request: False)
         world.run([0])
-        assert cookies_answered(bytes(world.sock.sent), dict.fromkeys(range(count), 256 << 10)) == list(
-            range(count)
-        )
+        reads = {cookie: (cookie << 18, 256 << 10) for cookie in range(count)}
+        assert cookies_answered(bytes(world.sock.sent), reads) == list(range(count))
+
+
+def test_client_that_leaves_gives_its_loans_back() -> None:
+    world = World(read(1, 1 << 20, 1 << 20), [1000, 5000, 0, 0], lambda _request: False)
+    with mock.patch("os.sendfile", world.sock.sendfile):
+        world.reactor.registration.ready(EPOLLIN)
+        assert world.node.lent == 1
+        world.transmission.disconnect("gone")
+    assert not world.node.lent
+    assert world.ended == ["gone"]
 
 
 def test_layout_is_the_protocols() -> None:
