@@ -69,9 +69,11 @@ def seek_extent(fd: int, offset: int, end: int) -> tuple[bool, int]:
 
 
 def punch_hole(fd: int, offset: int, length: int, *, is_device: bool) -> int:
-    """Deallocate the range."""
+    """Deallocate the range; of a device, the whole sectors inside it."""
     if is_device:
-        return _ioctl_range(fd, BLKDISCARD, offset, length)
+        sector = logical_sector_size(fd)
+        start, end = -(-offset // sector) * sector, (offset + length) // sector * sector
+        return _ioctl_range(fd, BLKDISCARD, start, end - start) if start < end else 0
     return _call(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
 
@@ -81,8 +83,10 @@ def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallbac
     -EOPNOTSUPP when there is no fast way; ``no_fallback`` forbids ways that may write zeroes all the same.
     """
     if is_device:
-        # BLKZEROOUT may write; the kernel has no promise about speed for it through the ioctl.
-        return -errno.EOPNOTSUPP if no_fallback else _ioctl_range(fd, BLKZEROOUT, offset, length)
+        # BLKZEROOUT may write, with no promise about speed, and takes whole sectors.
+        if no_fallback or (offset | length) % logical_sector_size(fd):
+            return -errno.EOPNOTSUPP
+        return _ioctl_range(fd, BLKZEROOUT, offset, length)
     size = os.fstat(fd).st_size
     result = -errno.EOPNOTSUPP
     if may_unmap or offset >= size:
