@@ -8,13 +8,14 @@ therefore reaches a child that is not held yet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import attrs
 
 from qsd.actors import transaction
+from qsd.actors.drain import Drained
 from qsd.actors.edges import Edge, NodeState, RootEdge, info_of
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
 from qsd.actors.transaction import Action
@@ -101,6 +102,17 @@ class Change:
         if self._facts(edge.node).active:
             self._show(edge, rights)
 
+    def edges_to(self, node: Node) -> list[Edge]:
+        """Who uses ``node`` when the change has been made as far as described, newest first."""
+        nodes = [self._topology.living[key] for key in self._before.nodes]
+        edges = {edge.key: edge for each in nodes for edge in info_of(each).parents}
+        edges.update((edge.key, edge) for edge in self._attached)
+        return [edges[facts.key] for facts in self.snapshot.edges_to(info_of(node).key)]
+
+    def children_of(self, node: Node) -> set[str]:
+        """The names of the children ``node`` then has."""
+        return {facts.name for facts in self.snapshot.edges_from(info_of(node).key)}
+
     def _facts(self, node: Node) -> NodeFacts:
         return self.snapshot.nodes[info_of(node).key]
 
@@ -118,15 +130,21 @@ class Change:
 
     async def run(self) -> None:
         """Plan and do it. Raises QmpError with the graph as it was before."""
+        await transaction.run(self.actions())
+        self.tell()
+
+    def actions(self) -> Iterator[Action]:
+        """The actions that do it; planned when the first is asked for. Raises QmpError.
+
+        For a change that is a part of something larger, which calls ``tell`` when all is committed.
+        """
         plan = plan_permissions(self.snapshot, self._rule)
-        actions: list[Action] = []
         for edge, child in self._swaps.get(None, ()):
-            actions += [_Hold(edge.node), _Swap(edge, child)]
+            yield _Hold(edge.node)
+            yield _Swap(edge, child)
         for key in self._before.order():
-            actions.extend(self._actions(self._topology.living[key], plan))
-        actions.append(_Edges(self._topology, self, plan))
-        await transaction.run(actions)
-        self._tell()
+            yield from self._actions(self._topology.living[key], plan)
+        yield _Edges(self._topology, self, plan)
 
     def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         driver = self._topology.living[key].driver
@@ -168,9 +186,15 @@ class Change:
         for node_key, rights in plan.nodes.items():
             info_of(topology.living[node_key]).rights = rights
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Tell those above what has changed below them. Call once everything is committed."""
         topology = self._topology
         parents = {key for key in self._swaps if key is not None}
+        for key in parents:
+            topology.living[key].driver.children_changed()
+        for edge in (*self._attached, *self._detached):
+            if edge.parent is not None and info_of(edge.parent).state is NodeState.OPEN:
+                edge.parent.driver.children_changed()
         for key in self._modes.keys() | self._activity.keys() | parents:
             topology.length_changed(topology.living[key])
         for edge, _child in self._swaps.get(None, ()):
@@ -214,21 +238,17 @@ def _unlink(topology: Topology, edge: Edge) -> None:
         parent.driver.children.pop(edge.name, None)
 
 
-@attrs.define(eq=False)
 class _Hold(Action):
     """A drained scope for one node."""
 
-    node: Node
+    def __init__(self, node: Node) -> None:
+        self._scope = Drained(node)
 
     async def prepare(self) -> None:
-        try:
-            await self.node.hold()
-        except BaseException:
-            self.node.release()
-            raise
+        await self._scope.begin()
 
     async def clean(self) -> None:
-        self.node.release()
+        self._scope.end()
 
 
 @attrs.define(eq=False)

@@ -1,4 +1,8 @@
-"""A drained scope: nodes that have nothing in flight and start nothing, until it is left."""
+"""Drained scopes: nodes that have nothing in flight and start nothing, until the scope is left.
+
+What comes in meanwhile over a root edge is kept back on the edge, so that it goes where the edge then leads to;
+what comes from other nodes is kept back by the node.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,57 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from qsd.actors.edges import RootEdge, info_of
+
 if TYPE_CHECKING:
     from qsd.actors.node import Node
     from qsd.actors.topology import Topology
 
 
+class Drained:
+    """One node's scope."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._edges: list[RootEdge] = []
+
+    async def begin(self) -> None:
+        """Return when nothing is in flight; what raises from here (cancelled) has left the scope again."""
+        self._edges = [edge for edge in info_of(self._node).parents if isinstance(edge, RootEdge)]
+        for edge in self._edges:
+            edge.hold()
+        try:
+            await self._node.hold()
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Go on, wherever the edges lead to now."""
+        self._node.release()
+        for edge in self._edges:
+            edge.release()
+
+
 @asynccontextmanager
 async def drained(topology: Topology, nodes: Iterable[Node]) -> AsyncIterator[None]:
-    """Hold ``nodes`` inside the scope.
+    """Keep ``nodes``, and all that stand on them, drained inside the scope.
 
-    Parents are held before their children, as what a parent has in flight needs them. Nobody may wait for I/O of
-    these nodes inside the scope, nor for I/O of a node that needs one of them.
+    Nodes are drained from the top down, as what a parent has in flight needs its children. One that stands below
+    another of ``nodes`` is left alone: that one's driver may have to read and write it inside the scope, and
+    nothing else comes through it.
     """
-    wanted = set(nodes)
-    held: list[Node] = []
+    wanted = list(dict.fromkeys(nodes))
+    below = {node for top in wanted for node in topology.below([top]) if node is not top}
+    tops = topology.above([node for node in wanted if node not in below])
+    scopes: list[Drained] = []
     try:
-        for node in topology.below(wanted):
-            if node in wanted:
-                held.append(node)
-                await node.hold()
+        for node in topology.below(tops):
+            if node in tops:
+                scope = Drained(node)
+                await scope.begin()
+                scopes.append(scope)
         yield
     finally:
-        for node in reversed(held):
-            node.release()
+        for scope in reversed(scopes):
+            scope.end()

@@ -13,10 +13,11 @@ from qsd.block.graph import UNNAMED
 from qsd.block.permissions import Perm
 from qsd.block.plan import Rights
 from qsd.drivers.base import ChildRole, Limits
+from qsd.drivers.calls import SlowPath
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
-    from qsd.messages import Extent, Request
+    from qsd.messages import Request
 
 _keys = count(1)
 
@@ -69,7 +70,7 @@ class Truncate(Protocol):
     async def __call__(self, node: Node, size: int, *, exact: bool = True) -> None: ...
 
 
-class Edge:
+class Edge(SlowPath):
     """A child of a node, as the node's driver sees it (the ``Child`` protocol). ``parent`` is None at the root.
 
     ``submit`` is the child node's own, bound anew when the child is swapped: keep the edge, not its ``submit``.
@@ -115,30 +116,6 @@ class Edge:
         """The child node's limits."""
         return self.node.limits
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """Slow-path read; raises OSError."""
-        return await self.node.read(offset, length)
-
-    async def write(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
-        """Slow-path write; raises OSError."""
-        await self.node.write(offset, data, flags)
-
-    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        """Slow-path zeroing; raises OSError."""
-        await self.node.write_zeroes(offset, length, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        """Slow-path discard; raises OSError."""
-        await self.node.discard(offset, length)
-
-    async def flush(self) -> None:
-        """Slow-path flush; raises OSError."""
-        await self.node.flush()
-
-    async def block_status(self, offset: int, length: int, extents: int = 1) -> list[Extent]:
-        """At most ``extents`` extents from ``offset`` on; raises OSError."""
-        return await self.node.block_status(offset, length, extents)
-
     async def settle(self) -> None:
         """Return when what was submitted to the child node before, by anybody, has ended."""
         await self.node.settle()
@@ -175,7 +152,7 @@ class RootEdge(Edge):
     While the node is inactive the edge uses nothing and shares everything; ``wanted`` comes back with activation.
     """
 
-    __slots__ = ("_ask", "is_attached", "options", "wanted")
+    __slots__ = ("_ask", "_holds", "_kept", "is_attached", "options", "wanted")
 
     def __init__(
         self,
@@ -184,6 +161,8 @@ class RootEdge(Edge):
         truncate: Truncate,
         ask: Callable[[Detach | SetRights], Awaitable[Any]],
     ) -> None:
+        self._holds = 0
+        self._kept: list[Request] = []
         super().__init__(None, "root", node, ChildRole.FILTERED, truncate)
         self.options = options
         self.wanted = Rights(options.perm, options.shared)
@@ -194,6 +173,26 @@ class RootEdge(Edge):
     def parent_text(self) -> str:
         """How error texts name the user."""
         return self.options.text
+
+    def bind(self, node: Node) -> None:
+        """Lead to ``node`` from now on, requests kept back included."""
+        super().bind(node)
+        if self._holds:
+            self.submit = self._kept.extend
+
+    def hold(self) -> None:
+        """Keep back what is submitted from now on: it goes to the node the edge then leads to. Nests."""
+        self._holds += 1
+        self.submit = self._kept.extend
+
+    def release(self) -> None:
+        """End one ``hold``; the last one lets go of what was kept back."""
+        self._holds -= 1
+        if not self._holds:
+            self.submit = self.node.submit
+            if self._kept:
+                kept, self._kept = self._kept, []
+                self.submit(kept)
 
     async def detach(self) -> None:
         """Let go of the node, which closes when nobody else wants it. Idempotent. No request may be in flight."""

@@ -23,6 +23,7 @@ from qsd.actors.activation import set_active
 from qsd.actors.bitmaps import BitmapAction, change_bitmaps
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
+from qsd.actors.drain import Drained
 from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
 from qsd.actors.node import Node
 from qsd.actors.opening import UNKNOWN_REFERENCE, FindDriver, Opener, shielded
@@ -345,12 +346,14 @@ class Graph(Actor):
         if not node.driver.can_truncate:
             raise QmpError("Image format driver does not support resize")
         node.bitmaps.check_resizable()
+        # The node alone: a request that comes from above may be what grows it.
+        scope = Drained(node)
+        await scope.begin()
         try:
-            await node.hold()
             await node.driver.truncate(size, exact=exact)
             node.refresh()
         finally:
-            node.release()
+            scope.end()
         self.topology.length_changed(node)
 
 

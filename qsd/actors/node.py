@@ -20,8 +20,8 @@ from qsd.actors.core import Actor
 from qsd.actors.rmw import Serialiser, unaligned
 from qsd.block.dirty import BitmapSet
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
-from qsd.drivers.calls import call
-from qsd.messages import Extent, Flag, Op, Request
+from qsd.drivers.calls import SlowPath, call
+from qsd.messages import Flag, Op, Request
 
 log = logging.getLogger("qsd.node")
 
@@ -51,7 +51,7 @@ class NodeStatistics:
     wr_highest_offset: int = 0
 
 
-class Node(Actor):
+class Node(Actor, SlowPath):
     """One block node. ``info`` is the graph's own record about it; the node never reads it."""
 
     kind = "node"
@@ -360,36 +360,6 @@ class Node(Actor):
                     log.error("flushing node %s while closing: %s", self.name, error)
             await self.driver.close()
         self.break_down()
-
-    # -- slow-path I/O ----------------------------------------------------------------------------------------
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Read ``length`` bytes; raises OSError."""
-        buffer = bytearray(length)
-        await call(self, Op.READ, offset, length, memoryview(buffer))
-        return bytes(buffer)
-
-    async def write(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
-        """Write ``data``; raises OSError."""
-        await call(self, Op.WRITE, offset, len(data), memoryview(data), flags)
-
-    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        """Make the range read as zeroes; raises OSError."""
-        await call(self, Op.WRITE_ZEROES, offset, length, None, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        """Tell that the range is not needed; raises OSError."""
-        await call(self, Op.DISCARD, offset, length)
-
-    async def flush(self) -> None:
-        """Make everything that was completed before reach stable storage; raises OSError."""
-        await call(self, Op.FLUSH, 0, 0)
-
-    async def block_status(self, offset: int, length: int, extents: int = 1) -> list[Extent]:
-        """What the range is made of: at most ``extents`` extents from ``offset`` on; raises OSError."""
-        request = await call(self, Op.BLOCK_STATUS, offset, length, extents=extents)
-        result: list[Extent] = request.result
-        return result
 
 
 def _is_zero(buffer: memoryview) -> bool:

@@ -82,6 +82,17 @@ class Topology:
         snapshot = self.snapshot(nodes)
         return [self.living[key] for key in snapshot.order()]
 
+    def above(self, nodes: Iterable[Node]) -> set[Node]:
+        """``nodes`` and everything that stands on them."""
+        found: set[Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting.extend(edge.parent for edge in info_of(node).parents if edge.parent is not None)
+        return found
+
     def snapshot(self, touched: Iterable[Node]) -> Snapshot:
         """The part of the graph that a change of ``touched`` can reach: them and what is below, and who uses it."""
         nodes: dict[int, NodeFacts] = {}

@@ -6,7 +6,7 @@ runs as one transaction; QMP's ``transaction`` does too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import trio
 
@@ -31,16 +31,49 @@ class CommitFailed(Exception):
     """Something raised after the point of no return: state nobody planned for. Ends the owner of that state."""
 
 
-async def run(actions: Sequence[Action]) -> None:
+class Group(Action):
+    """Several actions as one."""
+
+    def __init__(self, actions: Iterable[Action]) -> None:
+        self._actions = actions
+        self._prepared: list[Action] = []
+
+    async def prepare(self) -> None:
+        """Prepare all in order, or none."""
+        try:
+            await _prepare(self._actions, self._prepared)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.clean()
+            raise
+
+    def commit(self) -> None:
+        """Commit all."""
+        for action in self._prepared:
+            try:
+                action.commit()
+            except Exception as error:
+                raise CommitFailed(f"{action!r} could not be committed") from error
+
+    def abort(self) -> None:
+        """Undo all, in reverse."""
+        _abort(self._prepared)
+
+    async def clean(self) -> None:
+        """Clean all, in reverse."""
+        while self._prepared:
+            await self._prepared.pop().clean()
+
+
+async def run(actions: Iterable[Action]) -> None:
     """Carry ``actions`` out, or raise what the first failing one raised with everything as it was before."""
-    prepared: list[Action] = []
+    group = Group(actions)
+    await group.prepare()
     try:
-        await _prepare(actions, prepared)
-        _finish(prepared)
+        group.commit()
     finally:
         with trio.CancelScope(shield=True):
-            for action in reversed(prepared):
-                await action.clean()
+            await group.clean()
 
 
 async def _prepare(actions: Iterable[Action], prepared: list[Action]) -> None:
@@ -48,19 +81,15 @@ async def _prepare(actions: Iterable[Action], prepared: list[Action]) -> None:
         for action in actions:
             await action.prepare()
             prepared.append(action)
-    except BaseException as reason:
+    except BaseException:
         # Cancelled included: an abandoned change must not stay half made.
-        for action in reversed(prepared):
-            try:
-                action.abort()
-            except Exception as error:
-                raise CommitFailed(f"{action!r} could not be undone after: {reason}") from error
+        _abort(prepared)
         raise
 
 
-def _finish(prepared: list[Action]) -> None:
-    for action in prepared:
+def _abort(prepared: list[Action]) -> None:
+    for action in reversed(prepared):
         try:
-            action.commit()
+            action.abort()
         except Exception as error:
-            raise CommitFailed(f"{action!r} could not be committed") from error
+            raise CommitFailed(f"{action!r} could not be undone") from error

@@ -261,6 +261,9 @@ class Driver(ABC):
 
     can_amend: ClassVar[bool] = False
 
+    def children_changed(self) -> None:
+        """The graph has given the node another child, or none, in some place (called between awaits)."""
+
     def refresh_length(self) -> None:
         """Look again at how long the thing below is (after a child was resized)."""
 
