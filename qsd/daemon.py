@@ -15,7 +15,8 @@ import qsd.commands.chardev
 import qsd.commands.control
 import qsd.commands.exports
 import qsd.commands.jobs
-import qsd.commands.objects  # noqa: F401  # each fills the table of commands
+import qsd.commands.objects
+import qsd.commands.snapshots  # noqa: F401  # each fills the table of commands
 from qsd.actors.core import Actor
 from qsd.actors.dataplane import DataPlane
 from qsd.actors.events import EventActor, EventBus

@@ -25,6 +25,8 @@ from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.drain import Drained
 from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
+from qsd.actors.graph_actions import GraphAction, GraphTools, transact
+from qsd.actors.images import change_backing_file, delete_snapshot
 from qsd.actors.node import Node
 from qsd.actors.opening import UNKNOWN_REFERENCE, FindDriver, Opener, shielded
 from qsd.actors.reopening import UNKNOWN_NODE, reopen
@@ -37,6 +39,7 @@ from qsd.drivers.base import Aio, ChildRole
 from qsd.errors import ActorStopped, QmpError, errno_text
 
 if TYPE_CHECKING:
+    from qsd.drivers.snapshots import InternalSnapshot
     from qsd.qapi.schema.block import BlockdevOptions
 
 UNKNOWN_DEVICE = "Cannot find device='' nor node-name='{}'"
@@ -79,6 +82,7 @@ class Graph(Actor):
         self.topology = Topology()
         self._supervisor = supervisor
         self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, secret, self._truncate)
+        self.tools = GraphTools(self.topology, self._opener, self._truncate)
         self._scopes: set[trio.CancelScope] = set()
         self._work_ended = RepeatedEvent()
 
@@ -127,6 +131,19 @@ class Graph(Actor):
     async def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
         """Do something to dirty bitmaps, all of it or nothing. Raises QmpError."""
         await self._do(self._change_bitmaps, actions)
+
+    async def transact(self, actions: Sequence[GraphAction]) -> None:
+        """Carry out all of ``actions`` or none. Raises QmpError."""
+        await self._do(transact, self.tools, actions)
+
+    async def delete_snapshot(self, device: str, snapshot_id: str | None, name: str | None) -> InternalSnapshot:
+        """Delete an internal snapshot; what it was. Raises QmpError."""
+        deleted: InternalSnapshot = await self._do(delete_snapshot, self.topology, device, snapshot_id, name)
+        return deleted
+
+    async def change_backing_file(self, device: str, image: str, backing_file: str) -> None:
+        """Name another backing file in the image of a node in the chain of ``device``. Raises QmpError."""
+        await self._do(change_backing_file, self.topology, device, image, backing_file)
 
     async def attach(self, name: str, options: RootOptions) -> RootEdge:
         """Use the node ``name`` from outside the graph. Raises QmpError (unknown node, permissions)."""

@@ -130,6 +130,7 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
         ("actual-size", driver.allocated_size()),
         ("dirty-flag", driver.dirty_flag()),
         ("format-specific", driver.format_specific()),
+        ("snapshots", [snapshot.as_json() for snapshot in driver.snapshots()] or None),
     ):
         if fact is not None:
             image[name] = fact

@@ -13,6 +13,7 @@ may neither await nor raise.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from enum import Enum
@@ -24,6 +25,7 @@ import trio
 from qsd.block.mode import DetectZeroes as DetectZeroes
 from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
+from qsd.drivers.snapshots import InternalSnapshot
 from qsd.messages import Extent, Request
 
 SECTOR = 512
@@ -260,6 +262,39 @@ class Driver(ABC):
         raise NotImplementedError
 
     can_amend: ClassVar[bool] = False
+
+    # -- snapshots and backing files ----------------------------------------------------------------------------
+
+    def can_snapshot(self) -> bool:
+        """Whether the image can hold internal snapshots."""
+        return False
+
+    def snapshots(self) -> list[InternalSnapshot]:
+        """The internal snapshots, in the order of the image's list."""
+        return []
+
+    async def create_snapshot(self, name: str, now_ns: int) -> str:
+        """Keep the present contents as the snapshot ``name``, taken at ``now_ns``; the snapshot's id.
+
+        The node is drained and can write its children. Raises OSError and leaves nothing of it.
+        """
+        raise NotImplementedError
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Delete the snapshot with that id, which exists. The node is drained. Raises QmpError."""
+        raise NotImplementedError
+
+    async def change_backing_file(self, name: str, kind: str) -> None:
+        """Name another backing file, and its format, in the image; an empty name names none. Raises OSError.
+
+        The node may write. The children stay as they are.
+        """
+        raise OSError(errno.ENOTSUP, "no backing file")
+
+    @classmethod
+    def can_have_backing(cls) -> bool:
+        """Whether images of this kind can have a backing file."""
+        return any(role is ChildRole.COW for _name, role in cls.child_specs)
 
     def children_changed(self) -> None:
         """The graph has given the node another child, or none, in some place (called between awaits)."""

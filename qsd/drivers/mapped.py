@@ -290,11 +290,13 @@ class MappedDriver(Driver):
     # -- permissions ------------------------------------------------------------------------------------------
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """A format needs its file for itself, idle or not, and a backing file that does not change."""
+        """A format needs its file for itself, idle or not, and a backing file as stable as it must be itself."""
         stable = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         if not self.mode.active:
             return Perm.NONE, Perm.ALL
-        if name == "backing" or self.mode.read_only:
+        if name == "backing":
+            return perm & Perm.CONSISTENT_READ, Perm.ALL if shared & Perm.WRITE else stable
+        if self.mode.read_only:
             return Perm.CONSISTENT_READ, stable
         return Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, stable
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR, ChildRole, Driver
+from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
 
@@ -103,6 +104,30 @@ class RawDriver(Driver):
         child: Any = self.children["file"]
         facts = child.node.driver.image_facts()
         return {name: facts[name] for name in ("cluster-size",) if name in facts}
+
+    # A snapshot of the child is one of the disk, window or not.
+
+    @property
+    def _below(self) -> Driver:
+        child: Any = self.children["file"]
+        driver: Driver = child.node.driver
+        return driver
+
+    def can_snapshot(self) -> bool:
+        """As the child."""
+        return self._below.can_snapshot()
+
+    def snapshots(self) -> list[InternalSnapshot]:
+        """The child's."""
+        return self._below.snapshots()
+
+    async def create_snapshot(self, name: str, now_ns: int) -> str:
+        """In the child."""
+        return await self._below.create_snapshot(name, now_ns)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """In the child."""
+        await self._below.delete_snapshot(snapshot_id)
 
     def allocated_size(self) -> int | None:
         """The child's."""

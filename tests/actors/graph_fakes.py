@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -17,6 +18,7 @@ from qsd.actors.graph import Graph
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.block.permissions import Perm, perm_text
 from qsd.drivers.base import ChildRole, Driver, Mode
+from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
 from qsd.qapi.schema.block import BlockdevOptions
@@ -61,6 +63,9 @@ class World:
     open: set[str] = attrs.field(factory=set)
     # Node name of a format -> what its image says its backing file is.
     named_backing: dict[str, BlockdevOptions] = attrs.field(factory=dict)
+    # Node name of a format -> its internal snapshots, and the backing file its image names.
+    snapshots: dict[str, list[InternalSnapshot]] = attrs.field(factory=dict)
+    backing_names: dict[str, tuple[str, str]] = attrs.field(factory=dict)
     fail: set[tuple[str, str]] = attrs.field(factory=set)
     gates: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
     arrived: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
@@ -255,6 +260,35 @@ class Format(_Fake):
         if not self.mode.read_only:
             await self.children["file"].write(0, b"closed clean")
         await super().close()
+
+    def can_snapshot(self) -> bool:
+        return True
+
+    def snapshots(self) -> list[InternalSnapshot]:
+        return self.world.snapshots.setdefault(self.node_name, [])
+
+    async def create_snapshot(self, name: str, now_ns: int) -> str:
+        await self._write_metadata("create")
+        made = InternalSnapshot(str(len(self.snapshots()) + 1), name, now_ns, now_ns)
+        self.snapshots().append(made)
+        return made.id
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        await self.world.pass_point("delete", self.node_name)
+        await self.children["file"].write(512, bytes(8))
+        (gone,) = [snapshot for snapshot in self.snapshots() if snapshot.id == snapshot_id]
+        self.snapshots().remove(gone)
+
+    async def change_backing_file(self, name: str, kind: str) -> None:
+        await self._write_metadata("rename")
+        self.world.backing_names[self.node_name] = name, kind
+
+    async def _write_metadata(self, what: str) -> None:
+        await self.children["file"].write(512, b"metadata")
+        try:
+            await self.world.pass_point(what, self.node_name)
+        except QmpError:
+            raise OSError(errno.ENOSPC, "no space") from None
 
 
 class NoAio:

@@ -1,6 +1,19 @@
 """The declarations: importing this package fills ``qsd.qapi.core.SCHEMA``."""
 
-from qsd.qapi.schema import bitmaps, block, block_info, chardev, control, create, exports, jobs, objects, sockets
+from qsd.qapi.schema import (
+    bitmaps,
+    block,
+    block_info,
+    chardev,
+    control,
+    create,
+    exports,
+    jobs,
+    objects,
+    snapshots,
+    sockets,
+    transaction,
+)
 
 __all__ = [
     "bitmaps",
@@ -12,5 +25,7 @@ __all__ = [
     "exports",
     "jobs",
     "objects",
+    "snapshots",
     "sockets",
+    "transaction",
 ]

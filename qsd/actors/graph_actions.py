@@ -1,0 +1,127 @@
+"""Transactions that change the graph and the images in it: what an action is, and how several are carried out.
+
+An action goes through these steps, every one for all actions in order before the next:
+
+- ``stage``: what takes its time and can be thrown away (making and opening an overlay); I/O goes on meanwhile;
+- ``describe`` and ``prepare``, with the nodes that any action is ``concerned`` with drained: first the changes of
+  the graph that it wants, then what else it does. Each sees what those before it described and did. After the last
+  the described change of the graph is planned and prepared as a whole;
+- ``commit`` of all, or ``abort`` in reverse, then ``clean`` in reverse, still drained;
+- ``unstage`` in reverse, whatever happened, and after a success ``settle``, when I/O goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qsd.actors import transaction
+from qsd.actors.change import Change
+from qsd.actors.drain import drained
+from qsd.actors.opening import shielded
+from qsd.actors.transaction import Action
+
+if TYPE_CHECKING:
+    from qsd.actors.edges import Truncate
+    from qsd.actors.node import Node
+    from qsd.actors.opening import Opener
+    from qsd.actors.topology import Topology
+
+
+@attrs.frozen
+class GraphTools:
+    """What actions work on."""
+
+    topology: Topology
+    opener: Opener
+    truncate: Truncate
+
+
+class GraphAction(Action):
+    """See the module. Everything does nothing until it is overridden."""
+
+    @property
+    def concerned(self) -> list[Node]:
+        """The nodes to be drained."""
+        return []
+
+    @property
+    def touched(self) -> list[Node]:
+        """The nodes whose edges it changes, and those it connects them with."""
+        return []
+
+    async def stage(self, earlier: Sequence[GraphAction]) -> None:
+        """Get ready beforehand. Raises QmpError and leaves nothing."""
+
+    async def unstage(self) -> None:
+        """Let go of what ``stage`` made, where nobody uses it. Must not raise."""
+
+    def describe(self, change: Change) -> None:
+        """Check what the action needs, and say how it changes the graph. Raises QmpError.
+
+        Also called to rehearse, for changes that are never made.
+        """
+
+    async def settle(self) -> None:
+        """Do what was left until I/O goes on. Must not raise."""
+
+
+@attrs.define(eq=False)
+class _Step(Action):
+    """An action, after it has described itself."""
+
+    action: GraphAction
+    change: Change
+
+    async def prepare(self) -> None:
+        self.action.describe(self.change)
+        await self.action.prepare()
+
+    def commit(self) -> None:
+        self.action.commit()
+
+    def abort(self) -> None:
+        self.action.abort()
+
+    async def clean(self) -> None:
+        await self.action.clean()
+
+
+def _touched(actions: Iterable[GraphAction]) -> list[Node]:
+    return [node for action in actions for node in action.touched]
+
+
+async def rehearse(topology: Topology, actions: Sequence[GraphAction]) -> None:
+    """See whether ``actions`` can be described one after the other. Raises QmpError."""
+    async with topology.lock:
+        change = Change(topology, _touched(actions))
+        for action in actions:
+            action.describe(change)
+
+
+async def transact(tools: GraphTools, actions: Sequence[GraphAction]) -> None:
+    """Carry out all of ``actions`` or none. Raises QmpError."""
+    staged: list[GraphAction] = []
+    left: list[Node] = []
+    try:
+        for action in actions:
+            await action.stage(staged)
+            staged.append(action)
+        left = await _carry_out(tools.topology, actions)
+    finally:
+        for action in reversed(staged):
+            await shielded(action.unstage)
+        await shielded(tools.opener.close_unwanted, left)
+    for action in actions:
+        await action.settle()
+
+
+async def _carry_out(topology: Topology, actions: Sequence[GraphAction]) -> list[Node]:
+    async with topology.lock, drained(topology, [node for action in actions for node in action.concerned]):
+        change = Change(topology, _touched(actions))
+        steps: list[Action] = [_Step(action, change) for action in actions]
+        await transaction.run([*steps, transaction.Group(change.actions())])
+        change.tell()
+        return change.left_alone
