@@ -30,9 +30,11 @@ ACTIONS = st.one_of(
     st.tuples(st.just("internal"), CLIENT, st.sampled_from("xyz")),
     st.tuples(st.sampled_from(["abort", "fail"]), CLIENT, st.just("")),
 )
-# The actions of a transaction, how many writes come in while it is carried out, which driver refuses.
+# The actions of a transaction, after how many turns of the loop each write comes in, which driver refuses.
 STEPS = st.tuples(
-    st.lists(ACTIONS, max_size=4), st.integers(0, 3), st.sampled_from([None, None, None, "o0", "s0", "n0"])
+    st.lists(ACTIONS, max_size=4),
+    st.lists(st.integers(0, 12), max_size=6),
+    st.sampled_from([None, None, None, "o0", "s0", "n0"]),
 )
 
 
@@ -74,7 +76,7 @@ class Run:
         # For every write of a client: the layers it may be in.
         self.places: list[list[set[str]]] = [[] for _ in clients]
 
-    async def step(self, actions: list[tuple[str, int, str]], writes: int, refusing: str | None) -> None:
+    async def step(self, actions: list[tuple[str, int, str]], pauses: list[int], refusing: str | None) -> None:
         trial = self.model.copy()
         made: list[GraphAction] = []
         is_possible = True
@@ -94,13 +96,13 @@ class Run:
             except QmpError:
                 failed = True
 
-        for _ in range(writes):
-            for number in range(CLIENTS):
-                self.write_one(number, {self.model.chains[number][-1]})
+        for number in range(CLIENTS):
+            self.write_one(number, {self.model.chains[number][-1]})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(transact)
-            for _ in range(writes):
-                await trio.lowlevel.checkpoint()
+            for pause in pauses:
+                for _ in range(pause):
+                    await trio.lowlevel.checkpoint()
                 for number in range(CLIENTS):
                     self.write_one(number, {self.model.chains[number][-1], trial.chains[number][-1]})
         self.world.fail.clear()
@@ -149,7 +151,9 @@ class Writer(Client):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(STEPS, min_size=1, max_size=10))
-def test_random_transactions_lose_no_write(steps: list[tuple[list[tuple[str, int, str]], int, str | None]]) -> None:
+def test_random_transactions_lose_no_write(
+    steps: list[tuple[list[tuple[str, int, str]], list[int], str | None]],
+) -> None:
     async def main() -> None:
         async with running_graph() as (graph, world):
             await add(graph, *(f"n{number}" for number in range(CLIENTS)), *SPARE)
