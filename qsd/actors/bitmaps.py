@@ -1,21 +1,17 @@
 """What is done to dirty bitmaps, as actions that can be undone: the commands, and parts of a transaction.
 
-Who runs actions holds the topology's lock, keeps the nodes that ``concerned`` names drained (``drain.drained``),
-and calls ``settle`` of every action after they have been committed and the nodes let go. ``change_bitmaps`` does
-that for actions of this kind. Each action sees what those before it have prepared.
+Each sees what those before it have prepared (``graph_actions``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from qsd.actors import transaction
-from qsd.actors.drain import drained
 from qsd.actors.edges import info_of
-from qsd.actors.transaction import Action
+from qsd.actors.graph_actions import GraphAction
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import Bar, NamedBitmap, check_granularity, check_mergeable, default_granularity
 from qsd.drivers.base import ChildRole
@@ -65,7 +61,7 @@ def find_exported(topology: Topology, node: Node, wanted: str | tuple[str, str],
 
 
 @attrs.define(eq=False, kw_only=True)
-class BitmapAction(Action):
+class BitmapAction(GraphAction):
     """An action on the bitmap ``name`` of the node ``node_name``."""
 
     # Whether writes that are under way would end up in the wrong bitmap.
@@ -80,9 +76,6 @@ class BitmapAction(Action):
         """The nodes to be drained; an unknown one is for ``prepare`` to complain about."""
         found = self.topology.nodes.get(self.node_name)
         return [found] if found is not None and self.must_drain else []
-
-    async def settle(self) -> None:
-        """Do what was left to be done until the nodes serve requests again. Must not raise."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -210,16 +203,3 @@ class MergeBitmaps(_OnOne):
     def abort(self) -> None:
         """Bring the content back."""
         self.bitmap.bits.take_over(self.before)
-
-
-def concerned(actions: Iterable[BitmapAction]) -> list[Node]:
-    """The nodes to be drained for ``actions``."""
-    return [node for action in actions for node in action.concerned]
-
-
-async def change_bitmaps(topology: Topology, actions: Sequence[BitmapAction]) -> None:
-    """Do all of ``actions`` or none, under the topology's lock. Raises QmpError."""
-    async with drained(topology, concerned(actions)):
-        await transaction.run(actions)
-    for action in actions:
-        await action.settle()

@@ -20,7 +20,6 @@ import trio
 from trio_util import RepeatedEvent
 
 from qsd.actors.activation import set_active
-from qsd.actors.bitmaps import BitmapAction, change_bitmaps
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.drain import Drained
@@ -127,10 +126,6 @@ class Graph(Actor):
     async def set_active(self, name: str | None, *, active: bool) -> None:
         """Activate or inactivate one node with what is below it, or all (None). Raises QmpError."""
         await self._do(self._set_active, name, active)
-
-    async def change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
-        """Do something to dirty bitmaps, all of it or nothing. Raises QmpError."""
-        await self._do(self._change_bitmaps, actions)
 
     async def transact(self, actions: Sequence[GraphAction]) -> None:
         """Carry out all of ``actions`` or none. Raises QmpError."""
@@ -262,10 +257,6 @@ class Graph(Actor):
     async def _set_active(self, name: str | None, active: bool) -> None:
         async with self.topology.lock:
             await set_active(self.topology, name, active=active)
-
-    async def _change_bitmaps(self, actions: Sequence[BitmapAction]) -> None:
-        async with self.topology.lock:
-            await change_bitmaps(self.topology, actions)
 
     # -- root edges -------------------------------------------------------------------------------------------
 

@@ -1,9 +1,6 @@
-"""The commands about dirty bitmaps, and the actions that a transaction makes of their arguments."""
+"""The commands about dirty bitmaps, most of which can be part of a transaction."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 from qsd.actors.bitmaps import (
     AddBitmap,
@@ -14,8 +11,8 @@ from qsd.actors.bitmaps import (
     SwitchBitmap,
     find_bitmap,
 )
-from qsd.actors.topology import Topology
-from qsd.commands.context import Context
+from qsd.commands.actions import action
+from qsd.commands.context import Context, Services
 from qsd.commands.registry import command
 from qsd.qapi.schema.bitmaps import (
     BlockDirtyBitmap,
@@ -25,9 +22,10 @@ from qsd.qapi.schema.bitmaps import (
 )
 
 
-def _add(topology: Topology, args: BlockDirtyBitmapAdd) -> BitmapAction:
+@action("block-dirty-bitmap-add")
+def _add(services: Services, args: BlockDirtyBitmapAdd) -> BitmapAction:
     return AddBitmap(
-        topology=topology,
+        topology=services.graph.topology,
         node_name=args.node,
         name=args.name,
         granularity=args.granularity,
@@ -36,47 +34,30 @@ def _add(topology: Topology, args: BlockDirtyBitmapAdd) -> BitmapAction:
     )
 
 
-def _remove(topology: Topology, args: BlockDirtyBitmap) -> BitmapAction:
-    return RemoveBitmap(topology=topology, node_name=args.node, name=args.name)
+@action("block-dirty-bitmap-remove")
+def _remove(services: Services, args: BlockDirtyBitmap) -> BitmapAction:
+    return RemoveBitmap(topology=services.graph.topology, node_name=args.node, name=args.name)
 
 
-def _clear(topology: Topology, args: BlockDirtyBitmap) -> BitmapAction:
-    return ClearBitmap(topology=topology, node_name=args.node, name=args.name)
+@action("block-dirty-bitmap-clear")
+def _clear(services: Services, args: BlockDirtyBitmap) -> BitmapAction:
+    return ClearBitmap(topology=services.graph.topology, node_name=args.node, name=args.name)
 
 
-def _enable(topology: Topology, args: BlockDirtyBitmap) -> BitmapAction:
-    return SwitchBitmap(topology=topology, node_name=args.node, name=args.name, enabled=True)
+@action("block-dirty-bitmap-enable")
+def _enable(services: Services, args: BlockDirtyBitmap) -> BitmapAction:
+    return SwitchBitmap(topology=services.graph.topology, node_name=args.node, name=args.name, enabled=True)
 
 
-def _disable(topology: Topology, args: BlockDirtyBitmap) -> BitmapAction:
-    return SwitchBitmap(topology=topology, node_name=args.node, name=args.name, enabled=False)
+@action("block-dirty-bitmap-disable")
+def _disable(services: Services, args: BlockDirtyBitmap) -> BitmapAction:
+    return SwitchBitmap(topology=services.graph.topology, node_name=args.node, name=args.name, enabled=False)
 
 
-def _merge(topology: Topology, args: BlockDirtyBitmapMerge) -> BitmapAction:
+@action("block-dirty-bitmap-merge")
+def _merge(services: Services, args: BlockDirtyBitmapMerge) -> BitmapAction:
     sources = [(args.node, one) if isinstance(one, str) else (one.node, one.name) for one in args.bitmaps]
-    return MergeBitmaps(topology=topology, node_name=args.node, name=args.target, sources=sources)
-
-
-# The command's name, which is that of the action in a transaction, and what makes the action of its arguments.
-BITMAP_ACTIONS: dict[str, Callable[[Topology, Any], BitmapAction]] = {
-    "block-dirty-bitmap-add": _add,
-    "block-dirty-bitmap-remove": _remove,
-    "block-dirty-bitmap-clear": _clear,
-    "block-dirty-bitmap-enable": _enable,
-    "block-dirty-bitmap-disable": _disable,
-    "block-dirty-bitmap-merge": _merge,
-}
-
-
-def _declare(name: str, make: Callable[[Topology, Any], BitmapAction]) -> None:
-    @command(name)
-    async def change(context: Context, args: Any) -> None:
-        graph = context.services.graph
-        await graph.change_bitmaps([make(graph.topology, args)])
-
-
-for _name, _make in BITMAP_ACTIONS.items():
-    _declare(_name, _make)
+    return MergeBitmaps(topology=services.graph.topology, node_name=args.node, name=args.target, sources=sources)
 
 
 @command("x-debug-block-dirty-bitmap-sha256")

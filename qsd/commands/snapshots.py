@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from qsd.actors.graph_actions import GraphAction
 from qsd.actors.snapshots import AbortAction, InternalSnapshotAction, SnapshotAction, SnapshotSyncAction
+from qsd.commands.actions import ACTIONS, action
 from qsd.commands.context import Context, Services
 from qsd.commands.overlays import make_overlay
 from qsd.commands.registry import command
@@ -19,17 +19,20 @@ from qsd.qapi.schema.snapshots import (
     BlockdevSnapshotSync,
     ChangeBackingFileArgs,
 )
-from qsd.qapi.schema.transaction import Abort, ActionCompletionMode, TransactionActionKind, TransactionArgs
+from qsd.qapi.schema.transaction import Abort, ActionCompletionMode, TransactionArgs
 
 
+@action("abort", is_command=False)
 def _abort(_services: Services, _args: Abort) -> GraphAction:
     return AbortAction()
 
 
+@action("blockdev-snapshot")
 def _snapshot(services: Services, args: BlockdevSnapshot) -> GraphAction:
     return SnapshotAction(tools=services.graph.tools, node_name=args.node, overlay_name=args.overlay)
 
 
+@action("blockdev-snapshot-sync")
 def _snapshot_sync(services: Services, args: BlockdevSnapshotSync) -> GraphAction:
     return SnapshotSyncAction(
         tools=services.graph.tools,
@@ -40,28 +43,9 @@ def _snapshot_sync(services: Services, args: BlockdevSnapshotSync) -> GraphActio
     )
 
 
+@action("blockdev-snapshot-internal-sync")
 def _internal_snapshot(services: Services, args: BlockdevSnapshotInternal) -> GraphAction:
     return InternalSnapshotAction(tools=services.graph.tools, device=args.device, name=args.name)
-
-
-# What makes the action of its arguments.
-ACTIONS: dict[TransactionActionKind, Callable[[Services, Any], GraphAction]] = {
-    TransactionActionKind.ABORT: _abort,
-    TransactionActionKind.BLOCKDEV_SNAPSHOT: _snapshot,
-    TransactionActionKind.BLOCKDEV_SNAPSHOT_SYNC: _snapshot_sync,
-    TransactionActionKind.BLOCKDEV_SNAPSHOT_INTERNAL_SYNC: _internal_snapshot,
-}
-
-
-def _as_command(kind: TransactionActionKind) -> None:
-    @command(kind.value)
-    async def run(context: Context, args: Any) -> None:
-        await context.services.graph.transact([ACTIONS[kind](context.services, args)])
-
-
-for _kind in ACTIONS:
-    if _kind is not TransactionActionKind.ABORT:
-        _as_command(_kind)
 
 
 @command("transaction")
@@ -69,12 +53,12 @@ async def transaction(context: Context, args: TransactionArgs) -> None:
     """Do all of the actions, or none."""
     mode = args.properties.completion_mode if args.properties is not None else None
     if mode is ActionCompletionMode.GROUPED:
-        for action in args.actions:
+        for each in args.actions:
             raise QmpError(
-                f"Action '{action.type.value}' does not support transaction property completion-mode = grouped"
+                f"Action '{each.type.value}' does not support transaction property completion-mode = grouped"
             )
     services = context.services
-    await services.graph.transact([ACTIONS[action.type](services, action.data) for action in args.actions])
+    await services.graph.transact([ACTIONS[each.type.value](services, each.data) for each in args.actions])
 
 
 @command("blockdev-snapshot-delete-internal-sync")

@@ -73,6 +73,7 @@ class World:
 
     async def pass_point(self, what: str, name: str) -> None:
         self.log.append(f"{what} {name}")
+        await trio.lowlevel.checkpoint()
         if (what, name) in self.arrived:
             self.arrived[what, name].set()
         if (what, name) in self.gates:

@@ -49,7 +49,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def do(graph: Graph, *kinds: tuple[Any, dict[str, Any]]) -> None:
-    await graph.change_bitmaps([kind(topology=graph.topology, **arguments) for kind, arguments in kinds])
+    await graph.transact([kind(topology=graph.topology, **arguments) for kind, arguments in kinds])
 
 
 async def add(graph: Graph, name: str, node: str = "f", **more: Any) -> None:
