@@ -39,7 +39,7 @@ run: bytecode
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.qsd-all bytecode
-	@tools/packages qemu-utils libnbd-bin python3-libnbd nbdkit fio fuse3 e2fsprogs
+	@tools/packages qemu-utils libnbd-bin python3-libnbd nbdkit fio fuse3 e2fsprogs xfsprogs
 	$(BIN)/python -m pytest -q
 
 check: $(VENV)/.qsd-all

@@ -37,6 +37,8 @@ Exports
                              listen for NBD clients
   --export [type=]nbd,id=ID,node-name=NAME[,name=EXPORT][,description=TEXT][,writable=on|off]
            [,writethrough=on|off][,bitmap=BITMAP][,allocation-depth=on|off][,iothread=ID]
+  --export [type=]fuse,id=ID,node-name=NAME,mountpoint=FILE[,writable=on|off][,growable=on|off]
+           [,allow-other=on|off|auto][,writethrough=on|off][,iothread=ID]
                              export a node, as the QMP command block-export-add does
 
 Control

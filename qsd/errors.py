@@ -80,6 +80,7 @@ def _texts() -> dict[int, str]:
         errno.EDOM: "Numerical argument out of domain",
         errno.ERANGE: "Numerical result out of range",
         errno.EDEADLOCK: "Resource deadlock avoided",
+        errno.EDEADLK: "Resource deadlock avoided",
         errno.ENAMETOOLONG: "File name too long",
         errno.ENOLCK: "No locks available",
         errno.ENOSYS: "Function not implemented",

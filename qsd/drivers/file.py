@@ -10,7 +10,7 @@ from qsd.block.permissions import Perm
 from qsd.drivers.base import Driver, Host, Limits, Mode
 from qsd.drivers.file_io import FileIo
 from qsd.errors import QmpError, errno_text
-from qsd.host import files, locks
+from qsd.host import files, locks, served
 
 _WRITING = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
 # Options that are fixed while the node is open, by attribute.
@@ -68,6 +68,7 @@ class FileDriver(Driver):
 
     def _check_kind(self) -> None:
         try:
+            served.refuse_own(self._path)
             mode = os.stat(self._path).st_mode
         except OSError as error:
             raise self._cannot_open(error) from None
@@ -86,9 +87,16 @@ class FileDriver(Driver):
     def _open_fd(self, *, writable: bool, direct: bool) -> int:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         try:
-            return os.open(self._path, flags)
+            return os.open(self._place(), flags)
         except OSError as error:
             raise self._cannot_open(error) from None
+
+    def _place(self) -> str:
+        """What to open. Opened anew it is the same file, wherever its path leads by now: to a FUSE export of this
+        very node, for one, and that cannot be opened from here.
+        """
+        again = f"/proc/self/fd/{self.io.fd}"
+        return again if self.io.fd >= 0 and os.path.lexists(again) else self._path
 
     def _cannot_open(self, error: OSError) -> QmpError:
         return QmpError(f"Could not open '{self._path}': {errno_text(error.errno or 0)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qsd.block.permissions import Perm
 from qsd.drivers.creating import CreateHost
 from qsd.errors import QmpError, errno_text
-from qsd.host import files, locks
+from qsd.host import files, locks, served
 
 if TYPE_CHECKING:
     from qsd.qapi.schema.create import BlockdevCreateOptionsFile
@@ -30,6 +30,7 @@ async def create_file(host: CreateHost, options: BlockdevCreateOptionsFile) -> N
     if hint > MAX_HINT:
         raise QmpError("Extent size hint is too large")
     try:
+        served.refuse_own(options.filename)
         fd = os.open(options.filename, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise QmpError(f"Could not create '{options.filename}': {errno_text(error.errno or 0)}") from None

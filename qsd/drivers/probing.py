@@ -11,6 +11,7 @@ import stat
 from typing import Final
 
 from qsd.errors import QmpError, errno_text
+from qsd.host import served
 
 PROBE_BYTES: Final = 2048
 
@@ -45,6 +46,7 @@ def format_of(start: bytes, name: str = "") -> str:
 def protocol_of(path: str) -> str:
     """The driver that opens ``path``: devices are not files."""
     try:
+        served.refuse_own(path)
         mode = os.stat(path).st_mode
     except OSError:
         return "file"  # which says what is wrong
@@ -54,6 +56,7 @@ def protocol_of(path: str) -> str:
 def probe(path: str) -> str:
     """The format of the file or device ``path``. Raises QmpError as opening it would."""
     try:
+        served.refuse_own(path)
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return "raw"

@@ -33,7 +33,7 @@ class Export(Protocol):
         """The actors of its clients, where clients have actors."""
 
     def resized(self) -> None:
-        """The node has another length."""
+        """The node has another length, or it is another node."""
 
     async def close(self) -> None:
         """Drop clients; return when nothing is in flight."""
@@ -41,12 +41,13 @@ class Export(Protocol):
 
 @attrs.define(eq=False)
 class Entry:
-    """One export in the table."""
+    """One export in the table. Until it ``is_up`` it holds its id and nothing more."""
 
     id: str
     export: Export
     actor: Actor
     edge: RootEdge
+    is_up: bool = False
     is_shutting_down: bool = False
 
 
@@ -77,11 +78,12 @@ class Exports:
 
     def entries(self) -> list[Entry]:
         """All exports, newest first."""
-        return list(reversed(self._entries.values()))
+        return [entry for entry in reversed(self._entries.values()) if entry.is_up]
 
     def find(self, name: str) -> Entry | None:
         """The export with that id."""
-        return self._entries.get(name)
+        entry = self._entries.get(name)
+        return entry if entry is not None and entry.is_up else None
 
     async def add(self, options: Any) -> None:
         """block-export-add. Raises QmpError; then nothing is left behind."""
@@ -102,6 +104,7 @@ class Exports:
             Perm.ALL & ~kind.unshared,
             allow_inactive=bool(options.allow_inactive),
             on_resize=lambda: self._resized(name),
+            on_swap=lambda: self._resized(name),
         )
         edge = await self._graph.attach(node.name, use)
         try:
@@ -110,8 +113,9 @@ class Exports:
                 raise QmpError(f"Block export id '{name}' is already in use")
             kind.check(options)
             export = await kind.make(name, options, edge)
-            self._entries[name] = Entry(name, export, export, edge)
+            entry = self._entries[name] = Entry(name, export, export, edge)
             await self._supervisor.start(export, Floor.EXPORTS)
+            entry.is_up = True
         except BaseException:
             self._entries.pop(name, None)
             await edge.detach()
@@ -153,7 +157,7 @@ class Exports:
 
     def delete(self, name: str, *, hard: bool) -> None:
         """block-export-del: starts the end of an export; its event comes when it is gone. Raises QmpError."""
-        entry = self._entries.get(name)
+        entry = self.find(name)
         if entry is None:
             raise QmpError(f"Export '{name}' is not found")
         if entry.is_shutting_down:
@@ -185,7 +189,7 @@ class Exports:
 
     async def stopped(self, name: str) -> None:
         """The export's actor is going down by itself (shutdown, crash): take it off the graph and tell."""
-        entry = self._entries.get(name)
+        entry = self.find(name)
         if entry is not None:
             entry.is_shutting_down = True
             await self._forget(entry)
