@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -40,8 +40,9 @@ from qsd.servers.fuse.export import FuseService
 from qsd.servers.monitor.session import Session
 from qsd.servers.monitor.table import Monitors
 from qsd.servers.nbd.server import NbdService
-from qsd.servers.view.contents import Sources
-from qsd.servers.view.view import Views
+
+if TYPE_CHECKING:
+    from qsd.servers.view.view import Views
 
 
 @attrs.define(eq=False)
@@ -120,8 +121,15 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     async def ask(name: str, arguments: dict[str, Any]) -> Any:
         return await execute(Context(services), name, arguments)
 
-    views = Views(Sources(ask, graph, exports, supervisor), lambda name: objects.withdraw("objects", name))
-    objects.makers[QsdViewProperties] = lambda options: partial(views.make, options)
+    @cache
+    def views() -> Views:
+        # Imported when there is a view to show: few daemons have one.
+        from qsd.servers.view.contents import Sources
+        from qsd.servers.view.view import Views
+
+        return Views(Sources(ask, graph, exports, supervisor), lambda name: objects.withdraw("objects", name))
+
+    objects.makers[QsdViewProperties] = lambda options: lambda: views().make(options)
     objects.mount("chardevs", chardevs.faces)
     monitors = Monitors(supervisor, chardevs, objects, events, dispatch)
     await monitors.start()

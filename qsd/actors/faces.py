@@ -1,4 +1,4 @@
-"""What chardevs and monitors look like in the object tree; they live elsewhere and publish a face here."""
+"""What chardevs, monitors and views look like in the object tree; they live elsewhere and publish a face here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ class MonitorFace(LivingFace):
     pretty: bool
     set_pretty: Callable[[bool], None]
     close_action: str = "none"
+
+
+@attrs.define(eq=False, slots=False)
+class ViewFace(LivingFace):
+    """The daemon as a directory; ``allow_other`` is on, off or auto."""
+
+    typename = "qsd-view"
+
+    mountpoint: str
+    allow_other: str
 
 
 @attrs.define(eq=False, slots=False)
@@ -62,6 +72,13 @@ declare_type(
     Property("chardev", "string", lambda item: item.chardev),
     Property("pretty", "bool", lambda item: item.pretty, bool, _set_pretty),
     Property("close-action", "MonitorQMPCloseAction", lambda item: item.close_action),
+)
+declare_type(
+    "qsd-view",
+    "object",
+    Property("mountpoint", "string", lambda item: item.mountpoint),
+    Property("allow-other", "OnOffAuto", lambda item: item.allow_other),
+    user_creatable=True,
 )
 declare_type("chardev", "object", abstract=True)
 declare_type("chardev-fd", "chardev", abstract=True)

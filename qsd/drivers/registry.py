@@ -1,22 +1,52 @@
-"""The drivers there are."""
+"""The drivers there are, and what creates images. Imported when first used: a daemon needs few of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Generic, TypeVar
+
 from qsd.drivers.base import Driver
 from qsd.drivers.creating import Creator
-from qsd.drivers.file import FileDriver, HostDeviceDriver
-from qsd.drivers.file_create import create_file
-from qsd.drivers.null import NullAioDriver, NullDriver
-from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.raw import RawDriver
 from qsd.errors import QmpError
 
-DRIVERS: dict[str, type[Driver]] = {
-    kind.name: kind for kind in (FileDriver, HostDeviceDriver, NullDriver, NullAioDriver, RawDriver, Qcow2Driver)
-}
+T = TypeVar("T")
+
+
+class Imported(Mapping[str, T], Generic[T]):
+    """Values by name, each imported from its ``module:attribute``."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> T:
+        module, _, attribute = self._places[name].partition(":")
+        value: T = getattr(import_module(f"qsd.drivers.{module}"), attribute)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+DRIVERS: Imported[type[Driver]] = Imported(
+    {
+        "file": "file:FileDriver",
+        "host_device": "file:HostDeviceDriver",
+        "null-aio": "null:NullAioDriver",
+        "null-co": "null:NullDriver",
+        "qcow2": "qcow2.driver:Qcow2Driver",
+        "raw": "raw:RawDriver",
+    }
+)
 
 # Formats and protocols that blockdev-create can make, by driver name.
-CREATORS: dict[str, Creator] = {"file": create_file}
+CREATORS: Imported[Creator] = Imported({"file": "file_create:create_file"})
 
 
 def find_driver(name: str) -> type[Driver]:

@@ -14,11 +14,8 @@ from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
-import attrs
-
 from qsd.actors.core import Actor
-from qsd.actors.faces import LivingFace
-from qsd.actors.qom import Property, declare_type
+from qsd.actors.faces import ViewFace
 from qsd.actors.supervisor import Floor
 from qsd.errors import QmpError, errno_text
 from qsd.qapi.schema.block import OnOffAuto
@@ -26,25 +23,6 @@ from qsd.qapi.schema.objects import QsdViewProperties
 from qsd.servers.view.contents import Sources
 
 log = logging.getLogger("qsd.view")
-
-
-@attrs.define(eq=False, slots=False)
-class ViewFace(LivingFace):
-    """The object as the tree shows it."""
-
-    typename = "qsd-view"
-
-    mountpoint: str
-    allow_other: OnOffAuto
-
-
-declare_type(
-    "qsd-view",
-    "object",
-    Property("mountpoint", "string", lambda item: item.mountpoint),
-    Property("allow-other", "OnOffAuto", lambda item: item.allow_other.value),
-    user_creatable=True,
-)
 
 
 class Views:
@@ -71,7 +49,7 @@ class Views:
         return ViewFace(
             remove=lambda: self._remove(view),
             mountpoint=options.mountpoint,
-            allow_other=options.allow_other or OnOffAuto.AUTO,
+            allow_other=(options.allow_other or OnOffAuto.AUTO).value,
         )
 
     async def _remove(self, view: View) -> None:
