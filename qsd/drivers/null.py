@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any, ClassVar
 
 import trio
 
 from qsd.drivers.base import SECTOR, Driver, Limits
-from qsd.errors import QmpError
+from qsd.errors import QmpError, errno_text
 from qsd.messages import BlockState, Extent, Op, Request
 
 DEFAULT_SIZE = 1 << 30
+MAX_SIZE = (1 << 63) - (1 << 30)  # of any node in the reference: room for every alignment
 
 
 class NullDriver(Driver):
@@ -24,8 +26,12 @@ class NullDriver(Driver):
         """Take the size."""
         size = DEFAULT_SIZE if self.options.size is None else self.options.size
         if size < 0:
-            raise QmpError("Invalid parameter 'size'")
+            raise QmpError(f"Value '{size}' is out of range for parameter 'size'")
+        if size > MAX_SIZE:
+            raise QmpError(f"Could not refresh total sector count: {errno_text(errno.EFBIG)}")
         self._latency = self.options.latency_ns or 0
+        if self._latency >= 1 << 63:
+            raise QmpError("latency-ns is invalid")
         self.length = size
         self.limits = Limits(min_mem_alignment=SECTOR)
 

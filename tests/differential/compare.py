@@ -1,0 +1,188 @@
+"""Playing the same thing to two daemons: command lines and QMP scripts, and what must not count as a difference.
+
+The reference's answers are recorded (``python tests/differential/record.py`` writes them), so that ours is compared
+everywhere; where a reference of the recorded version is at hand, the recordings are checked against it as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parents[1] / "data"
+SECONDS = 10.0  # only a failing test waits so long
+
+# What a program finds in its directory.
+FILES: dict[str, bytes] = {"img": bytes(1 << 20), "key64": b"AAAA", "events": b"nbd_*\nbogus_event\n#no\n\n-nope\n"}
+
+
+@contextmanager
+def place() -> Iterator[Path]:
+    """A directory with the files above."""
+    with tempfile.TemporaryDirectory(prefix="qsd-diff-") as name:
+        for file, content in FILES.items():
+            Path(name, file).write_bytes(content)
+        yield Path(name)
+
+
+# -- command lines ----------------------------------------------------------------------------------------------
+
+Run = Callable[[Sequence[str], Path], dict[str, Any]]
+
+
+def run_program(program: str) -> Run:
+    """Run the program itself."""
+
+    def run(words: Sequence[str], where: Path) -> dict[str, Any]:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = subprocess.Popen(
+                [program, *words], cwd=where, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            )
+            try:
+                code: int | None = process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = None
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode(errors="surrogateescape"))
+        return {"code": code, "out": texts[0], "err": texts[1]}
+
+    return run
+
+
+def outcome(run: Run, words: Sequence[str]) -> dict[str, Any]:
+    """Code and texts of a run, and the names of what it left behind."""
+    with place() as where:
+        result = run(words, where)
+        left = sorted(set(os.listdir(where)) - set(FILES))
+    texts = {name: result[name].replace("qemu-storage-daemon", "qsd") for name in ("out", "err")}
+    return {"code": result["code"], **texts, "left": left}
+
+
+# -- QMP scripts ------------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """A daemon with a monitor, and a client of it. ``program`` is a command."""
+
+    def __init__(self, program: Sequence[str], arguments: Sequence[str], where: Path) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed in ``end``
+        chardev = ("--chardev", "socket,id=qmp,path=qmp,server=on,wait=off", "--monitor", "qmp")
+        self.process = subprocess.Popen(
+            [*program, *arguments, *chardev], cwd=where, stdin=subprocess.DEVNULL, stderr=self._stderr
+        )
+        self._where = where
+        self._socket = self._connect(where / "qmp")
+        self._held = ""
+        self._asked: Any = None
+        self.events: list[Any] = []
+
+    def _connect(self, path: Path) -> socket.socket:
+        end = time.monotonic() + SECONDS
+        while True:
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(SECONDS)
+            try:
+                client.connect(str(path))
+            except OSError:
+                client.close()
+                assert time.monotonic() < end, "the daemon did not come up"
+                assert self.process.poll() is None, "the daemon has ended"
+                time.sleep(0.005)
+            else:
+                return client
+
+    def receive(self) -> Any:
+        """The next message, pretty or not."""
+        while True:
+            self._held = self._held.lstrip()
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._held)
+            except ValueError:
+                try:
+                    data = self._socket.recv(1 << 16)
+                except TimeoutError:
+                    raise AssertionError(f"no answer to {self._asked}") from None
+                if not data:
+                    raise EOFError from None
+                self._held += data.decode()
+            else:
+                self._held = self._held[end:]
+                return value
+
+    def ask(self, message: Any) -> Any:
+        """Send a message (JSON, or a text as it is) and return the answer; events are kept."""
+        self._asked = message
+        text = message if isinstance(message, str) else json.dumps(message)
+        self._socket.sendall(text.encode("utf-8", "surrogateescape"))
+        while "event" in (answer := self.receive()):
+            self.events.append(answer)
+        return answer
+
+    def wait_event(self, name: str) -> Any:
+        """The next event of that name."""
+        while True:
+            for event in self.events:
+                if event["event"] == name:
+                    self.events.remove(event)
+                    return event
+            self.events.append(self.receive())
+
+    def end(self) -> None:
+        self._socket.close()
+        self.process.terminate()
+        self.process.wait(SECONDS)
+        self._stderr.close()
+
+
+_NAMES = re.compile(r"#block[0-9]+")
+_MADE_UP = re.compile(r"/tmp/(?:qemu-socket-\w+|qsd-diff-\w+)")
+_PORT = re.compile(r"(127\.0\.0\.1|\[?::1\]?|0\.0\.0\.0):[0-9]{2,5}")
+
+
+class Normaliser:
+    """Takes out of messages what differs from run to run. Generated names are numbered as they appear."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items() if key != "timestamp"}
+        if isinstance(value, list):
+            # Lists the reference keeps in hash tables, and newest-first ones, come in any order.
+            return sorted((self(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
+        if isinstance(value, str):
+            value = _NAMES.sub(lambda match: self._names.setdefault(match[0], f"#{len(self._names)}"), value)
+            return _PORT.sub(r"\1:PORT", _MADE_UP.sub("MADE-UP", value))
+        return value
+
+
+def play(program: Sequence[str], script: Sequence[Any], *, arguments: Sequence[str] = ()) -> list[Any]:
+    """What the daemon answers to each step; a string that begins with ``event `` waits for that event."""
+    answers: list[Any] = []
+    normal = Normaliser()
+    with place() as where:
+        talk = Talk(program, arguments, where)
+        try:
+            talk.receive()
+            for step in script:
+                if isinstance(step, str) and step.startswith("event "):
+                    answers.append(normal(talk.wait_event(step.removeprefix("event "))))
+                else:
+                    answers.append(normal(talk.ask(step)))
+        finally:
+            talk.end()
+    return answers

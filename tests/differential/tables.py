@@ -1,0 +1,27 @@
+"""What is played to both daemons: the command lines of lines.txt, and QMP scripts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from script import Script
+from scripts_block import SCRIPTS as _BLOCK
+from scripts_chardev import SCRIPTS as _CHARDEV
+from scripts_monitor import SCRIPTS as _MONITOR
+from scripts_objects import SCRIPTS as _OBJECTS
+
+SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK}
+
+
+def lines() -> Iterator[tuple[str, list[str], str | None]]:
+    """Each line of lines.txt, its words, and why its outcome is not the reference's (None: it is)."""
+    why = None
+    for line in Path(__file__).with_name("lines.txt").read_text().splitlines():
+        if line.startswith("#!"):
+            why = line.removeprefix("#!").strip()
+        elif not line:
+            why = None
+        elif not line.startswith("#"):
+            yield line, shlex.split(line), why
