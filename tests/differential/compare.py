@@ -160,7 +160,7 @@ class Normaliser:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self(item) for key, item in value.items() if key != "timestamp"}
+            return {key: self(value[key]) for key in sorted(value) if key != "timestamp"}
         if isinstance(value, list):
             # Lists the reference keeps in hash tables, and newest-first ones, come in any order.
             return sorted((self(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
@@ -171,8 +171,10 @@ class Normaliser:
 
 
 def play(program: Sequence[str], script: Sequence[Any], *, arguments: Sequence[str] = ()) -> list[Any]:
-    """What the daemon answers to each step; a string that begins with ``event `` waits for that event."""
+    """What the daemon answers to each step; a string that begins with ``event `` waits for that event. Events that
+    are waited for one behind the other may come in any order."""
     answers: list[Any] = []
+    events = 0
     normal = Normaliser()
     with place() as where:
         talk = Talk(program, arguments, where)
@@ -180,8 +182,11 @@ def play(program: Sequence[str], script: Sequence[Any], *, arguments: Sequence[s
             talk.receive()
             for step in script:
                 if isinstance(step, str) and step.startswith("event "):
+                    events += 1
                     answers.append(normal(talk.wait_event(step.removeprefix("event "))))
+                    answers[-events:] = sorted(answers[-events:], key=json.dumps)
                 else:
+                    events = 0
                     answers.append(normal(talk.ask(step)))
         finally:
             talk.end()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from compare import DATA, outcome, play, run_program
@@ -28,10 +29,12 @@ def write(name: str, about: str, version: str, rows: list[Any]) -> None:
     (DATA / name).write_text(text)
 
 
-def record_lines(program: str) -> list[Any]:
-    """One row a line: the line and its outcome."""
+def record_lines(program: str, wanted: Collection[str] | None = None) -> list[Any]:
+    """One row a line (of those wanted, or of all): the line and its outcome."""
     rows = []
     for line, words, _ in lines():
+        if wanted is not None and line not in wanted:
+            continue
         found = outcome(run_program(program), words)
         assert found["code"] is not None, f"still running: {line}"
         rows.append([line, found])
