@@ -46,7 +46,7 @@ DRIVERS: Imported[type[Driver]] = Imported(
 )
 
 # Formats and protocols that blockdev-create can make, by driver name.
-CREATORS: Imported[Creator] = Imported({"file": "file_create:create_file"})
+CREATORS: Imported[Creator] = Imported({"file": "file_create:create_file", "qcow2": "qcow2.create:create_qcow2"})
 
 
 def find_driver(name: str) -> type[Driver]:

@@ -26,6 +26,8 @@ FULL_LENGTH: Final = 112
 
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
+# Bytes. Header clusters up to this size go without the feature name table, to keep room for a backing file name.
+MAX_CLUSTER_WITHOUT_NAMES: Final = 4096
 MIN_EXTENDED_CLUSTER_BITS: Final = 14
 MAX_BACKING_NAME: Final = 1023
 # Bytes. Enough for 2 EiB at 2 MiB clusters; a bound on memory an image can ask for (CVE-2014-0143 and kin).
@@ -336,7 +338,7 @@ def serialise_header(header: Header) -> bytes:
     """
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
     extensions = b"".join(_packed(extension) for extension in header.extensions)
-    if header.version >= 3:
+    if header.version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES:
         table = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in FEATURE_NAMES)
         extensions += _packed(Extension(EXT_FEATURE_NAMES, table))
     extensions += _EXTENSION.pack(EXT_END, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 
 from qsd.qapi.core import SCHEMA, Command, Size, branch, enum, struct, union
-from qsd.qapi.schema.block import BlockdevDriver
+from qsd.qapi.schema.block import BlockdevDriver, BlockdevRef
 
 
 @enum("PreallocMode")
@@ -35,6 +35,50 @@ class BlockdevCreateOptionsFile(BlockdevCreateOptions):
     preallocation: PreallocMode | None = None
     nocow: bool | None = None
     extent_size_hint: Size | None = None
+
+
+@enum("BlockdevQcow2Version")
+class BlockdevQcow2Version(str, Enum):
+    V2 = "v2"
+    V3 = "v3"
+
+
+@enum("Qcow2CompressionType")
+class Qcow2CompressionType(str, Enum):
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+@enum("QCryptoBlockFormat")
+class QCryptoBlockFormat(str, Enum):
+    LUKS = "luks"
+
+
+@union("QCryptoBlockCreateOptions", tag="format")
+class QCryptoBlockCreateOptions:
+    """How a new image is to be encrypted; a format of encryption adds its branch."""
+
+    format: QCryptoBlockFormat
+
+
+@branch(BlockdevCreateOptions, BlockdevDriver.QCOW2, name="BlockdevCreateOptionsQcow2")
+class BlockdevCreateOptionsQcow2(BlockdevCreateOptions):
+    """``size`` and ``cluster_size`` in bytes."""
+
+    file: BlockdevRef
+    data_file: BlockdevRef | None = None
+    data_file_raw: bool | None = None
+    extended_l2: bool | None = None
+    size: Size
+    version: BlockdevQcow2Version | None = None
+    backing_file: str | None = None
+    backing_fmt: BlockdevDriver | None = None
+    encrypt: QCryptoBlockCreateOptions | None = None
+    cluster_size: Size | None = None
+    preallocation: PreallocMode | None = None
+    lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
+    compression_type: Qcow2CompressionType | None = None
 
 
 @struct("blockdev-create-arg")

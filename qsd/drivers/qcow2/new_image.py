@@ -1,0 +1,134 @@
+"""The metadata of a new qcow2 image as a value: where everything stands, and the bytes of each part. Pure.
+
+Order in the file: header, refcount table, refcount blocks, L1 table, L2 tables and data (only when preallocated).
+For small images that is the order qemu-img gives them, byte for byte.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterator
+from typing import Final
+
+import attrs
+
+from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.refcount_codec import encode, typecode
+from qsd.errors import QmpError
+
+COPIED: Final = 1 << 63
+# The most bytes a block device may have in the reference.
+MAX_LENGTH: Final = 0x7FFF_FFFF_C000_0000
+
+
+@attrs.frozen(kw_only=True)
+class NewImage:
+    """What a new image is to be; ``allocates``: every cluster gets its place at once."""
+
+    header: Header
+    allocates: bool = False
+
+
+@attrs.frozen
+class Placement:
+    """Clusters of the parts, by their first one; ``end`` is the first behind all of it."""
+
+    header: Header
+    refcount_blocks: int
+    block_count: int
+    l2_tables: int
+    l2_count: int
+    data: int
+    data_count: int
+    end: int
+
+
+def place(image: NewImage) -> Placement:
+    """Where everything stands. Raises QmpError when the format has no room for such a disk."""
+    header = image.header
+    if header.size > MAX_LENGTH:
+        raise QmpError(f"Could not resize image: offset({header.size}) exceeds maximum({MAX_LENGTH})")
+    if header.l1_needed * 8 > layout.MAX_L1_BYTES:
+        raise QmpError("Could not resize image: Failed to grow the L1 table: File too large")
+    size = header.cluster_size
+    l1_clusters = -(-header.l1_needed * 8 // size)
+    l2_count = header.l1_needed if image.allocates else 0
+    guest_clusters = -(-header.size // size)
+    data_count = guest_clusters if image.allocates and not header.has_data_file else 0
+    rest = 1 + l1_clusters + l2_count + data_count
+    table_clusters, block_count = _refcounts(header, rest)
+    blocks = 1 + table_clusters
+    l1 = blocks + block_count
+    l2 = l1 + l1_clusters
+    data = l2 + l2_count
+    placed = attrs.evolve(
+        header,
+        l1_size=header.l1_needed,
+        l1_offset=l1 * size if l1_clusters else 0,
+        refcount_table_offset=size,
+        refcount_table_clusters=table_clusters,
+    )
+    return Placement(placed, blocks, block_count, l2, l2_count, data, data_count, data + data_count)
+
+
+def _refcounts(header: Header, others: int) -> tuple[int, int]:
+    """Clusters of the refcount table, and refcount blocks, that count ``others`` clusters and themselves."""
+    size = header.cluster_size
+    per_block = size * 8 // header.refcount_bits
+    table, blocks = 1, 1
+    while True:
+        needed_blocks = -(-(others + table + blocks) // per_block)
+        needed_table = -(-needed_blocks * 8 // size)
+        if (needed_table, needed_blocks) == (table, blocks):
+            break
+        table, blocks = max(table, needed_table), max(blocks, needed_blocks)
+    if table * size > layout.MAX_REFCOUNT_TABLE_BYTES:
+        raise QmpError("Could not resize image: Failed to grow the L1 table: File too large")
+    return table, blocks
+
+
+def metadata(placement: Placement) -> Iterator[tuple[int, bytes]]:
+    """The parts but the header, as (offset, bytes); each part is whole clusters."""
+    header = placement.header
+    size = header.cluster_size
+    table = [(placement.refcount_blocks + index) * size for index in range(placement.block_count)]
+    yield header.refcount_table_offset, _words(table, header.refcount_table_clusters * size)
+    per_block = size * 8 // header.refcount_bits
+    for index in range(placement.block_count):
+        used = max(0, min(per_block, placement.end - index * per_block))
+        counts = array(typecode(header.refcount_order), [1]) * used
+        counts.extend(array(counts.typecode, [0]) * (per_block - used))
+        yield table[index], bytes(encode(counts, header.refcount_order))
+    l1_clusters = -(-header.l1_size * 8 // size)
+    l1 = [(placement.l2_tables + index) * size | COPIED for index in range(placement.l2_count)]
+    if l1_clusters:
+        yield header.l1_offset, _words(l1, l1_clusters * size)
+    for index in range(placement.l2_count):
+        yield (placement.l2_tables + index) * size, _l2_table(placement, index)
+
+
+def _l2_table(placement: Placement, index: int) -> bytes:
+    header = placement.header
+    size, entries = header.cluster_size, header.l2_entries
+    guest = range(index * entries, min((index + 1) * entries, -(-header.size // size)))
+    base = 0 if header.has_data_file else placement.data
+    offsets = [(base + cluster) * size | COPIED for cluster in guest]
+    if header.has_extended_l2:
+        # A place and nothing written there yet: the subclusters read as zeroes, or as the backing file.
+        offsets = [word for offset in offsets for word in (offset, 0)]
+    return _words(offsets, size)
+
+
+def _words(values: list[int], length: int) -> bytes:
+    """Big-endian 64-bit numbers, padded with zeroes to ``length`` bytes."""
+    words = array("Q", values)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words.tobytes().ljust(length, b"\0")
+
+
+def header_cluster(header: Header) -> bytes:
+    """The header as the file's first cluster. Raises QmpError when it does not fit."""
+    return layout.serialise_header(header).ljust(header.cluster_size, b"\0")
