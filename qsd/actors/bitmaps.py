@@ -13,7 +13,7 @@ import attrs
 from qsd.actors.edges import info_of
 from qsd.actors.graph_actions import GraphAction
 from qsd.block.bitmap import DirtyBitmap
-from qsd.block.dirty import Bar, NamedBitmap, check_granularity, check_mergeable, default_granularity
+from qsd.block.dirty import Bar, NamedBitmap, check_granularity, check_mergeable, check_size, default_granularity
 from qsd.drivers.base import ChildRole
 from qsd.errors import QmpError
 
@@ -101,6 +101,7 @@ class AddBitmap(BitmapAction):
             if node.mode.read_only or not node.active:
                 raise QmpError(f"Cannot add a persistent bitmap to read-only or inactive node '{node.name}'")
             raise QmpError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+        check_size(node.length, granularity)
         made = NamedBitmap(self.name, DirtyBitmap(node.length, granularity), is_recording=not self.is_disabled)
         node.bitmaps.add(made)
         self.made = made

@@ -353,7 +353,7 @@ class Graph(Actor):
             raise QmpError("Image is read-only")
         if not node.driver.can_truncate:
             raise QmpError("Image format driver does not support resize")
-        node.bitmaps.check_resizable()
+        node.bitmaps.check_resizable(size)
         # The node alone: a request that comes from above may be what grows it.
         scope = Drained(node)
         await scope.begin()

@@ -328,6 +328,11 @@ class DirtyBitmap:
 
     # -- storing ----------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def data_length_of(size: int, granularity: int) -> int:
+        """Bytes that hold the bits of a disk of ``size`` bytes."""
+        return (size + granularity * 8 - 1) // (granularity * 8)
+
     @property
     def data_length(self) -> int:
         """Bytes that hold bits of the disk."""
@@ -341,6 +346,10 @@ class DirtyBitmap:
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of the bitmap."""
         return bytes(self._bits[start:stop])
+
+    def fill(self, start: int, stop: int) -> None:
+        """Set all bits of the disk in the bytes [start, stop), at least one."""
+        self._put(start * 8, min(stop * 8, self._end), 1)
 
     def load(self, start: int, data: bytes) -> None:
         """Set what is set in ``data``, bytes of a bitmap of this shape from byte ``start`` on."""

@@ -17,6 +17,9 @@ from qsd.errors import QmpError
 from qsd.messages import Request
 
 MAX_NAME = 1023
+# Bytes of the bits of one bitmap: 4 TiB at the finest granularity, 512 TiB at the usual one. The reference sets no
+# bound, and runs out of memory.
+MAX_BYTES = 1 << 30
 # What a bitmap gets that names no granularity: the image's cluster size within these bounds.
 DEFAULT_GRANULARITY = 65536
 SMALLEST_DEFAULT = 4096
@@ -65,6 +68,12 @@ def check_granularity(granularity: int) -> int:
     if granularity < MIN_GRANULARITY or granularity & (granularity - 1):
         raise QmpError(f"Granularity must be power of 2 and at least {MIN_GRANULARITY}")
     return granularity
+
+
+def check_size(size: int, granularity: int) -> None:
+    """Raise QmpError when the bitmap of a disk of ``size`` bytes would be too large."""
+    if DirtyBitmap.data_length_of(size, granularity) > MAX_BYTES:
+        raise QmpError("Too much memory will be occupied by the bitmap. Use larger granularity")
 
 
 def default_granularity(cluster_size: int | None) -> int:
@@ -141,13 +150,14 @@ class BitmapSet:
             if bitmap.bits.size != size:
                 bitmap.bits.resize(size)
 
-    def check_resizable(self) -> None:
-        """Raise QmpError when a bitmap forbids to resize the node.
+    def check_resizable(self, size: int) -> None:
+        """Raise QmpError when a bitmap forbids to resize the node to ``size`` bytes.
 
         The reference asserts on a busy bitmap that is not stored; it is answered like the others here.
         """
         for bitmap in self._bitmaps:
             bitmap.check(Bar.ANY if bitmap.is_persistent else Bar.BUSY)
+            check_size(size, bitmap.bits.granularity)
 
     # -- recording --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,362 @@
+"""Where a qcow2 image keeps dirty bitmaps: loading, marking them in use, storing, removing.
+
+While the image can be written, every bitmap stored in it is marked in use, as it is not up to date in the file.
+Storing writes the bitmaps of that moment to clusters of their own, then a directory that leads to them, and then
+the header that leads to the directory; whatever goes wrong before that leaves the old ones, marked in use. What
+the old directory led to is given up last.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import attrs
+import trio
+
+from qsd.block.bitmap import DirtyBitmap
+from qsd.block.dirty import NamedBitmap
+from qsd.drivers.qcow2 import bitmap_layout as layout
+from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, Run
+from qsd.drivers.qcow2.geometry import big_endian, empty_table
+from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header
+from qsd.errors import QmpError, errno_text
+
+log = logging.getLogger("qsd.qcow2")
+
+# Bytes of all bitmaps of an image together: a few kilobytes of file can ask for this much memory.
+MAX_TOTAL = 1 << 30
+# Bytes of bits read or written at a time.
+PIECE = 1 << 20
+# Clusters of bits looked at between two chances for others to run.
+STEPS = 1024
+
+_STALE = (
+    "warning: a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
+)
+
+
+class BitmapImage(Protocol):
+    """What the store needs of the image. Offsets and lengths are bytes of the image file; all raise OSError.
+
+    As long as the image cannot be written, only ``header`` and ``read`` are used.
+    """
+
+    @property
+    def header(self) -> Header:
+        """The header as it is in the file."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the file; beyond its end they are zeroes."""
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write to clusters that were allocated here."""
+
+    async def allocate(self, count: int) -> int:
+        """The offset of ``count`` free clusters in a row, which have one reference from now on."""
+
+    async def release(self, offset: int, count: int) -> None:
+        """Take a reference from ``count`` clusters that the file does not refer to any more.
+
+        Refuses clusters that hold other metadata or have no reference: tables of hostile images lead anywhere.
+        """
+
+    async def change_header(self, **changes: Any) -> None:
+        """Write the header with other values."""
+
+    async def flush(self) -> None:
+        """Everything done so far, reference counts included, reaches stable storage."""
+
+
+class Qcow2Bitmaps:
+    """The store (``qsd.drivers.base.BitmapStore``); see the module. ``warn`` prints one line on stderr."""
+
+    def __init__(self, image: BitmapImage, warn: Callable[[str], None]) -> None:
+        self._image = image
+        self._warn = warn
+        self._entries: list[DirectoryEntry] = []
+        self._directory = Run(0, 0, 0)  # where the entries are in the file: clusters
+        self._is_stale = False
+        self._is_loaded = False
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    def facts(self) -> list[dict[str, Any]]:
+        """``Qcow2BitmapInfo`` of what is in the file."""
+        return [
+            {
+                "name": entry.text,
+                "granularity": 1 << entry.granularity_bits,
+                "flags": [name for flag, name in layout.FLAG_NAMES if entry.flags & flag],
+            }
+            for entry in self._entries
+        ]
+
+    def check(self, new: NamedBitmap, others: Iterable[NamedBitmap]) -> None:
+        """Raise QmpError unless ``new`` can be stored along with ``others``."""
+        assert new.name is not None
+        if self._image.header.version < 3:
+            raise QmpError("Cannot store dirty bitmaps in qcow2 v2 files")
+        name = new.name.encode("utf-8", "surrogateescape")
+        if len(name) > layout.MAX_NAME:
+            raise QmpError(f"Name length exceeds maximum ({layout.MAX_NAME} characters)")
+        if new.bits.data_length > layout.MAX_DATA:
+            raise QmpError("Too much space will be occupied by the bitmap. Use larger granularity")
+        names = [_stored_name(other) for other in others]
+        if len(names) >= layout.MAX_BITMAPS:
+            raise QmpError("Maximum number of persistent bitmaps is already reached")
+        if sum(map(layout.entry_size, names)) + layout.entry_size(name) > layout.MAX_DIRECTORY:
+            raise QmpError("Not enough space in the bitmap directory")
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    async def load(self, size: int) -> list[NamedBitmap]:
+        """What the image holds, for a disk of ``size`` bytes. Raises QmpError."""
+        self._is_loaded = self._is_stale = False
+        self._entries, self._directory = [], Run(0, 0, 0)
+        header = self._image.header
+        data = header.extension(EXT_BITMAPS) if header.version >= 3 else None
+        if data is not None and not header.autoclear & BITMAPS:
+            for line in _STALE:
+                self._warn(line)
+            self._is_stale = True
+        elif data is not None:
+            extension = layout.parse_extension(data, header.cluster_size)
+            try:
+                directory = await self._image.read(extension.offset, extension.size)
+            except OSError as error:
+                raise QmpError(f"Failed to read bitmap directory: {errno_text(error.errno or 0)}") from None
+            self._entries = layout.parse_directory(directory, extension.count, header.cluster_size)
+            self._directory = Run(0, self._clusters(extension.size), extension.offset)
+        found = []
+        room = MAX_TOTAL
+        for entry in self._entries:
+            made = await self._load(entry, size, room)
+            room -= made.bits.data_length
+            found.append(made)
+            await trio.lowlevel.checkpoint()
+        self._is_loaded = True
+        return found
+
+    async def _load(self, entry: DirectoryEntry, size: int, room: int) -> NamedBitmap:
+        is_inconsistent = bool(entry.flags & layout.IN_USE)
+        granularity = 1 << entry.granularity_bits
+        needed = DirtyBitmap.data_length_of(size, granularity)
+        problem = errno.ENOMEM if needed > room else 0
+        if not is_inconsistent and entry.table_entries != self._clusters(needed):
+            problem = errno.EINVAL
+        if problem:
+            raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(problem)}")
+        bits = DirtyBitmap(size, granularity)
+        if not is_inconsistent:
+            await self._read_bits(entry, bits)
+        is_recording = bool(entry.flags & layout.AUTO) and not is_inconsistent
+        return NamedBitmap(
+            entry.text, bits, is_recording=is_recording, is_persistent=True, is_inconsistent=is_inconsistent
+        )
+
+    async def _read_bits(self, entry: DirectoryEntry, bits: DirtyBitmap) -> None:
+        try:
+            runs = await self._read_table(entry)
+        except (OSError, ValueError) as error:
+            number = error.errno or errno.EIO if isinstance(error, OSError) else errno.EINVAL
+            raise QmpError(
+                f"Could not read bitmap_table table from image for bitmap '{entry.text}': {errno_text(number)}"
+            ) from None
+        cluster = self._image.header.cluster_size
+        try:
+            for run in runs:
+                start, stop = run.first * cluster, min(bits.data_length, (run.first + run.count) * cluster)
+                if run.offset == layout.ALL_ONES:
+                    bits.fill(start, stop)
+                elif run.offset != layout.ALL_ZEROES:
+                    bits.load(start, await self._image.read(run.offset, stop - start))
+        except OSError as error:
+            raise QmpError(
+                f"Could not read bitmap '{entry.text}' from image: {errno_text(error.errno or 0)}"
+            ) from None
+
+    async def _read_table(self, entry: DirectoryEntry) -> list[Run]:
+        cluster = self._image.header.cluster_size
+        data = await self._image.read(entry.table_offset, entry.table_entries * 8)
+        return layout.runs_of(layout.parse_table(data, cluster), cluster, max(1, PIECE // cluster))
+
+    # -- while the image is written ---------------------------------------------------------------------------
+
+    async def mark_in_use(self) -> None:
+        """What is in the file is out of date from now on. Raises OSError."""
+        if self._is_stale:
+            await self._change_header(None)
+            await self._image.flush()
+            self._is_stale = False
+        entries = [attrs.evolve(entry, flags=entry.flags | layout.IN_USE) for entry in self._entries]
+        if entries != self._entries:
+            # In place: the flags are all that changes, and every one of them may be there without the others.
+            await self._image.write(self._directory.offset, layout.pack_directory(entries))
+            await self._image.flush()
+            self._entries = entries
+
+    async def remove(self, name: str) -> None:
+        """Remove a bitmap from the file, if it is there. Raises OSError."""
+        gone = [entry for entry in self._entries if entry.text == name]
+        if gone:
+            rest = [entry for entry in self._entries if entry.text != name]
+            async with _Allocations(self._image) as made:
+                await self._switch(rest, made)
+            await self._give_up(gone)
+
+    async def store(self, bitmaps: Iterable[NamedBitmap]) -> None:
+        """Make ``bitmaps`` those of the file, not in use. Inconsistent ones stay as they are there.
+
+        Raises QmpError; the file then has what it had before, in use.
+        """
+        if not self._is_loaded:
+            return
+        wanted = {bitmap.name: bitmap for bitmap in bitmaps}
+        kept = [entry for entry in self._entries if (b := wanted.get(entry.text)) is not None and b.is_inconsistent]
+        entries: dict[str, DirectoryEntry | None] = {entry.text: None for entry in self._entries}
+        entries |= {entry.text: entry for entry in kept}
+        async with _Allocations(self._image) as made:
+            for bitmap in wanted.values():
+                if not bitmap.is_inconsistent:
+                    entry = await self._write_bitmap(bitmap, made)
+                    entries[entry.text] = entry
+            replaced = [entry for entry in self._entries if entry not in kept]
+            try:
+                await self._switch([entry for entry in entries.values() if entry is not None], made)
+            except OSError as error:
+                raise QmpError(f"Failed to update bitmap extension: {errno_text(error.errno or 0)}") from None
+        await self._give_up(replaced)
+
+    async def _write_bitmap(self, bitmap: NamedBitmap, made: _Allocations) -> DirectoryEntry:
+        bits = bitmap.bits
+        try:
+            if not bits.data_length:
+                raise OSError(errno.ENOMEM, "the disk is empty")
+            table = await self._write_bits(bits, made)
+            offset = await made.allocate(self._clusters(len(table) * 8))
+            await self._image.write(offset, big_endian(table))
+        except OSError as error:
+            text = errno_text(error.errno or 0)
+            raise QmpError(f"Failed to write bitmap '{bitmap.name}' to file: {text}") from None
+        flags = layout.AUTO if bitmap.is_recording else 0
+        return DirectoryEntry(_stored_name(bitmap), offset, len(table), bits.shift, flags)
+
+    async def _write_bits(self, bits: DirtyBitmap, made: _Allocations) -> array[int]:
+        """Write the clusters whose bits are not all equal; the table."""
+        cluster = self._image.header.cluster_size
+        table = empty_table(self._clusters(bits.data_length) * 8)
+        longest = max(1, PIECE // cluster)
+        first = 0
+        for number in range(len(table)):
+            value = bits.uniform(number * cluster, min(bits.data_length, (number + 1) * cluster))
+            if value is not None:
+                table[number] = value
+            if value is not None or number - first == longest:
+                await self._write_clusters(bits, table, first, number, made)
+                first = number if value is None else number + 1
+            if not number % STEPS:
+                await trio.lowlevel.checkpoint()
+        await self._write_clusters(bits, table, first, len(table), made)
+        return table
+
+    async def _write_clusters(
+        self, bits: DirtyBitmap, table: array[int], first: int, last: int, made: _Allocations
+    ) -> None:
+        if first == last:
+            return
+        cluster = self._image.header.cluster_size
+        offset = await made.allocate(last - first)
+        data = bits.read(first * cluster, min(bits.data_length, last * cluster))
+        await self._image.write(offset, data.ljust((last - first) * cluster, b"\0"))
+        for number in range(first, last):
+            table[number] = offset + (number - first) * cluster
+
+    async def _switch(self, entries: list[DirectoryEntry], made: _Allocations) -> None:
+        """Let the header lead to a directory of ``entries``, and give the old one up. Raises OSError."""
+        image = self._image
+        old = self._directory
+        new = Run(0, 0, 0)
+        extension = None
+        if entries:
+            data = layout.pack_directory(entries)
+            count = self._clusters(len(data))
+            new = Run(0, count, await made.allocate(count))
+            await image.write(new.offset, data)
+            extension = layout.BitmapsExtension(len(entries), len(data), new.offset)
+        await image.flush()
+        # From here on the file may lead to what is new, whatever happens.
+        made.keep()
+        await self._change_header(extension)
+        self._entries, self._directory = entries, new
+        await image.flush()
+        if old.count:
+            await self._release(old)
+
+    async def _change_header(self, extension: layout.BitmapsExtension | None) -> None:
+        header = self._image.header
+        data = layout.pack_extension(extension) if extension is not None else None
+        autoclear = header.autoclear | BITMAPS if extension is not None else header.autoclear & ~BITMAPS
+        await self._image.change_header(
+            extensions=header.with_extension(EXT_BITMAPS, data).extensions, autoclear=autoclear
+        )
+
+    async def _give_up(self, entries: Iterable[DirectoryEntry]) -> None:
+        """Free what entries that are not in the file any more led to. What cannot be read stays allocated."""
+        for entry in entries:
+            try:
+                runs = await self._read_table(entry)
+            except (OSError, ValueError) as error:
+                log.warning("clusters of bitmap '%s' stay allocated: %s", entry.text, error)
+                continue
+            for run in runs:
+                if run.offset > layout.ALL_ONES:
+                    await self._release(run)
+            await self._release(Run(0, self._clusters(entry.table_entries * 8), entry.table_offset))
+
+    async def _release(self, run: Run) -> None:
+        try:
+            await self._image.release(run.offset, run.count)
+        except OSError as error:
+            log.warning("%d clusters at %d stay allocated: %s", run.count, run.offset, error)
+
+    def _clusters(self, length: int) -> int:
+        return -(-length // self._image.header.cluster_size)
+
+
+class _Allocations:
+    """Clusters allocated inside the scope; they are given back unless ``keep`` was called before it ends."""
+
+    def __init__(self, image: BitmapImage) -> None:
+        self._image = image
+        self._made: list[tuple[int, int]] = []
+
+    async def allocate(self, count: int) -> int:
+        """As ``BitmapImage.allocate``."""
+        offset = await self._image.allocate(count)
+        self._made.append((offset, count))
+        return offset
+
+    def keep(self) -> None:
+        """What was allocated is referred to."""
+        self._made.clear()
+
+    async def __aenter__(self) -> _Allocations:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        with trio.CancelScope(shield=True):
+            for offset, count in self._made:
+                try:
+                    await self._image.release(offset, count)
+                except OSError as error:
+                    log.warning("%d clusters at %d stay allocated: %s", count, offset, error)
+
+
+def _stored_name(bitmap: NamedBitmap) -> bytes:
+    assert bitmap.name is not None
+    return bitmap.name.encode("utf-8", "surrogateescape")
