@@ -5,6 +5,7 @@ Each sees what those before it have prepared (``graph_actions``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +21,8 @@ from qsd.errors import QmpError
 if TYPE_CHECKING:
     from qsd.actors.node import Node
     from qsd.actors.topology import Topology
+
+log = logging.getLogger("qsd.graph")
 
 UNKNOWN_NODE = "Node '{}' not found"
 UNKNOWN_DEVICE = "Cannot find device='{}' nor node-name='{}'"
@@ -100,11 +103,22 @@ class AddBitmap(BitmapAction):
         if self.is_persistent:
             if node.mode.read_only or not node.active:
                 raise QmpError(f"Cannot add a persistent bitmap to read-only or inactive node '{node.name}'")
-            raise QmpError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+            self._check_store(DirtyBitmap.data_length_of(node.length, granularity))
         check_size(node.length, granularity)
-        made = NamedBitmap(self.name, DirtyBitmap(node.length, granularity), is_recording=not self.is_disabled)
+        bits = DirtyBitmap(node.length, granularity)
+        made = NamedBitmap(self.name, bits, is_recording=not self.is_disabled, is_persistent=self.is_persistent)
         node.bitmaps.add(made)
         self.made = made
+
+    def _check_store(self, length: int) -> None:
+        node = self.node
+        store = node.driver.bitmap_store
+        if store is None:
+            raise QmpError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+        try:
+            store.check(self.name, length, node.bitmaps.persistent)
+        except QmpError as error:
+            raise error.prefixed(f"Can't make bitmap '{self.name}' persistent in '{node.name}': ") from None
 
     def abort(self) -> None:
         """Take it away again."""
@@ -128,13 +142,15 @@ class RemoveBitmap(_OnOne):
     """block-dirty-bitmap-remove. Until it is committed the bitmap keeps its name and is busy."""
 
     must_drain = False
-    was_recording: bool = False
 
     async def prepare(self) -> None:
         """Take it out of use."""
         bitmap = self._find()
         bitmap.check(Bar.BUSY)
-        self.was_recording = bitmap.is_recording
+        if bitmap.is_persistent and (self.node.mode.read_only or not self.node.active):
+            raise QmpError(
+                f"Cannot remove persistent bitmap '{self.name}': no write access to node '{self.node.name}'"
+            )
         bitmap.is_busy = True
 
     def commit(self) -> None:
@@ -144,6 +160,20 @@ class RemoveBitmap(_OnOne):
     def abort(self) -> None:
         """Put it back into use."""
         self.bitmap.is_busy = False
+
+    async def settle(self) -> None:
+        """Take it out of the image. Where that fails it stays there, marked in use, until bitmaps are stored."""
+        node = self.node
+        store = node.driver.bitmap_store
+        if not self.bitmap.is_persistent or store is None:
+            return
+        async with self.topology.lock:
+            # Others may have had their turn since; what they did has stored the bitmaps without this one.
+            if self.topology.nodes.get(node.name) is node and node.active and not node.mode.read_only:
+                try:
+                    await store.remove(self.name)
+                except OSError as error:
+                    log.warning("bitmap '%s' stays in the image of node '%s': %s", self.name, node.name, error)
 
 
 @attrs.define(eq=False, kw_only=True)

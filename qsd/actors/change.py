@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qsd.actors import transaction
+from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
 from qsd.actors.drain import Drained
 from qsd.actors.edges import Edge, NodeState, RootEdge, info_of
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
@@ -58,6 +59,7 @@ class Change:
         self._modes: dict[int, NewMode] = {}
         self._activity: dict[int, bool] = {}
         self._wanted: dict[RootEdge, Rights] = {}
+        self._failures: list[tuple[Node, QmpError]] = []
 
     # -- describing -------------------------------------------------------------------------------------------
 
@@ -132,6 +134,25 @@ class Change:
         """Plan and do it. Raises QmpError with the graph as it was before."""
         await transaction.run(self.actions())
         self.tell()
+        if self._failures:
+            await self._give_up()
+
+    async def _give_up(self) -> None:
+        """Inactivate again what could not go on where its image's last owner left it; raises why."""
+        topology = self._topology
+        nodes = [topology.living[key] for key, active in self._activity.items() if active]
+        try:
+            if nodes:
+                undo = Change(topology, nodes, Firmness.MUST_SUCCEED)
+                for edge in self._attached:
+                    undo.detach(edge)
+                for node in nodes:
+                    undo.activate(node, active=False)
+                await undo.run()
+        finally:
+            for node, _error in self._failures:
+                node.release()
+        raise self._failures[0][1]
 
     def actions(self) -> Iterator[Action]:
         """The actions that do it; planned when the first is asked for. Raises QmpError.
@@ -148,7 +169,12 @@ class Change:
 
     def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         driver = self._topology.living[key].driver
-        with pretending(driver, self._modes.get(key)):
+        new = self._modes.get(key)
+        if key in self._activity:
+            mode = driver.mode if new is None else new.mode
+            options = driver.options if new is None else new.options
+            new = NewMode(options, attrs.evolve(mode, active=self._activity[key]))
+        with pretending(driver, new):
             return driver.child_permissions(name, perm, shared)
 
     def _actions(self, node: Node, plan: Plan) -> list[Action]:
@@ -159,7 +185,7 @@ class Change:
             return []
         if info.state is NodeState.BROKEN:
             return [_Swap(edge, child) for edge, child in self._swaps.get(key, ())]
-        actions: list[Action] = [_Hold(node)]
+        actions: list[Action] = [_Hold(node), *self._writing(node)]
         if self._activity.get(key) is False:
             actions.append(_FlushBelow(node))
         actions.extend(_Swap(edge, child) for edge, child in self._swaps.get(key, ()))
@@ -169,6 +195,18 @@ class Change:
         if key in self._activity:
             actions.append(_Activity(node, active=self._activity[key]))
         return actions
+
+    def _writing(self, node: Node) -> Iterator[Action]:
+        """What has to be done when the image will be written from now on, or no longer."""
+        key = info_of(node).key
+        active = self._activity.get(key, node.active)
+        read_only = self._modes[key].mode.read_only if key in self._modes else node.mode.read_only
+        if is_storing(node) and (read_only or not active):
+            yield StopWriting(node, is_inactivation=not active)
+        if active and not node.active:
+            yield StartWriting(node, self._failures, is_activation=True)
+        elif active and node.mode.read_only and not read_only:
+            yield StartWriting(node, self._failures, is_activation=False)
 
     def apply(self, plan: Plan) -> None:
         """Write the outcome into the live graph. Part of the commit."""
@@ -253,7 +291,7 @@ class _Hold(Action):
 
 @attrs.define(eq=False)
 class _FlushBelow(Action):
-    """Everything written so far reaches the disk, past the funnel that holds the node."""
+    """Everything written so far reaches the disk, past the funnel that holds the node, and the image is closed."""
 
     node: Node
 
@@ -265,6 +303,7 @@ class _FlushBelow(Action):
             await call(node.driver, Op.FLUSH, 0, 0)
         except OSError as error:
             raise QmpError(errno_text(error.errno or 0)) from None
+        await node.driver.inactivate()
 
 
 @attrs.define(eq=False)

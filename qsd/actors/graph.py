@@ -340,6 +340,7 @@ class Graph(Actor):
             raise QmpError("Parameter 'size' expects a >0 size")
         if not node.active:
             raise QmpError(f"Permission '{perm_text(Perm.RESIZE)}' unavailable on inactive node")
+        node.bitmaps.check_resizable(size)
         edge = await self._attach(node.name, RootOptions(Perm.RESIZE, allow_inactive=True), _Claim())
         try:
             await self._truncate(node, size)
@@ -353,7 +354,8 @@ class Graph(Actor):
             raise QmpError("Image is read-only")
         if not node.driver.can_truncate:
             raise QmpError("Image format driver does not support resize")
-        node.bitmaps.check_resizable(size)
+        for bitmap in node.bitmaps.persistent:
+            bitmap.check(Bar.ANY)
         # The node alone: a request that comes from above may be what grows it.
         scope = Drained(node)
         await scope.begin()

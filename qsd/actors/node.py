@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 from trio_util import AsyncValue
 
+from qsd.actors.bitmap_keeping import store_at_close
 from qsd.actors.core import Actor
 from qsd.actors.rmw import Serialiser, unaligned
 from qsd.block.dirty import BitmapSet
@@ -353,6 +354,8 @@ class Node(Actor, SlowPath):
         await self.hold()
         if self.is_open:
             self.is_open = False
+            if not self._broken:
+                await store_at_close(self)
             if self.active and not self.mode.read_only and not self.mode.cache_no_flush and not self._broken:
                 try:
                     await call(self.driver, Op.FLUSH, 0, 0)

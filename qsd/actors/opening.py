@@ -16,6 +16,7 @@ import attrs
 import outcome
 import trio
 
+from qsd.actors.bitmap_keeping import load as load_bitmaps
 from qsd.actors.change import Change, Firmness
 from qsd.actors.edges import Edge, NodeInfo, NodeState, Truncate, info_of
 from qsd.actors.node import Node
@@ -155,6 +156,8 @@ class Opener:
             finally:
                 host.open_child = _nothing_to_open
             node.is_open = True
+            node.refresh()
+            await load_bitmaps(node)
             await self._join(node)
         except BaseException as error:
             await shielded(self._give_up, node)

@@ -93,11 +93,15 @@ def check_mergeable(target: NamedBitmap, source: NamedBitmap) -> None:
 
 
 class BitmapSet:
-    """The bitmaps of a node, oldest first; ``recording`` are those that writes are marked in, for the hot path."""
+    """The bitmaps of a node, oldest first; ``recording`` are those that writes are marked in, for the hot path.
 
-    __slots__ = ("_bitmaps", "recording")
+    ``has_adopted``: what the node's image holds is among them.
+    """
+
+    __slots__ = ("_bitmaps", "has_adopted", "recording")
 
     def __init__(self) -> None:
+        self.has_adopted = False
         self._bitmaps: list[NamedBitmap] = []
         self.recording: tuple[DirtyBitmap, ...] = ()
 
@@ -130,6 +134,24 @@ class BitmapSet:
         self._bitmaps.append(bitmap)
         self.refresh()
 
+    def adopt(self, bitmaps: Iterable[NamedBitmap]) -> None:
+        """Take in what an image holds. Raises QmpError when a name is taken, and takes none."""
+        new = list(bitmaps)
+        taken = {bitmap.name for bitmap in self._bitmaps}
+        for bitmap in new:
+            if bitmap.name in taken:
+                raise QmpError(f"Bitmap already exists: {bitmap.name}")
+            taken.add(bitmap.name)
+        self._bitmaps.extend(new)
+        self.has_adopted = True
+        self.refresh()
+
+    def disown(self) -> None:
+        """Forget what the image holds."""
+        self.has_adopted = False
+        self._bitmaps = [bitmap for bitmap in self._bitmaps if not bitmap.is_persistent]
+        self.refresh()
+
     def remove(self, bitmap: NamedBitmap) -> None:
         """Forget a bitmap."""
         self._bitmaps.remove(bitmap)
@@ -150,8 +172,13 @@ class BitmapSet:
             if bitmap.bits.size != size:
                 bitmap.bits.resize(size)
 
+    @property
+    def persistent(self) -> list[NamedBitmap]:
+        """Those that are kept in the image."""
+        return [bitmap for bitmap in self._bitmaps if bitmap.is_persistent]
+
     def check_resizable(self, size: int) -> None:
-        """Raise QmpError when a bitmap forbids to resize the node to ``size`` bytes.
+        """Raise QmpError when a bitmap forbids that the user resizes the node to ``size`` bytes.
 
         The reference asserts on a busy bitmap that is not stored; it is answered like the others here.
         """

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 import attrs
 import trio
 
+from qsd.block.dirty import NamedBitmap
 from qsd.block.mode import DetectZeroes as DetectZeroes
 from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
@@ -161,6 +162,40 @@ class Host(Protocol):
         """
 
 
+class BitmapStore(Protocol):
+    """Where a driver keeps dirty bitmaps in its image (``Driver.bitmap_store``). The node calls it, the driver not.
+
+    ``load`` comes first, when the node has been opened or activated. Unless the node is read-only,
+    ``mark_in_use`` follows before anything is written; it also does when a node becomes writable. ``store`` comes
+    before the node is closed, inactivated or made read-only, while nothing is in flight, and while the image can
+    still be written; a ``flush`` follows.
+    """
+
+    def check(self, name: str, length: int, others: Iterable[NamedBitmap]) -> None:
+        """Raise QmpError unless a new bitmap of ``length`` bytes can be stored along with ``others``."""
+
+    async def load(self, size: int) -> list[NamedBitmap]:
+        """What the image holds, oldest first, for a disk of ``size`` bytes. Raises QmpError."""
+
+    async def mark_in_use(self) -> None:
+        """What the image holds is out of date from now on; an interrupted run must not be taken for a clean end.
+
+        Raises OSError.
+        """
+
+    async def store(self, bitmaps: Iterable[NamedBitmap]) -> None:
+        """Make ``bitmaps`` those of the image. Raises QmpError, and then what the image holds stays in use.
+
+        Does nothing after a ``load`` that failed.
+        """
+
+    async def remove(self, name: str) -> None:
+        """Remove a bitmap from the image, if it is there. Raises OSError."""
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What the image holds, for ``format_specific``."""
+
+
 class Driver(ABC):
     """Base of all drivers. Sizes and offsets are bytes."""
 
@@ -178,6 +213,8 @@ class Driver(ABC):
         self.children: dict[str, Child] = {}
         self.limits = Limits()
         self.length = 0
+        # Set by ``open`` of a driver that can keep dirty bitmaps in its image.
+        self.bitmap_store: BitmapStore | None = None
         # Requests this driver has started and not completed yet, and who waits for none.
         self.in_flight = 0
         self._idle: trio.Event | None = None
@@ -253,6 +290,15 @@ class Driver(ABC):
         raise NotImplementedError
 
     can_truncate: ClassVar[bool] = False
+
+    async def inactivate(self) -> None:
+        """Bring everything to the disk and close the image as far as its next owner needs it. Raises QmpError.
+
+        The node may go on instead, when something else fails.
+        """
+
+    async def activate(self) -> None:
+        """Look at an image anew that another owner has had meanwhile. Raises QmpError."""
 
     async def amend(self, options: Any, *, force: bool) -> None:
         """Change properties of the image in place (x-blockdev-amend). Raises QmpError.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import attrs
 import trio
+from fake_bitmap_store import FakeBitmapStore, Stored
 
 from qsd.actors.graph import Graph
 from qsd.actors.supervisor import Floor, Supervisor
@@ -66,6 +67,8 @@ class World:
     # Node name of a format -> its internal snapshots, and the backing file its image names.
     snapshots: dict[str, list[InternalSnapshot]] = attrs.field(factory=dict)
     backing_names: dict[str, tuple[str, str]] = attrs.field(factory=dict)
+    # Node name of a format -> the bitmaps its image holds; formats not named here cannot keep any.
+    bitmaps: dict[str, dict[str, Stored]] = attrs.field(factory=dict)
     fail: set[tuple[str, str]] = attrs.field(factory=set)
     gates: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
     arrived: dict[tuple[str, str], trio.Event] = attrs.field(factory=dict)
@@ -244,12 +247,17 @@ class Format(_Fake):
             child = await self.host.open_child("backing", ChildRole.COW, named)
             assert self.children["backing"] is child
         await super().open()
+        image = self.world.bitmaps.get(self.node_name)
+        if image is not None:
+            self.bitmap_store = FakeBitmapStore(image, self)
 
     def refresh_length(self) -> None:
         self.length = self.children["file"].length
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         stable = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
+        if not self.mode.active:
+            return Perm.NONE, Perm.ALL
         if name == "backing" or self.mode.read_only:
             return Perm.CONSISTENT_READ, stable
         return Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, stable

@@ -79,3 +79,11 @@ def test_clients_read_the_map(daemon: Start, tmp_path: Path) -> None:
         (65536, 131072, False),
         (196608, (10 << 20) - 196608, True),
     ]
+
+
+def test_stored_bitmaps_are_the_reference_s(daemon: Start, tmp_path: Path) -> None:
+    """Bitmaps in qcow2 images: the same images, the same steps, and what the reference (11.1.3) answered."""
+    qmp = daemon().qmp()
+    for number, step in enumerate(recorded(DATA / "stored_bitmaps_reference.json")):
+        got = carry_out(qmp, tmp_path, step)
+        assert got == step["answer"], f"step {number}: {step['execute']} {step['arguments']}"

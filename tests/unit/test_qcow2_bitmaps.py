@@ -327,13 +327,13 @@ async def test_check_texts(
     image = empty_image()
     image.header = Header(**{"size": SIZE, **changes})
     with pytest.raises(QmpError) as caught:
-        Qcow2Bitmaps(image, print).check(new, [named("b", size=0)] * others)
+        Qcow2Bitmaps(image, print).check(str(new.name), new.bits.data_length, [named("b", size=0)] * others)
     assert caught.value.desc == text
 
 
 async def test_largest_bitmap_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MAX_DATA", 1 << 20)
-    Qcow2Bitmaps(empty_image(), print).check(named("a", size=(1 << 20) * 8 * G), [named("b")] * 65534)
+    Qcow2Bitmaps(empty_image(), print).check("a", 1 << 20, [named("b")] * 65534)
 
 
 # -- hostile images -------------------------------------------------------------------------------------------

@@ -96,20 +96,19 @@ class Qcow2Bitmaps:
             for entry in self._entries
         ]
 
-    def check(self, new: NamedBitmap, others: Iterable[NamedBitmap]) -> None:
-        """Raise QmpError unless ``new`` can be stored along with ``others``."""
-        assert new.name is not None
+    def check(self, name: str, length: int, others: Iterable[NamedBitmap]) -> None:
+        """Raise QmpError unless a new bitmap of ``length`` bytes can be stored along with ``others``."""
         if self._image.header.version < 3:
             raise QmpError("Cannot store dirty bitmaps in qcow2 v2 files")
-        name = new.name.encode("utf-8", "surrogateescape")
-        if len(name) > layout.MAX_NAME:
+        stored_name = _encoded(name)
+        if len(stored_name) > layout.MAX_NAME:
             raise QmpError(f"Name length exceeds maximum ({layout.MAX_NAME} characters)")
-        if new.bits.data_length > layout.MAX_DATA:
+        if length > layout.MAX_DATA:
             raise QmpError("Too much space will be occupied by the bitmap. Use larger granularity")
         names = [_stored_name(other) for other in others]
         if len(names) >= layout.MAX_BITMAPS:
             raise QmpError("Maximum number of persistent bitmaps is already reached")
-        if sum(map(layout.entry_size, names)) + layout.entry_size(name) > layout.MAX_DIRECTORY:
+        if sum(map(layout.entry_size, names)) + layout.entry_size(stored_name) > layout.MAX_DIRECTORY:
             raise QmpError("Not enough space in the bitmap directory")
 
     # -- loading ----------------------------------------------------------------------------------------------
@@ -359,4 +358,8 @@ class _Allocations:
 
 def _stored_name(bitmap: NamedBitmap) -> bytes:
     assert bitmap.name is not None
-    return bitmap.name.encode("utf-8", "surrogateescape")
+    return _encoded(bitmap.name)
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")

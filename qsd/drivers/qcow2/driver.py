@@ -16,6 +16,8 @@ from qsd.drivers.base import Child, ChildRole, Host, Mode
 from qsd.drivers.implicit import format_options, full_name, plain_options
 from qsd.drivers.mapped import READ, MappedDriver, Run
 from qsd.drivers.qcow2 import compressed
+from qsd.drivers.qcow2.bitmap_image import ReadOnlyImage
+from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table, swap
 from qsd.drivers.qcow2.layout import (
     CORRUPT,
@@ -76,6 +78,7 @@ class Qcow2Driver(MappedDriver):
         await self._open_data_file()
         await self._open_backing()
         self._bind()
+        self.bitmap_store = Qcow2Bitmaps(ReadOnlyImage(file, header), self.host.warn)
 
     def _check_openable(self, header: Header) -> None:
         self.require_read_only()
@@ -271,6 +274,8 @@ class Qcow2Driver(MappedDriver):
             if name:
                 data["data-file"] = _text(name)
             data["data-file-raw"] = header.is_data_file_raw
+        if self.bitmap_store is not None and (bitmaps := self.bitmap_store.facts()):
+            data["bitmaps"] = bitmaps
         return {"type": "qcow2", "data": data}
 
 
