@@ -108,6 +108,23 @@ def test_qemu_io_against_a_model(daemon: Start, image: Path, node: str) -> None:
     assert image.read_bytes() == bytes(model)
 
 
+def test_client_of_the_reference_writes_through(daemon: Start, image: Path, reference: Path) -> None:
+    """With extended headers it leaves the payload flag out of writes with FUA."""
+    export(daemon, image)
+    qemu_io = tool(str(reference.with_name("qemu-io")))
+    words = ["-c", "write -P 7 512 1024", "-c", "write -z 4096 4096", "-c", "read -P 7 512 1024", "-c", "flush"]
+    for cache in ("writethrough", "writeback"):
+        done = subprocess.run(
+            [qemu_io, "-f", "raw", "-t", cache, *words, uri(image)],
+            check=True,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert "failed" not in done.stdout + done.stderr
+    assert image.read_bytes()[512:1536] == b"\7" * 1024
+
+
 def test_discard_frees_space(daemon: Start, image: Path) -> None:
     export(daemon, image)
     before = image.stat().st_blocks

@@ -74,10 +74,14 @@ _BOUNDED = frozenset({c.CMD_READ, c.CMD_WRITE})
 
 
 def payload_length(header: RequestHeader, *, extended: bool) -> int:
-    """Bytes that follow the header on the wire."""
-    if extended:
-        return header.length if header.flags & c.CMD_FLAG_PAYLOAD_LEN else 0
-    return header.length if header.kind == c.CMD_WRITE else 0
+    """Bytes that follow the header on the wire.
+
+    A WRITE has its payload whether or not it says so with PAYLOAD_LEN, which extended headers ask for: the
+    reference's own client leaves the flag out of writes with FUA, and its server takes them.
+    """
+    if header.kind == c.CMD_WRITE or (extended and header.flags & c.CMD_FLAG_PAYLOAD_LEN):
+        return header.length
+    return 0
 
 
 def refusal(header: RequestHeader, *, size: int, read_only: bool, structured: bool, extended: bool) -> str | None:
@@ -104,8 +108,6 @@ def refusal(header: RequestHeader, *, size: int, read_only: bool, structured: bo
         allowed |= c.CMD_FLAG_PAYLOAD_LEN
     if flags & ~allowed:
         return f"unsupported flags for command {kind} (got 0x{flags:x})"
-    if extended and kind == c.CMD_WRITE and length and not flags & c.CMD_FLAG_PAYLOAD_LEN:
-        return "client used wrong header for WRITE: payload length flag is missing"
     if kind == c.CMD_BLOCK_STATUS and not length:
         return "need non-zero length"
     return None
