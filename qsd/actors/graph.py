@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from qsd.drivers.snapshots import InternalSnapshot
     from qsd.qapi.schema.block import BlockdevOptions
 
+# The longest a node can be, in bytes, as in the reference.
+MAX_LENGTH = (1 << 63) - (1 << 30)
 UNKNOWN_DEVICE = "Cannot find device='' nor node-name='{}'"
 
 
@@ -348,6 +350,8 @@ class Graph(Actor):
             await shielded(self._detach, edge)
 
     async def _truncate(self, node: Node, size: int, *, exact: bool = True) -> None:
+        if size > MAX_LENGTH:
+            raise QmpError(f"offset({size}) exceeds maximum({MAX_LENGTH})")
         if info_of(node).state is NodeState.BROKEN:
             raise QmpError(errno_text(errno.EIO))
         if node.mode.read_only:

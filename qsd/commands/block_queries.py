@@ -50,7 +50,7 @@ def _device_info(node: Node, *, flat: bool) -> Json:
         "file": node.driver.filename(),
         "ro": mode.read_only,
         "active": node.active,
-        "encrypted": False,
+        "encrypted": node.driver.is_encrypted(),
         "backing_file_depth": len(chain),
         "detect_zeroes": mode.detect_zeroes.value,
         "write_threshold": _signed(node.write_threshold),
@@ -126,6 +126,8 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
         "limits": shown,
         **driver.image_facts(),
     }
+    if driver.is_encrypted():
+        image["encrypted"] = True
     for name, fact in (
         ("actual-size", driver.allocated_size()),
         ("dirty-flag", driver.dirty_flag()),

@@ -135,6 +135,12 @@ class Aio(Protocol):
     def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
         """Run a blocking function off the loop; its result, or minus the errno of its OSError, goes to done."""
 
+    def defer(self, function: Callable[[], None]) -> None:
+        """Run ``function`` when the completions being told have been told; at once when none are.
+
+        For who can do more with several completions at once than with each.
+        """
+
     def flush(self) -> None:
         """Start what was queued: one system call for all of it."""
 
@@ -369,6 +375,10 @@ class Driver(ABC):
     def image_facts(self) -> dict[str, Any]:
         """Further members of ImageInfo: cluster size, and what the image says about a backing file."""
         return {}
+
+    def is_encrypted(self) -> bool:
+        """Whether what is stored is encrypted."""
+        return False
 
     def driver_statistics(self) -> dict[str, Any] | None:
         """``driver-specific`` of BlockStats as JSON, or None."""

@@ -215,7 +215,7 @@ class FileDriver(Driver):
         try:
             os.ftruncate(self.io.fd, size)
         except OSError as error:
-            raise QmpError(f"Failed to resize the file: {errno_text(error.errno or 0)}") from None
+            raise QmpError(f"Could not resize file: {errno_text(error.errno or 0)}") from None
         self.length = self._size(self.io.fd)
 
     def refresh_length(self) -> None:

@@ -38,6 +38,7 @@ DRIVERS: Imported[type[Driver]] = Imported(
     {
         "file": "file:FileDriver",
         "host_device": "file:HostDeviceDriver",
+        "luks": "luks.driver:LuksDriver",
         "null-aio": "null:NullAioDriver",
         "null-co": "null:NullDriver",
         "qcow2": "qcow2.driver:Qcow2Driver",
@@ -46,7 +47,13 @@ DRIVERS: Imported[type[Driver]] = Imported(
 )
 
 # Formats and protocols that blockdev-create can make, by driver name.
-CREATORS: Imported[Creator] = Imported({"file": "file_create:create_file", "qcow2": "qcow2.create:create_qcow2"})
+CREATORS: Imported[Creator] = Imported(
+    {
+        "file": "file_create:create_file",
+        "luks": "luks.create:create_luks",
+        "qcow2": "qcow2.create:create_qcow2",
+    }
+)
 
 
 def find_driver(name: str) -> type[Driver]:

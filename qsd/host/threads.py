@@ -37,6 +37,8 @@ class ThreadPool:
         self._threads = 0
         self._idle = 0
         self._pending = 0
+        self._is_reaping = False
+        self._deferred: list[Callable[[], None]] = []
         self._closed = False
 
     def fileno(self) -> int:
@@ -87,10 +89,23 @@ class ThreadPool:
         except BlockingIOError:
             return
         results = self._results
-        while results:
-            done, result = results.popleft()
-            self._pending -= 1
-            done(result)
+        self._is_reaping = True
+        try:
+            while results:
+                done, result = results.popleft()
+                self._pending -= 1
+                done(result)
+        finally:
+            self._is_reaping = False
+        while self._deferred:
+            self._deferred.pop()()
+
+    def defer(self, function: Callable[[], None]) -> None:
+        """Run ``function`` when the results being delivered have been delivered; at once when none are."""
+        if self._is_reaping:
+            self._deferred.append(function)
+        else:
+            function()
 
     def close(self) -> None:
         """Let the threads go. Nothing may be in flight."""
@@ -172,6 +187,10 @@ class ThreadAio:
     def call(self, function: Callable[[], int], done: Done) -> None:
         """Run a blocking function on a thread."""
         self._pool.call(function, done)
+
+    def defer(self, function: Callable[[], None]) -> None:
+        """Run ``function`` when the results being delivered have been delivered; at once when none are."""
+        self._pool.defer(function)
 
     def flush(self) -> None:
         """Nothing is held back."""

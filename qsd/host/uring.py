@@ -108,6 +108,7 @@ class Uring:
         self._slots: dict[int, tuple[Done | None, Any, Any]] = {}
         self._next = 0
         self._is_reaping = False
+        self._deferred: list[Callable[[], None]] = []
         # Operations that found the completion queue's worth in flight; started as others end.
         self._backlog: list[tuple[int, int, int, int, int, int, Done, memoryview | None]] = []
         self._limit = cq_entries
@@ -193,6 +194,13 @@ class Uring:
         self._tail = (self._tail + 1) & 0xFFFFFFFF
         self._queued += 1
 
+    def defer(self, function: Callable[[], None]) -> None:
+        """Run ``function`` when the completions being told have been told; at once when none are."""
+        if self._is_reaping:
+            self._deferred.append(function)
+        else:
+            function()
+
     def flush(self) -> None:
         """Submit what was queued: one system call. What is complete when it returns is delivered at once."""
         words = self._words
@@ -220,6 +228,8 @@ class Uring:
             self._take()
         finally:
             self._is_reaping = False
+        while self._deferred:
+            self._deferred.pop()()
         if self._backlog:
             backlog, self._backlog = self._backlog, []
             for item in backlog:

@@ -20,8 +20,8 @@ from qsd.qapi.schema.jobs import JobType
 
 # How an image is written into: its old contents are nobody's any more, but who uses it may go on.
 _WRITE = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE)
-# The same for an image that is changed in place.
-_AMEND = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE)
+# The same for an image that is changed in place, which goes on being exported and keeps its length.
+_AMEND = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE)
 
 
 @attrs.frozen

@@ -13,6 +13,7 @@ from array import array
 from typing import Any, ClassVar, Final
 
 from qsd.drivers.base import Child, ChildRole, Host, Mode
+from qsd.drivers.filenames import tree_of
 from qsd.drivers.implicit import format_options, full_name, plain_options
 from qsd.drivers.mapped import READ, MappedDriver, Run
 from qsd.drivers.qcow2 import compressed
@@ -277,20 +278,6 @@ class Qcow2Driver(MappedDriver):
         if self.bitmap_store is not None and (bitmaps := self.bitmap_store.facts()):
             data["bitmaps"] = bitmaps
         return {"type": "qcow2", "data": data}
-
-
-def tree_of(driver: Any) -> dict[str, Any]:
-    """The options that name a node's disk."""
-    name: str = driver.filename()
-    if name.startswith("json:"):
-        tree: dict[str, Any] = json.loads(name.removeprefix("json:"))
-        return tree
-    if driver.is_format:
-        return {
-            "driver": driver.name,
-            "file": {"driver": driver.children["file"].node.driver.name, "filename": name},
-        }
-    return {"driver": driver.name, "filename": name}
 
 
 def _text(name: bytes) -> str:

@@ -12,6 +12,7 @@ from qsd.qapi.core import SCHEMA, Alternate, Command, Event, NullType, Uint64, b
 class BlockdevDriver(str, Enum):
     FILE = "file"
     HOST_DEVICE = "host_device"
+    LUKS = "luks"
     NULL_AIO = "null-aio"
     NULL_CO = "null-co"
     QCOW2 = "qcow2"

@@ -6,6 +6,7 @@ from enum import Enum
 
 from qsd.qapi.core import SCHEMA, Command, Uint64, branch, enum, legacy_union, struct, union
 from qsd.qapi.schema.block import BlockdevDetectZeroesOptions, BlockdevDriver
+from qsd.qapi.schema.luks import QCryptoBlockInfoLUKS
 from qsd.qapi.schema.qcow2 import ImageInfoSpecificQCow2
 
 
@@ -72,6 +73,7 @@ class ImageInfoSpecificFile:
 class ImageInfoSpecificKind(str, Enum):
     FILE = "file"
     QCOW2 = "qcow2"
+    LUKS = "luks"
 
 
 @legacy_union(
@@ -79,11 +81,12 @@ class ImageInfoSpecificKind(str, Enum):
     {
         ImageInfoSpecificKind.FILE: ImageInfoSpecificFile,
         ImageInfoSpecificKind.QCOW2: ImageInfoSpecificQCow2,
+        ImageInfoSpecificKind.LUKS: QCryptoBlockInfoLUKS,
     },
 )
 class ImageInfoSpecific:
     type: ImageInfoSpecificKind
-    data: ImageInfoSpecificFile | ImageInfoSpecificQCow2
+    data: ImageInfoSpecificFile | ImageInfoSpecificQCow2 | QCryptoBlockInfoLUKS
 
 
 @struct("ImageInfo")

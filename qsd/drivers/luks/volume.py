@@ -1,0 +1,271 @@
+"""A LUKS volume's header area: opened with a password, laid out anew, its key slots filled and erased.
+
+The area is where header and key material are: the start of an image, a file of its own, or clusters of a qcow2
+image. What takes long (deriving keys) is run through the caller's ``in_thread``; the loop goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import attrs
+import trio
+
+from qsd.drivers.base import Child
+from qsd.drivers.luks import header as layout
+from qsd.drivers.luks.algorithms import BY_NAME, CipherSpec, check_hash, check_spec, load_library, parse_cipher
+from qsd.drivers.luks.header import Header, KeySlot, parse_header, serialise_header
+from qsd.errors import QmpError
+
+if TYPE_CHECKING:
+    from qsd.drivers.luks.sectors import SectorCipher
+
+InThread = Callable[..., Awaitable[Any]]
+FindSecret = Callable[[str], bytes]
+
+DEFAULT_ITER_TIME: Final = 2000  # milliseconds
+WRONG_PASSWORD: Final = "Invalid password, cannot unlock any keyslot"
+
+
+class Area(Protocol):
+    """Offsets are bytes from the header's start."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes; zeroes beyond the end. Raises OSError."""
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Raises OSError."""
+
+    async def flush(self) -> None:
+        """Raises OSError."""
+
+
+@attrs.frozen
+class ChildArea:
+    """The bytes of a child from ``start`` on."""
+
+    child: Child
+    start: int = 0
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read; what lies beyond the child's end is zero."""
+        offset += self.start
+        inside = max(0, min(length, self.child.length - offset))
+        data = await self.child.read(offset, inside) if inside else b""
+        return data.ljust(length, b"\0")
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write."""
+        await self.child.write(self.start + offset, data)
+
+    async def flush(self) -> None:
+        """Flush."""
+        await self.child.flush()
+
+
+async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Run on a thread that is left behind when nobody waits for it any more: hashing cannot be interrupted."""
+    return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Volume:
+    """An open volume. ``header`` changes when key slots do."""
+
+    area: Area
+    header: Header
+    spec: CipherSpec
+    cipher: SectorCipher
+
+
+async def open_volume(
+    area: Area, password: bytes, *, is_detached: bool = False, run: InThread = in_thread
+) -> Volume:
+    """Read the header and unlock the volume with ``password``. Raises QmpError, OSError."""
+    header = parse_header(await area.read(0, layout.LENGTH), is_detached=is_detached)
+    spec = parse_cipher(header)
+    await run(load_library)
+    from qsd.drivers.luks.sectors import SectorCipher
+
+    master = await unlock(area, header, spec, password, run)
+    return Volume(area, header, spec, SectorCipher(spec, master))
+
+
+async def unlock(area: Area, header: Header, spec: CipherSpec, password: bytes, run: InThread = in_thread) -> bytes:
+    """The master key. Raises QmpError when no active slot is opened by ``password``."""
+    from qsd.drivers.luks.keys import check_work
+
+    check_work(header)
+    for index in header.active_slots:
+        master = await _try_slot(area, header, spec, header.slots[index], password, run)
+        if master is not None:
+            return master
+    raise QmpError(WRONG_PASSWORD)
+
+
+async def _try_slot(
+    area: Area, header: Header, spec: CipherSpec, slot: KeySlot, password: bytes, run: InThread
+) -> bytes | None:
+    from qsd.drivers.luks.keys import open_slot
+
+    material = await area.read(slot.offset, header.material_bytes)
+    master: bytes | None = await run(open_slot, header, spec, slot, material, password)
+    return master
+
+
+# -- formatting -------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class FormatOptions:
+    """``QCryptoBlockCreateOptionsLUKS`` without the secret, as plain names; None is the default."""
+
+    cipher_alg: str | None = None
+    cipher_mode: str | None = None
+    ivgen_alg: str | None = None
+    ivgen_hash_alg: str | None = None
+    hash_alg: str | None = None
+    iter_time: int | None = None
+
+    @classmethod
+    def from_qapi(cls, options: Any) -> FormatOptions:
+        """From anything that has the members of ``QCryptoBlockCreateOptionsLUKS``."""
+        names = ("cipher_alg", "cipher_mode", "ivgen_alg", "ivgen_hash_alg", "hash_alg")
+        given = {name: getattr(options, name) for name in names}
+        plain = {name: value.value if value is not None else None for name, value in given.items()}
+        return cls(**plain, iter_time=options.iter_time)
+
+    @property
+    def hash_name(self) -> str:
+        """The hash of PBKDF2 and of the splitter."""
+        return self.hash_alg or "sha256"
+
+    def cipher(self) -> CipherSpec:
+        """The cipher asked for. Raises QmpError when there is no such combination."""
+        generator = self.ivgen_alg or "plain64"
+        iv_hash = self.ivgen_hash_alg or ("sha256" if generator == "essiv" else None)
+        spec = CipherSpec(BY_NAME[self.cipher_alg or "aes-256"], self.cipher_mode or "xts", generator, iv_hash)
+        for name in (self.hash_name, iv_hash):
+            if name is not None:
+                check_hash(name)
+        check_spec(spec)
+        return spec
+
+    @property
+    def area_bytes(self) -> int:
+        """Bytes of header and key slots, aligned: where the payload begins. Raises QmpError as ``cipher`` does."""
+        key_bytes = self.cipher().key_bytes
+        last = layout.new_slots(key_bytes)[-1].offset + layout.material_bytes(key_bytes)
+        return -(-last // layout.ALIGNMENT) * layout.ALIGNMENT
+
+
+@attrs.frozen
+class Formatted:
+    """A new volume before it is written. ``material``: of slot 0."""
+
+    header: Header
+    material: bytes
+    spec: CipherSpec
+    master: bytes
+
+    async def write(self, area: Area) -> None:
+        """Write it: the header last, so that a half written one is no LUKS volume. Raises OSError."""
+        await area.write(self.header.slots[0].offset, self.material)
+        await area.flush()
+        await area.write(0, serialise_header(self.header))
+        await area.flush()
+
+
+async def format_volume(
+    options: FormatOptions, password: bytes, *, is_detached: bool = False, run: InThread = in_thread
+) -> Formatted:
+    """Make a new master key and a header with one slot that ``password`` opens. Raises QmpError."""
+    options.cipher()
+    await run(load_library)
+    formatted: Formatted = await run(_format, options, password, is_detached)
+    return formatted
+
+
+def _format(options: FormatOptions, password: bytes, is_detached: bool) -> Formatted:
+    from qsd.drivers.luks import keys
+
+    spec, name = options.cipher(), options.hash_name
+    master = secrets.token_bytes(spec.key_bytes)
+    time = DEFAULT_ITER_TIME if options.iter_time is None else options.iter_time
+    digest_iterations = keys.count_iterations(name, layout.DIGEST_BYTES, time, keys.DIGEST_SHARE)
+    iterations = keys.count_iterations(name, spec.key_bytes, time)
+    digest_salt, digest = keys.master_digest(name, master, digest_iterations)
+    header = Header(
+        cipher_name=spec.algorithm.family,
+        cipher_mode=spec.mode_text,
+        hash_name=name,
+        payload_offset=0 if is_detached else options.area_bytes,
+        key_bytes=spec.key_bytes,
+        digest=digest,
+        digest_salt=digest_salt,
+        digest_iterations=digest_iterations,
+        uuid=str(uuid.uuid4()),
+        slots=layout.new_slots(spec.key_bytes),
+    )
+    salt, material = keys.seal_slot(name, spec, master, password, iterations)
+    first = attrs.evolve(header.slots[0], is_active=True, iterations=iterations, salt=salt)
+    header = header.with_slot(0, first)
+    keys.check_work(header)
+    return Formatted(header, material, spec, master)
+
+
+# -- key slots --------------------------------------------------------------------------------------------------
+
+
+async def add_key(
+    volume: Volume, index: int, old: bytes, new: bytes, iter_time: int | None, run: InThread = in_thread
+) -> None:
+    """Fill slot ``index`` so that the password ``new`` opens it; ``old`` opens the volume now.
+
+    The key material reaches the disk before the header says so. Raises QmpError, OSError.
+    """
+    from qsd.drivers.luks import keys
+
+    header, spec = volume.header, volume.spec
+    master = await unlock(volume.area, header, spec, old, run)
+    time = DEFAULT_ITER_TIME if iter_time is None else iter_time
+    iterations = await run(keys.count_iterations, header.hash_name, spec.key_bytes, time)
+    slot = attrs.evolve(header.slots[index], is_active=True, iterations=iterations)
+    keys.check_work(header.with_slot(index, slot))
+    salt, material = await run(keys.seal_slot, header.hash_name, spec, master, new, iterations)
+    if header.slots[index].is_active:
+        # Overwritten by force: a torn write must not leave an active slot that nothing opens.
+        await erase_key(volume, index)
+    await volume.area.write(slot.offset, material)
+    await volume.area.flush()
+    await _write_header(volume, volume.header.with_slot(index, attrs.evolve(slot, salt=salt)))
+
+
+async def erase_key(volume: Volume, index: int) -> None:
+    """Make slot ``index`` useless: inactive in the header, its key material overwritten. Raises OSError."""
+    header = volume.header
+    await _write_header(volume, header.with_slot(index, KeySlot(header.slots[index].offset)))
+    await volume.area.write(header.slots[index].offset, secrets.token_bytes(header.material_bytes))
+    await volume.area.flush()
+
+
+async def find_slots(volume: Volume, password: bytes, run: InThread = in_thread) -> list[int]:
+    """The active slots that ``password`` opens. Raises OSError."""
+    header = volume.header
+    return [
+        index
+        for index in header.active_slots
+        if await _try_slot(volume.area, header, volume.spec, header.slots[index], password, run) is not None
+    ]
+
+
+async def _write_header(volume: Volume, header: Header) -> None:
+    await volume.area.write(0, serialise_header(header))
+    await volume.area.flush()
+    volume.header = header
