@@ -27,7 +27,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if not prog or prog == "__main__.py":
         prog = "qsd"
     _open_standard_descriptors()
-    return _main(prog, sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    if words and words[0] == "check":
+        # No option of the daemon begins like that; it takes no words besides options.
+        from qsd.cli_check import check
+
+        return check(prog, words[1:])
+    return _main(prog, words)
 
 
 def _open_standard_descriptors() -> None:

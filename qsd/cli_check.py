@@ -1,0 +1,166 @@
+"""``qsd check``: the consistency of an image file, in the words and with the exit codes of ``qemu-img check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qsd.block.permissions import Perm
+from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.repair import Repaired, repair
+from qsd.errors import QmpError, errno_text
+from qsd.host.locks import ByteLocks
+
+CLEAN, FAILED, CORRUPT, LEAKING, UNSUPPORTED = 0, 1, 2, 3, 63
+
+
+class _Image:
+    """An image file, locked against writers (and for repairs against everybody)."""
+
+    def __init__(self, filename: str, *, writable: bool) -> None:
+        self.filename = filename
+        try:
+            self.fd = os.open(filename, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as error:
+            raise QmpError(f"Could not open '{filename}': {errno_text(error.errno or 0)}") from None
+        perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
+        try:
+            ByteLocks(filename).acquire(self.fd, perm, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.length = os.lseek(self.fd, 0, os.SEEK_END)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes at an offset; zeroes beyond the end."""
+        return os.pread(self.fd, length, offset).ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of it."""
+        while data:
+            count = os.pwrite(self.fd, data, offset)
+            offset, data = offset + count, data[count:]
+
+
+def check(prog: str, words: Sequence[str]) -> int:
+    """Run the sub-command; its exit code: 0 clean, 1 not checked, 2 corrupt, 3 leaks only, 63 not supported."""
+    options = _parse(prog, words)
+    try:
+        image = _Image(options.image, writable=options.repair is not None)
+    except QmpError as error:
+        sys.stderr.write(f"{prog} check: {error.desc}\n")
+        return FAILED
+    try:
+        return _check(prog, options, image)
+    except (QmpError, OSError) as error:
+        text = error.desc if isinstance(error, QmpError) else errno_text(error.errno or 0)
+        sys.stderr.write(f"{prog} check: Could not open '{options.image}': {text}\n")
+        return FAILED
+    finally:
+        os.close(image.fd)
+
+
+def _parse(prog: str, words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"{prog} check", description="Check a qcow2 image, and repair it.")
+    parser.add_argument("image", help="the image file; it must not be open for writing elsewhere")
+    parser.add_argument("--output", choices=("human", "json"), default="human")
+    parser.add_argument(
+        "-r", "--repair", choices=("leaks", "all"), help="give leaked clusters back; all: also counts and flags"
+    )
+    parser.add_argument("--progress", action="store_true", help="show on stderr how far it is")
+    return parser.parse_args(words)
+
+
+def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
+    start = image.read(0, layout.PROBE_LENGTH)
+    if not start.startswith(layout.MAGIC):
+        sys.stderr.write(f"{prog} check: This image format does not support checks\n")
+        return UNSUPPORTED
+    header = layout.parse_header(image.read(0, layout.probe_cluster_size(start)))
+    progress = _show_progress if options.progress else _ignore
+    found = Checker(header, image.read, image.length, progress).run()
+    fixed = Repaired()
+    if options.repair is not None and (found.leaks or found.corruptions):
+        fixed = repair(header, image.read, image.write, found, leaks_only=options.repair == "leaks")
+        os.fsync(image.fd)
+        found = Checker(header, image.read, image.length, progress).run()
+        if not found.corruptions and header.incompatible & (layout.DIRTY | layout.CORRUPT):
+            _clear_marks(image, header)
+    if options.output == "json":
+        print(json.dumps(_as_json(options.image, found, fixed), indent=4))
+    else:
+        print(_as_text(found, fixed))
+    return CORRUPT if found.corruptions else LEAKING if found.leaks else CLEAN
+
+
+def _clear_marks(image: _Image, header: layout.Header) -> None:
+    """The image is consistent: it need not be repaired when it is opened next, and may be written to."""
+    marks = header.incompatible & ~(layout.DIRTY | layout.CORRUPT)
+    image.write(layout.V2_LENGTH, marks.to_bytes(8, "big"))
+    os.fsync(image.fd)
+
+
+def _ignore(_done: int, _total: int) -> None:
+    """Nobody wants to know."""
+
+
+def _show_progress(done: int, total: int) -> None:
+    sys.stderr.write(f"    ({100 * done / total if total else 100:.2f}/100%)\r")
+    if done == total:
+        sys.stderr.write("\n")
+
+
+def _as_json(filename: str, found: Findings, fixed: Repaired) -> dict[str, Any]:
+    shown = {
+        "image-end-offset": found.image_end,
+        "total-clusters": found.total_clusters,
+        "check-errors": 0,
+        "leaks": found.leaks,
+        "leaks-fixed": fixed.leaks,
+        "allocated-clusters": found.allocated_clusters,
+        "filename": filename,
+        "format": "qcow2",
+        "compressed-clusters": found.compressed_clusters,
+        "fragmented-clusters": found.fragmented_clusters,
+        "corruptions": found.corruptions,
+        "corruptions-fixed": fixed.corruptions,
+    }
+    always = ("image-end-offset", "total-clusters", "check-errors", "filename", "format")
+    return {key: value for key, value in shown.items() if value or key in always}
+
+
+def _as_text(found: Findings, fixed: Repaired) -> str:
+    lines = list(found.problems)
+    add: Callable[[str], None] = lines.append
+    if fixed.leaks or fixed.corruptions:
+        add(
+            "The following inconsistencies were found and repaired:\n\n"
+            f"    {fixed.leaks} leaked clusters\n    {fixed.corruptions} corruptions\n\n"
+            "Double checking the fixed image now..."
+        )
+    if not found.corruptions and not found.leaks:
+        add("No errors were found on the image.")
+    if found.corruptions:
+        add(
+            f"\n{found.corruptions} errors were found on the image.\n"
+            "Data may be corrupted, or further writes to the image may corrupt it."
+        )
+    if found.leaks:
+        add(
+            f"\n{found.leaks} leaked clusters were found on the image.\n"
+            "This means waste of disk space, but no harm to data."
+        )
+    if found.total_clusters and found.allocated_clusters:
+        total, used = found.total_clusters, found.allocated_clusters
+        add(
+            f"{used}/{total} = {100 * used / total:.2f}% allocated, "
+            f"{100 * found.fragmented_clusters / used:.2f}% fragmented, "
+            f"{100 * found.compressed_clusters / used:.2f}% compressed clusters"
+        )
+    add(f"Image end offset: {found.image_end}")
+    return "\n".join(lines)

@@ -1,0 +1,390 @@
+"""The consistency check of a qcow2 image: what refers to each host cluster, against what is counted.
+
+Works on anything that can be read by offset; pure otherwise. A cluster that is counted higher than it is used is
+leaked: space is lost, nothing else. A cluster that is used more often than counted, or metadata that leads nowhere,
+is a corruption. Where the image says which, the figures are those of ``qemu-img check``.
+
+Memory: one number for each cluster of the image that is used or counted. Every table is bounded by the header's
+checks before it is read; tables that lead to each other in circles are read once.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import attrs
+
+from qsd.drivers.qcow2 import layout, refcount_codec
+from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
+from qsd.drivers.qcow2.layout import Header
+
+# Reads ``length`` bytes at an offset; what lies beyond the file's end is zeroes.
+Read = Callable[[int, int], bytes]
+
+BLOCK_BITS: Final = 15
+BLOCK: Final = 1 << BLOCK_BITS
+REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
+_SNAPSHOT = struct.Struct(">QIHHIIQII")
+_BITMAPS = struct.Struct(">IIQQ")
+_BITMAP = struct.Struct(">QIIBBHI")
+_CRYPTO = struct.Struct(">QQ")
+_MAX_SNAPSHOT_TABLE: Final = 64 << 20
+# Bits that must be 0 in entries of the three kinds of tables.
+_L1_RESERVED: Final = 0x7F00_0000_0000_01FF
+_L2_RESERVED: Final = 0x3F00_0000_0000_01FE
+_REFCOUNT_RESERVED: Final = 0x1FF
+
+
+class Counts:
+    """How often each cluster is used or counted: numbers in blocks that exist where they are needed."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, array[int]] = {}
+
+    def add(self, cluster: int) -> None:
+        """Count a cluster once more."""
+        index = cluster >> BLOCK_BITS
+        block = self.blocks.get(index)
+        if block is None:
+            block = self.blocks[index] = array("Q", bytes(8 * BLOCK))
+        block[cluster & (BLOCK - 1)] += 1
+
+    def get(self, cluster: int) -> int:
+        """The count of a cluster."""
+        block = self.blocks.get(cluster >> BLOCK_BITS)
+        return 0 if block is None else block[cluster & (BLOCK - 1)]
+
+
+@attrs.define
+class Findings:
+    """What a check found. ``problems`` are lines for people; ``fixes`` are counts to be set (cluster -> count).
+
+    ``flag_fixes`` are entries whose COPIED flag is wrong (offset in the file -> entry as it should be).
+    """
+
+    corruptions: int = 0
+    leaks: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    compressed_clusters: int = 0
+    fragmented_clusters: int = 0
+    image_end: int = 0
+    problems: list[str] = attrs.field(factory=list)
+    fixes: dict[int, int] = attrs.field(factory=dict)
+    flag_fixes: dict[int, int] = attrs.field(factory=dict)
+    # Something that setting counts and flags does not repair.
+    needs_rebuild: bool = False
+
+
+class Checker:
+    """One check. ``file_length`` is the image file's, in bytes; ``progress(done, total)`` counts L1 entries."""
+
+    def __init__(
+        self,
+        header: Header,
+        read: Read,
+        file_length: int,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        self._header = header
+        self._read = read
+        self._file_length = file_length
+        self._progress = progress
+        self._bits = header.cluster_bits
+        self._size = header.cluster_size
+        self._used = Counts()
+        self._counted = Counts()
+        self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
+        # Entries of the active tables by where they stand: their flag is judged when everything has been counted.
+        self._flags: list[tuple[int, int]] = []
+        self._last_data = -1
+        self._refcount_blocks: list[tuple[int, int]] = []
+
+    def run(self) -> Findings:
+        """Look at everything. Raises OSError when the file cannot be read."""
+        self._use(0, self._size, "header")
+        self._load_refcounts()
+        self._walk_l1(self._header.l1_offset, self._header.l1_size, is_active=True)
+        self._walk_snapshots()
+        self._walk_bitmaps()
+        self._walk_crypto()
+        self._check_refcount_blocks()
+        self._compare()
+        self._check_flags()
+        return self.findings
+
+    # -- what is used -----------------------------------------------------------------------------------------
+
+    def _corrupt(self, text: str) -> None:
+        self.findings.corruptions += 1
+        self.findings.problems.append(f"ERROR {text}")
+
+    def _use(self, offset: int, length: int, what: str) -> bool:
+        """Count the clusters of a range as used once more; False when it reaches beyond the file."""
+        if not length:
+            return True
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        # A last cluster may be cut short: the file ends where its data does.
+        if last << self._bits >= self._file_length + self._size or offset + length > layout.MAX_SIZE:
+            self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file")
+            self.findings.needs_rebuild = True
+            return False
+        for cluster in range(first, last + 1):
+            self._used.add(cluster)
+        return True
+
+    def _words(self, offset: int, count: int) -> array[int]:
+        words = array("Q")
+        words.frombytes(self._read(offset, count * 8))
+        swap(words)
+        return words
+
+    # -- refcounts --------------------------------------------------------------------------------------------
+
+    def _load_refcounts(self) -> None:
+        header = self._header
+        length = header.refcount_table_clusters << self._bits
+        if not self._use(header.refcount_table_offset, length, "refcount table"):
+            return
+        per_block = refcount_codec.block_entries(self._bits, header.refcount_order)
+        seen: set[int] = set()
+        for index, entry in enumerate(self._words(header.refcount_table_offset, length // 8)):
+            if entry & _REFCOUNT_RESERVED:
+                self._corrupt(f"refcount table entry {index} has reserved bits set")
+            offset = entry & REFCOUNT_BLOCK_MASK
+            if not offset:
+                continue
+            if offset % self._size:
+                self._corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
+                self.findings.needs_rebuild = True
+                continue
+            if not self._use(offset, self._size, f"refcount block {index}"):
+                self.findings.needs_rebuild = True
+                continue
+            self._refcount_blocks.append((index, offset >> self._bits))
+            if offset in seen:
+                continue
+            seen.add(offset)
+            counts = refcount_codec.decode(self._read(offset, self._size), header.refcount_order)
+            self._take_counts(index * per_block, counts)
+
+    def _take_counts(self, first: int, counts: array[int]) -> None:
+        if not any(counts):
+            return
+        for start in range(0, len(counts), BLOCK):
+            part = counts[start : start + BLOCK]
+            if not any(part):
+                continue
+            index, at = divmod(first + start, BLOCK)
+            block = self._counted.blocks.get(index)
+            if block is None:
+                block = self._counted.blocks[index] = array("Q", bytes(8 * BLOCK))
+            block[at : at + len(part)] = array("Q", part)
+
+    # -- the guest's data -------------------------------------------------------------------------------------
+
+    def _walk_l1(self, offset: int, entries: int, *, is_active: bool) -> None:
+        if not entries:
+            return
+        if offset % self._size or not self._use(offset, entries * 8, "L1 table"):
+            if offset % self._size:
+                self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
+            self.findings.needs_rebuild = True
+            return
+        for index, entry in enumerate(self._words(offset, entries)):
+            if is_active:
+                self._progress(index, entries)
+            if entry & _L1_RESERVED:
+                self._corrupt(f"found L1 entry with reserved bits set: {entry:x}")
+            table = entry & OFFSET_MASK
+            if not table:
+                continue
+            if table % self._size:
+                self._corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
+                continue
+            if is_active:
+                self._flags.append((offset + 8 * index, entry))
+            if self._use(table, self._size, "L2 table"):
+                self._walk_l2(table, is_active=is_active)
+        if is_active:
+            self._progress(entries, entries)
+
+    def _walk_l2(self, table: int, *, is_active: bool) -> None:
+        step = 2 if self._header.has_extended_l2 else 1
+        words = self._words(table, self._size // 8)
+        if not any(words):
+            return
+        has_data_file = self._header.has_data_file
+        findings = self.findings
+        self._last_data = -1
+        for index in range(0, len(words), step):
+            entry = words[index]
+            if step == 2:
+                self._check_subclusters(entry, words[index + 1])
+            if not entry:
+                continue
+            if entry & COMPRESSED:
+                self._use_compressed(entry, is_active=is_active)
+                continue
+            if entry & _L2_RESERVED:
+                self._corrupt(f"found l2 entry with reserved bits set: {entry:x}")
+            offset = entry & OFFSET_MASK
+            if not offset and not has_data_file:
+                continue
+            if has_data_file and not entry & (OFFSET_MASK | COPIED):
+                continue
+            if offset % self._size:
+                what = "Preallocated zero cluster" if entry & ZERO_FLAG and step == 1 else "Data cluster"
+                self._corrupt(f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted.")
+            if is_active:
+                findings.allocated_clusters += 1
+                if self._last_data >= 0 and offset != self._last_data + self._size:
+                    findings.fragmented_clusters += 1
+                self._last_data = offset
+            if not has_data_file:
+                self._use(offset, self._size, "data cluster")
+                if is_active:
+                    self._flags.append((table + 8 * index, entry))
+            elif is_active and not entry & COPIED:
+                # Clusters of another file are not counted: all of them may be written in place.
+                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount=1")
+                findings.flag_fixes[table + 8 * index] = entry | COPIED
+
+    def _check_subclusters(self, entry: int, bitmap: int) -> None:
+        """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
+        if entry & COMPRESSED:
+            if bitmap:
+                self._corrupt(f"Compressed cluster at {entry & OFFSET_MASK:#x} has a subcluster bitmap")
+        elif entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
+            if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
+                place = f"offset={entry & OFFSET_MASK:#x}"
+                self._corrupt(f"{place}: Allocated cluster has corrupted subcluster allocation bitmap")
+        elif bitmap & 0xFFFF_FFFF:
+            self._corrupt("Unallocated cluster has non-zero subcluster allocation map")
+
+    def _use_compressed(self, entry: int, *, is_active: bool) -> None:
+        if entry & COPIED:
+            self._corrupt("compressed cluster has the COPIED flag")
+        shift = 62 - (self._bits - 8)
+        offset = entry & ((1 << shift) - 1)
+        sectors = (entry >> shift & ((1 << (self._bits - 8)) - 1)) + 1
+        self._use(offset & ~511, sectors * 512, "compressed cluster")
+        if is_active:
+            self.findings.allocated_clusters += 1
+            self.findings.compressed_clusters += 1
+            # It never follows its neighbour cluster by cluster.
+            self.findings.fragmented_clusters += 1
+
+    # -- what else stands in the image ------------------------------------------------------------------------
+
+    def _walk_snapshots(self) -> None:
+        header = self._header
+        position = header.snapshots_offset
+        for _ in range(header.snapshot_count):
+            if (
+                position + _SNAPSHOT.size > self._file_length
+                or position - header.snapshots_offset > _MAX_SNAPSHOT_TABLE
+            ):
+                self._corrupt("snapshot table reaches beyond the end of the file")
+                return
+            fields = _SNAPSHOT.unpack(self._read(position, _SNAPSHOT.size))
+            l1_offset, l1_size, id_size, name_size, extra = fields[0], fields[1], fields[2], fields[3], fields[8]
+            if l1_size * 8 > layout.MAX_L1_BYTES:
+                self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
+            else:
+                self._walk_l1(l1_offset, l1_size, is_active=False)
+            position += -(-(_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
+        self._use(header.snapshots_offset, position - header.snapshots_offset, "snapshot table")
+
+    def _walk_bitmaps(self) -> None:
+        data = self._header.extension(layout.EXT_BITMAPS)
+        if data is None or len(data) != _BITMAPS.size or not self._header.autoclear & layout.BITMAPS:
+            return
+        count, _reserved, size, offset = _BITMAPS.unpack(data)
+        if size > 65535 * 1024 or not self._use(offset, size, "bitmap directory"):
+            return
+        directory = self._read(offset, size)
+        position = 0
+        for _ in range(count):
+            if position + _BITMAP.size > size:
+                self._corrupt("bitmap directory is broken")
+                return
+            table, entries, _flags, _type, _bits, name_size, extra = _BITMAP.unpack_from(directory, position)
+            position += -(-(_BITMAP.size + extra + name_size) // 8) * 8
+            if entries * self._size > 1 << 40 or not self._use(table, entries * 8, "bitmap table"):
+                continue
+            for entry in self._words(table, entries):
+                if entry & OFFSET_MASK:
+                    self._use(entry & OFFSET_MASK, self._size, "bitmap data")
+
+    def _walk_crypto(self) -> None:
+        data = self._header.extension(layout.EXT_CRYPTO)
+        if data is not None and len(data) == _CRYPTO.size:
+            offset, length = _CRYPTO.unpack(data)
+            self._use(offset, length, "encryption header")
+
+    # -- the verdict ------------------------------------------------------------------------------------------
+
+    def _check_refcount_blocks(self) -> None:
+        for index, cluster in self._refcount_blocks:
+            used = self._used.get(cluster)
+            if used != 1:
+                self._corrupt(f"refcount block {index} refcount={used}")
+                self.findings.needs_rebuild = True
+
+    def _compare(self) -> None:
+        findings = self.findings
+        for cluster, counted, used in self._differences():
+            findings.fixes[cluster] = used
+            if counted > used:
+                findings.leaks += 1
+                findings.problems.append(f"Leaked cluster {cluster} refcount={counted} reference={used}")
+            else:
+                findings.corruptions += 1
+                findings.problems.append(f"ERROR cluster {cluster} refcount={counted} reference={used}")
+        findings.image_end = self._end_of_use() << self._bits
+
+    def _end_of_use(self) -> int:
+        """The cluster behind the last that is counted or used, inside the file."""
+        end = -(-self._file_length // self._size)
+        blocks = self._counted.blocks, self._used.blocks
+        for index in range((end - 1) >> BLOCK_BITS, -1, -1):
+            inside = min(BLOCK, end - (index << BLOCK_BITS))
+            last = max(_last_used(kind.get(index), inside) for kind in blocks)
+            if last >= 0:
+                return (index << BLOCK_BITS) + last + 1
+        return 0
+
+    def _differences(self) -> Iterator[tuple[int, int, int]]:
+        nothing = array("Q", bytes(8 * BLOCK))
+        # What is counted beyond the file's end is nobody's space.
+        end = -(-self._file_length // self._size)
+        for index in sorted(set(self._counted.blocks) | set(self._used.blocks)):
+            counted = self._counted.blocks.get(index, nothing)
+            used = self._used.blocks.get(index, nothing)
+            if counted == used:
+                continue
+            for position in range(min(BLOCK, end - (index << BLOCK_BITS))):
+                if counted[position] != used[position]:
+                    yield (index << BLOCK_BITS) + position, counted[position], used[position]
+
+    def _check_flags(self) -> None:
+        """COPIED says that a cluster is used once, so that it may be written in place."""
+        for place, entry in self._flags:
+            count = self._counted.get((entry & OFFSET_MASK) >> self._bits)
+            if bool(entry & COPIED) != (count == 1):
+                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}")
+            used = self._used.get((entry & OFFSET_MASK) >> self._bits)
+            right = entry | COPIED if used == 1 else entry & ~COPIED
+            if right != entry:
+                self.findings.flag_fixes[place] = right
+
+
+def _last_used(block: array[int] | None, length: int) -> int:
+    """The last of the first ``length`` numbers that is not 0, or -1."""
+    if block is None:
+        return -1
+    return next((index for index in range(length - 1, -1, -1) if block[index]), -1)

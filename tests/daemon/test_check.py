@@ -1,0 +1,142 @@
+"""``qsd check`` beside ``qemu-img check``: the same figures and exit codes for sound and damaged images."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import PROGRAM
+
+FIGURES = (
+    *("corruptions", "leaks", "allocated-clusters", "total-clusters", "compressed-clusters"),
+    *("fragmented-clusters", "image-end-offset"),
+)
+VARIANTS = {
+    "plain": "",
+    "small": "cluster_size=512",
+    "extended": "extended_l2=on",
+    "narrow": "refcount_bits=1",
+    "wide": "refcount_bits=64",
+    "old": "compat=0.10",
+}
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=60, check=False)
+
+
+def figures(*program: str | Path) -> tuple[int, tuple[Any, ...]]:
+    """Exit code and figures of a check."""
+    done = run(*program)
+    found = json.loads(done.stdout)
+    return done.returncode, tuple(found.get(name, 0) for name in FIGURES)
+
+
+def ours(image: Path) -> tuple[int, tuple[Any, ...]]:
+    return figures(*PROGRAM, "check", "--output=json", image)
+
+
+def theirs(image: Path) -> tuple[int, tuple[Any, ...]]:
+    return figures(tool("qemu-img"), "check", "--output=json", image)
+
+
+def make(place: Path, variant: str) -> Path:
+    """An image that has been written to, with zeroes, discards, a snapshot and a bitmap where it can have them."""
+    chance = random.Random(variant)
+    image = place / "image.qcow2"
+    options = ["-o", VARIANTS[variant]] if VARIANTS[variant] else []
+    assert run(tool("qemu-img"), "create", "-q", "-f", "qcow2", *options, image, "4M").returncode == 0
+    commands = []
+    for _ in range(16):
+        at, length = chance.randrange(3800) * 1024, chance.randrange(1, 90) * 1024
+        commands += ["-c", f"write -P {chance.randrange(1, 255)} {at} {length}"]
+        commands += ["-c", f"{chance.choice(('discard', 'write -z -u'))} {chance.randrange(63) * 65536} 65536"]
+    assert run(tool("qemu-io"), "-f", "qcow2", *commands, image).returncode == 0
+    if variant != "narrow":
+        assert run(tool("qemu-img"), "snapshot", "-c", "s", image).returncode == 0
+        assert run(tool("qemu-io"), "-f", "qcow2", "-c", "write -P 7 1M 1M", image).returncode == 0
+    if variant not in ("old", "small"):
+        assert run(tool("qemu-img"), "bitmap", "--add", image, "b").returncode == 0
+    return image
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sound_images_look_the_same_to_both(tmp_path: Path, variant: str) -> None:
+    image = make(tmp_path, variant)
+    assert ours(image) == theirs(image)
+    assert ours(image)[0] == 0
+
+
+def test_damaged_images_look_the_same_to_both(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    data = image.read_bytes()
+    chance = random.Random(3)
+    l1 = int.from_bytes(data[40:48], "big")
+    table = int.from_bytes(data[48:56], "big")
+    l2 = int.from_bytes(data[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+    block = int.from_bytes(data[table : table + 8], "big")
+    seen = set()
+    for _ in range(12):
+        damaged = bytearray(data)
+        damaged[chance.choice((l1, l2, l2, block)) + chance.randrange(256)] ^= 1 << chance.randrange(8)
+        image.write_bytes(damaged)
+        answer = ours(image)
+        assert answer == theirs(image)
+        seen.add(answer[0])
+    assert {0, 2} <= seen
+
+
+def test_repairs_satisfy_the_other(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    data = bytearray(image.read_bytes())
+    l1 = int.from_bytes(data[40:48], "big")
+    l2 = int.from_bytes(data[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+    block = int.from_bytes(data[(table := int.from_bytes(data[48:56], "big")) : table + 8], "big")
+    used = [at for at in range(l2, l2 + 512, 8) if any(data[at : at + 8])]
+    data[used[0] : used[0] + 8] = bytes(8)
+    data[block + 2 * 3 : block + 2 * 3 + 2] = bytes(2)
+    image.write_bytes(data)
+    assert ours(image)[0] == 2
+    done = run(*PROGRAM, "check", "-r", "all", image)
+    assert done.returncode == 0, done.stdout
+    assert "Double checking" in done.stdout
+    assert theirs(image)[0] == 0
+
+
+def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(b"x" * 4096)
+    done = run(*PROGRAM, "check", tmp_path / "raw")
+    assert (done.returncode, done.stderr) == (63, "qsd check: This image format does not support checks\n")
+    done = run(*PROGRAM, "check", tmp_path / "nobody")
+    assert done.returncode == 1
+    assert "No such file or directory" in done.stderr
+
+
+def test_image_in_use_is_not_checked(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    qemu = subprocess.Popen(
+        [tool("qemu-io"), "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert qemu.stdin is not None
+    assert qemu.stdout is not None
+    qemu.stdin.write("length\n")
+    qemu.stdin.flush()
+    assert "MiB" in qemu.stdout.readline()
+    done = run(*PROGRAM, "check", image)
+    qemu.stdin.close()
+    qemu.wait(60)
+    qemu.stdout.close()
+    assert done.returncode == 1
+    assert "lock" in done.stderr

@@ -1,0 +1,162 @@
+"""The consistency check: images of our own are clean, damage is found for what it is, repairs repair."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qsd.drivers.qcow2 import layout, refcount_codec
+from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.new_image import COPIED, NewImage, header_cluster, metadata, place
+from qsd.drivers.qcow2.repair import repair
+
+SIZE = 1 << 16
+
+
+class Image:
+    """An image in memory."""
+
+    def __init__(
+        self, *, allocates: bool = True, size: int = 20 * SIZE, incompatible: int = 0, order: int = 4
+    ) -> None:
+        header = Header(cluster_bits=16, size=size, incompatible=incompatible, refcount_order=order)
+        placement = place(NewImage(header=header, allocates=True))
+        self.header = placement.header
+        self.data = bytearray(placement.end * SIZE)
+        for offset, part in [(0, header_cluster(placement.header)), *metadata(placement)]:
+            self.data[offset : offset + len(part)] = part
+        self.l2 = placement.l2_tables * SIZE
+        self.block = placement.refcount_blocks * SIZE
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.data[offset : offset + len(data)] = data
+
+    def word(self, offset: int) -> int:
+        return int.from_bytes(self.data[offset : offset + 8], "big")
+
+    def set_word(self, offset: int, value: int) -> None:
+        self.write(offset, value.to_bytes(8, "big"))
+
+    def count(self, cluster: int, value: int) -> None:
+        """Set a refcount (16 bits)."""
+        self.write(self.block + 2 * cluster, value.to_bytes(2, "big"))
+
+    def check(self) -> Findings:
+        return Checker(self.header, self.read, len(self.data)).run()
+
+    def repair(self, *, leaks_only: bool = False) -> Findings:
+        repair(self.header, self.read, self.write, self.check(), leaks_only=leaks_only)
+        return self.check()
+
+
+@pytest.mark.parametrize("order", range(7))
+@pytest.mark.parametrize("incompatible", [0, layout.EXTENDED_L2, layout.DATA_FILE])
+def test_new_images_are_clean(incompatible: int, order: int) -> None:
+    image = Image(incompatible=incompatible, order=order)
+    found = image.check()
+    assert (found.corruptions, found.leaks, found.problems) == (0, 0, [])
+    assert (found.total_clusters, found.allocated_clusters, found.fragmented_clusters) == (20, 20, 0)
+    assert found.image_end == len(image.data)
+
+
+def test_leak_is_found_and_given_back() -> None:
+    image = Image()
+    image.set_word(image.l2 + 8 * 5, 0)
+    found = image.check()
+    assert (found.corruptions, found.leaks, found.allocated_clusters, found.fragmented_clusters) == (0, 1, 19, 1)
+    found = image.repair(leaks_only=True)
+    assert (found.corruptions, found.leaks) == (0, 0)
+
+
+def test_count_that_is_too_low_is_a_corruption() -> None:
+    image = Image()
+    image.count(8, 0)
+    assert image.check().corruptions == 2, "the count, and the flag that says one"
+    assert image.repair(leaks_only=True).corruptions == 2
+    assert image.repair().corruptions == 0
+
+
+def test_shared_cluster_loses_its_flag() -> None:
+    image = Image()
+    image.set_word(image.l2, image.word(image.l2 + 8))
+    found = image.check()
+    assert found.leaks == 1
+    assert found.corruptions == 1
+    assert image.repair().corruptions == 0
+    assert not image.word(image.l2) & COPIED
+    assert not image.word(image.l2 + 8) & COPIED
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "text"),
+    [
+        ("l1", 1 << 50 | COPIED, "L2 table at 0x4000000000000 lies beyond the end of the file"),
+        ("l1", 0x4400 | COPIED, "Table is not cluster aligned"),
+        ("l1", 3 * SIZE | 1, "L1 entry with reserved bits set"),
+        ("l2", 1 << 50 | COPIED, "data cluster at 0x4000000000000 lies beyond the end of the file"),
+        ("l2", 5 * SIZE + 512 | COPIED, "Data cluster is not properly aligned"),
+        ("l2", 5 * SIZE | 2 | COPIED, "l2 entry with reserved bits set"),
+        ("table", SIZE + 512, "refcount block 0 is not cluster aligned"),
+        ("table", 1 << 50, "refcount block 0 at 0x4000000000000 lies beyond the end of the file"),
+    ],
+)
+def test_damage_is_named(place: str, value: int, text: str) -> None:
+    image = Image()
+    offset = {"l1": image.header.l1_offset, "l2": image.l2, "table": image.header.refcount_table_offset}[place]
+    image.set_word(offset, value)
+    found = image.check()
+    assert found.corruptions
+    assert any(text in problem for problem in found.problems), found.problems
+
+
+def test_repair_leaves_leaks_alone_where_something_leads_nowhere() -> None:
+    image = Image()
+    image.set_word(image.header.l1_offset, 1 << 50 | COPIED)
+    before = image.check()
+    assert before.leaks == 21
+    assert image.repair().leaks == 21
+
+
+def test_tables_that_lead_to_each_other_end() -> None:
+    image = Image()
+    image.set_word(image.l2, image.l2 | COPIED)
+    image.set_word(image.header.refcount_table_offset + 8, image.word(image.header.refcount_table_offset))
+    assert image.check().corruptions
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32), st.integers(1, 6))
+def test_any_damage_is_survived_and_repairs_never_make_it_worse(seed: int, bits: int) -> None:
+    chance = random.Random(seed)
+    image = Image(size=6 * SIZE)
+    places = [image.header.l1_offset, image.l2, image.block, image.header.refcount_table_offset]
+    for _ in range(bits):
+        at = chance.choice(places) + chance.randrange(128)
+        image.data[at] ^= 1 << chance.randrange(8)
+    before = image.check()
+    after = image.repair()
+    assert after.corruptions <= before.corruptions
+    if not before.needs_rebuild and not before.corruptions:
+        assert (after.leaks, after.corruptions) == (0, 0)
+
+
+def test_counts_of_a_large_sparse_image_take_little_memory() -> None:
+    header = Header(cluster_bits=16, size=1 << 20, refcount_table_offset=1 << 16, refcount_table_clusters=1)
+    entries = refcount_codec.block_entries(16, 4)
+
+    def read(offset: int, length: int) -> bytes:
+        # One refcount block a petabyte into the file, which says that its own cluster is used.
+        if offset == 1 << 16:
+            return (b"\0" * 8 * 5 + (1 << 50).to_bytes(8, "big")).ljust(length, b"\0")
+        return bytes(length)
+
+    found = Checker(header, read, (1 << 50) + SIZE).run()
+    assert found.corruptions
+    assert entries == 32768
