@@ -94,7 +94,7 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     plane = DataPlane()
     await supervisor.start(plane, Floor.CORE)
 
-    graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.get)
+    graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.get, events.emit)
     await supervisor.start(graph, Floor.GRAPH)
     jobs = Jobs(supervisor, events)
     await supervisor.start(jobs, Floor.JOBS)

@@ -17,7 +17,7 @@ import attrs
 from qsd.actors import transaction
 from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
 from qsd.actors.drain import Drained
-from qsd.actors.edges import Edge, NodeState, RootEdge, info_of
+from qsd.actors.edges import Edge, NodeState, RootEdge, info_of, length_changed
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
 from qsd.actors.transaction import Action
 from qsd.block.graph import NodeFacts
@@ -234,7 +234,7 @@ class Change:
             if edge.parent is not None and info_of(edge.parent).state is NodeState.OPEN:
                 edge.parent.driver.children_changed()
         for key in self._modes.keys() | self._activity.keys() | parents:
-            topology.length_changed(topology.living[key])
+            length_changed(topology.living[key])
         for edge, _child in self._swaps.get(None, ()):
             assert isinstance(edge, RootEdge)
             if edge.options.on_swap is not None:

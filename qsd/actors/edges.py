@@ -125,8 +125,46 @@ class Edge(SlowPath):
         assert self.perm & Perm.RESIZE, f"{self!r} may not resize"
         await self._truncate(self.node, size, exact=exact)
 
+    def grow(self, size: int) -> bool:
+        """Let the child be at least ``size`` bytes long; False when that takes waiting. Raises OSError."""
+        assert self.perm & Perm.RESIZE, f"{self!r} may not resize"
+        node = self.node
+        has_grown = node.driver.grow(size)
+        node.refresh()
+        length_changed(node, self)
+        return has_grown
+
+    async def quiesce(self) -> None:
+        """Return when everything that was submitted to the child before has ended, wherever below it is."""
+        await _quiesce(self.node)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.parent_text} --{self.name}--> {self.node.name}>"
+
+
+async def _quiesce(node: Node) -> None:
+    # A parent first: when it has nothing left of its own, all of it has reached the children.
+    await node.quiesce()
+    for edge in list(info_of(node).children.values()):
+        await _quiesce(edge.node)
+
+
+def length_changed(node: Node, ignored: Edge | None = None) -> None:
+    """Let everybody above ``node`` look again at how long their child is; ``ignored`` knows."""
+    for edge in list(info_of(node).parents):
+        if edge is ignored:
+            continue
+        if isinstance(edge, RootEdge):
+            if edge.options.on_resize is not None:
+                edge.options.on_resize()
+            continue
+        parent = edge.parent
+        assert parent is not None
+        before = parent.length, attrs.astuple(parent.driver.limits)
+        parent.driver.refresh_length()
+        parent.refresh()
+        if (parent.length, attrs.astuple(parent.driver.limits)) != before:
+            length_changed(parent)
 
 
 @attrs.frozen

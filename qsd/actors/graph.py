@@ -23,7 +23,7 @@ from qsd.actors.activation import set_active
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.drain import Drained
-from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of
+from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of, length_changed
 from qsd.actors.graph_actions import GraphAction, GraphTools, transact
 from qsd.actors.images import change_backing_file, delete_snapshot
 from qsd.actors.node import Node
@@ -66,7 +66,7 @@ class Graph(Actor):
     """See the module. Runs on the floor GRAPH; its nodes run on the floor NODES and are closed by it.
 
     ``find_driver`` returns the class for a driver's name or raises QmpError; ``warn`` prints one line on stderr;
-    ``secret`` gives the value of a secret object or raises QmpError.
+    ``secret`` gives the value of a secret object or raises QmpError; ``emit`` tells everybody about an event.
     """
 
     kind = "graph"
@@ -78,11 +78,12 @@ class Graph(Actor):
         aio: Aio,
         warn: Callable[[str], None],
         secret: Callable[[str], bytes],
+        emit: Callable[[str, dict[str, Any]], None],
     ) -> None:
         super().__init__("graph")
         self.topology = Topology()
         self._supervisor = supervisor
-        self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, secret, self._truncate)
+        self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, secret, emit, self._truncate)
         self.tools = GraphTools(self.topology, self._opener, self._truncate)
         self._scopes: set[trio.CancelScope] = set()
         self._work_ended = RepeatedEvent()
@@ -368,7 +369,7 @@ class Graph(Actor):
             node.refresh()
         finally:
             scope.end()
-        self.topology.length_changed(node)
+        length_changed(node)
 
 
 def _check_deletable(node: Node, info: NodeInfo) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
-from trio_util import AsyncValue
+from trio_util import AsyncValue, RepeatedEvent
 
 from qsd.actors.bitmap_keeping import store_at_close
 from qsd.actors.core import Actor
@@ -73,6 +73,7 @@ class Node(Actor, SlowPath):
         self._plain_writes = False
         self._holds = 0
         self._held: list[Request] = []
+        self._let_go = RepeatedEvent()
         self._tasks = AsyncValue(0)
         self._broken = False
         # True from a successful driver.open() to its close.
@@ -320,6 +321,14 @@ class Node(Actor, SlowPath):
         if not self._holds and self._held:
             held, self._held = self._held, []
             self.submit(held)
+            self._let_go.set()
+
+    async def quiesce(self) -> None:
+        """Return when everything that was submitted here before has ended."""
+        while self._held:
+            await self._let_go.wait()
+        await self.hold()
+        self.release()
 
     async def settle(self) -> None:
         """Return when what was submitted before has ended, here and below; what comes meanwhile is kept back."""
@@ -348,6 +357,7 @@ class Node(Actor, SlowPath):
         held, self._held = self._held, []
         for request in held:
             request.complete(errno.EIO)
+        self._let_go.set()
 
     async def stopping(self) -> None:
         """Close the node: what came before ends, data reaches stable storage, then the driver lets go."""

@@ -51,6 +51,7 @@ class NodeHost:
     aio: Aio
     warn: Callable[[str], None]
     secret: Callable[[str], bytes]
+    emit: Callable[[str, dict[str, Any]], None]
     open_child: Callable[[str, ChildRole, Any], Awaitable[Child]] = _nothing_to_open
     node: Node | None = None
 
@@ -81,6 +82,7 @@ class Opener:
         aio: Aio,
         warn: Callable[[str], None],
         secret: Callable[[str], bytes],
+        emit: Callable[[str, dict[str, Any]], None],
         truncate: Truncate,
     ) -> None:
         self._topology = topology
@@ -89,6 +91,7 @@ class Opener:
         self._aio = aio
         self._warn = warn
         self._secret = secret
+        self._emit = emit
         self._truncate = truncate
 
     # -- opening ----------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ class Opener:
         topology = self._topology
         name = topology.take_name(options.node_name)
         try:
-            host = NodeHost(self._aio, self._warn, self._secret)
+            host = NodeHost(self._aio, self._warn, self._secret, self._emit)
             driver = driver_class(name, options, mode, host)
             node = Node(name, driver)
             host.node = node

@@ -136,23 +136,6 @@ class Topology:
             for node in held:
                 info_of(node).pins -= 1
 
-    # -- facts that travel up ---------------------------------------------------------------------------------
-
-    def length_changed(self, node: Node) -> None:
-        """Let everybody above ``node`` look again at how long their child is."""
-        for edge in list(info_of(node).parents):
-            if isinstance(edge, RootEdge):
-                if edge.options.on_resize is not None:
-                    edge.options.on_resize()
-                continue
-            parent = edge.parent
-            assert parent is not None
-            before = parent.length, attrs.astuple(parent.limits)
-            parent.driver.refresh_length()
-            parent.refresh()
-            if (parent.length, attrs.astuple(parent.limits)) != before:
-                self.length_changed(parent)
-
 
 def facts_of(node: Node) -> NodeFacts:
     """A node as a snapshot shows it."""

@@ -99,6 +99,15 @@ class Child(Protocol):
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child; raises QmpError."""
 
+    def grow(self, size: int) -> bool:
+        """Let the child be at least ``size`` bytes long, the new ones zeroes; False when that takes ``truncate``.
+
+        The user needs the resize permission. Raises OSError (ENOSPC, EFBIG).
+        """
+
+    async def quiesce(self) -> None:
+        """Return when everything that was submitted before has ended; what comes meanwhile waits a moment."""
+
 
 class Aio(Protocol):
     """An engine for file I/O that must not block the loop (io_uring, or a small pool of threads).
@@ -155,6 +164,9 @@ class Host(Protocol):
 
     def warn(self, text: str) -> None:
         """One line on the daemon's standard error."""
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Tell everybody about an event."""
 
     def secret(self, name: str) -> bytes:
         """The plain bytes of the secret object ``name``. Raises QmpError."""
@@ -296,6 +308,13 @@ class Driver(ABC):
         raise NotImplementedError
 
     can_truncate: ClassVar[bool] = False
+
+    def grow(self, size: int) -> bool:
+        """Be at least ``size`` bytes long at once, the new ones zeroes; False when that takes waiting.
+
+        Updates ``length``. Raises OSError.
+        """
+        return size <= self.length
 
     async def inactivate(self) -> None:
         """Bring everything to the disk and close the image as far as its next owner needs it. Raises QmpError.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import Any, ClassVar
@@ -218,6 +219,13 @@ class FileDriver(Driver):
             raise QmpError(f"Could not resize file: {errno_text(error.errno or 0)}") from None
         self.length = self._size(self.io.fd)
 
+    def grow(self, size: int) -> bool:
+        """Extend the file by a hole."""
+        if size > self.length:
+            os.ftruncate(self.io.fd, size)
+            self.length = self._size(self.io.fd)
+        return True
+
     def refresh_length(self) -> None:
         """Look at the file again."""
         self.length = self._size(self.io.fd)
@@ -272,3 +280,9 @@ class HostDeviceDriver(FileDriver):
             raise QmpError("Cannot grow device files")
         if exact and size < length:
             raise QmpError("Cannot resize device files")
+
+    def grow(self, size: int) -> bool:
+        """A device has the size it has."""
+        if size > self.length:
+            raise OSError(errno.ENOSPC, "the device ends here")
+        return True

@@ -67,10 +67,9 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
     return checked_options({"driver": wanted, "file": file})
 
 
-def plain_options(name: str, image: str) -> BlockdevOptions:
-    """The node for a file without a format (a data file) called ``name`` by ``image``. Raises QmpError."""
-    name = full_name(name, image)
-    return checked_options(_json_tree(name) if name.startswith("json:") else protocol_options(name))
+def plain_options(path: str) -> BlockdevOptions:
+    """The node for a file without a format (an external data file): the name is taken as it is. Raises QmpError."""
+    return checked_options({"driver": protocol_of(path), "filename": path})
 
 
 def checked_options(tree: dict[str, Any]) -> BlockdevOptions:

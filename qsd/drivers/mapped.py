@@ -7,7 +7,7 @@ compressed clusters and answers block status. A format that can only be read is 
 Where metadata is not in memory, ``lookup`` raises ``Cold``: the request waits while it is fetched, all who need the
 same wait together, and then it is served from the beginning. Nothing of it may have been changed by then.
 
-Requests for children are collected in ``_outbox`` and sent in batches by ``_send``, which also goes on with
+Requests for children are collected in ``_outbox`` and sent in batches by ``send``, which also goes on with
 requests that can be served now; so however deep callbacks nest, the stack does not.
 """
 
@@ -16,51 +16,28 @@ from __future__ import annotations
 import errno
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from functools import partial
+from typing import Any, ClassVar, Final, TypeVar
 
 import attrs
+import trio
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Child, Driver, Host, Mode
 from qsd.drivers.gather import Callback, Gather
 from qsd.drivers.packed import Unpacker
-from qsd.errors import QmpError
-from qsd.messages import BlockState, Extent, Op, Request
+from qsd.drivers.runs import DATA, PACKED, UNALLOCATED, Cold, Run
+from qsd.drivers.status import StatusWalk
+from qsd.errors import QmpError, errno_text
+from qsd.messages import Op, Request
+
+T = TypeVar("T")
+# Serves one request of a driver.
+Handler = Callable[[Any, Request], None]
 
 READ: Final = Op.READ.value
 
-# What a run is: stored in a child, zeroes, not described by this layer, one cluster that has to be unpacked.
-DATA: Final = 0
-ZERO: Final = 1
-UNALLOCATED: Final = 2
-PACKED: Final = 3
-# Kind, length, where: offset in the child (DATA), what ``locate`` takes (PACKED); the child (DATA).
-Run = tuple[int, int, int, Child | None]
-
-# One BLOCK_STATUS looks at this many runs of metadata at most; its answer may end early.
-MAX_STEPS: Final = 4096
 ZEROES: Final = memoryview(bytes(1 << 20))
-
-_ALLOCATED: Final = BlockState.ALLOCATED
-_STATES: Final = {
-    DATA: BlockState.DATA | _ALLOCATED,
-    PACKED: BlockState.DATA | _ALLOCATED,
-    ZERO: BlockState.ZERO | _ALLOCATED,
-    UNALLOCATED: BlockState.ZERO,
-}
-_FREE: Final = BlockState.ZERO
-
-
-class Cold(Exception):
-    """Metadata has to be fetched. ``start(done)`` begins it; ``done(errno)`` may be called at once.
-
-    ``key`` says what it is: whoever needs the same waits for the fetch that is under way.
-    """
-
-    def __init__(self, key: object, start: Callable[[Callable[[int], None]], None]) -> None:
-        super().__init__(key)
-        self.key = key
-        self.start = start
 
 
 class MappedDriver(Driver):
@@ -119,18 +96,30 @@ class MappedDriver(Driver):
         for request in batch:
             self.serve(request)
         if not self._sending:
-            self._send()
+            self.send()
 
     def serve(self, request: Request) -> None:
-        """Serve one request as far as that goes now. Whoever calls this sees to ``_send``."""
+        """Serve one request as far as that goes now. Whoever calls this sees to ``send``."""
+        self.serve_with(_SERVE[request.op], request)
+
+    def serve_with(self, handler: Handler, request: Request) -> None:
+        """Let ``handler`` serve a request, again from the beginning when it was ``Cold``."""
         try:
-            _SERVE[request.op](self, request)
+            handler(self, request)
         except Cold as cold:
-            self._park(request, cold)
+            self.started()
+            self.wait_for(cold, partial(self._warm, handler, request))
         except OSError as error:
             request.complete(error.errno or errno.EIO)
 
-    def _post(self, child: Child, request: Request) -> None:
+    def _warm(self, handler: Handler, request: Request, error: int) -> None:
+        self.finished()
+        if error:
+            request.complete(error)
+        else:
+            self.serve_with(handler, request)
+
+    def post(self, child: Child, request: Request) -> None:
         """Put a request into the outbox."""
         waiting = self._outbox.get(child)
         if waiting is None:
@@ -138,7 +127,7 @@ class MappedDriver(Driver):
         else:
             waiting.append(request)
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Send what is in the outbox and go on with what can go on, until nothing is left of both."""
         if self._sending:
             return
@@ -154,34 +143,56 @@ class MappedDriver(Driver):
         finally:
             self._sending = False
 
+    def resume(self, go_on: Callable[[], None]) -> None:
+        """Let ``send`` call ``go_on``; whoever says this outside of a submit sees to ``send``."""
+        self._resumed.append(go_on)
+
     # -- cold metadata ----------------------------------------------------------------------------------------
 
-    def _park(self, request: Request, cold: Cold) -> None:
-        self.started()
-
-        def go_on(error: int) -> None:
-            self.finished()
-            if error:
-                request.complete(error)
-            else:
-                self.serve(request)
-
-        self.wait_for(cold, go_on)
-
     def wait_for(self, cold: Cold, go_on: Callable[[int], None]) -> None:
-        """Call ``go_on(errno)`` from ``_send`` when the metadata is there, or cannot be had."""
+        """Call ``go_on(errno)`` from ``send`` when the metadata is there, or cannot be had."""
         waiting = self._waiting.get(cold.key)
         if waiting is not None:
             waiting.append(go_on)
             return
         self._waiting[cold.key] = [go_on]
+        self._start(cold)
 
+    def _start(self, cold: Cold) -> None:
         def done(error: int) -> None:
             for waiter in self._waiting.pop(cold.key):
-                self._resumed.append(_bind(waiter, error))
-            self._send()
+                self.resume(partial(waiter, error))
+            self.send()
 
-        cold.start(done)
+        try:
+            cold.start(done)
+        except Cold as first:
+            # It needs something itself: that comes first, and then it is tried again.
+            self.wait_for(first, lambda error: done(error) if error else self._start(cold))
+        except OSError as error:
+            done(error.errno or errno.EIO)
+
+    async def settled(self, function: Callable[..., T], *args: Any) -> T:
+        """Call what may raise Cold until it does not. Raises OSError."""
+        while True:
+            try:
+                return function(*args)
+            except Cold as cold:
+                await self._warmed(cold)
+
+    async def _warmed(self, cold: Cold) -> None:
+        done = trio.Event()
+        errors: list[int] = []
+
+        def go_on(error: int) -> None:
+            errors.append(error)
+            done.set()
+
+        self.wait_for(cold, go_on)
+        self.send()
+        await done.wait()
+        if errors[0]:
+            raise OSError(errors[0], errno_text(errors[0]))
 
     def fetch(self, child: Child, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
         """Read metadata; what lies beyond the child's end is zeroes. ``done(errno)`` may be called at once."""
@@ -192,8 +203,8 @@ class MappedDriver(Driver):
             done(0)
             return
         reply = Callback(lambda request: done(request.error))
-        self._post(child, Request(READ, offset, inside, buffer[:inside], reply))
-        self._send()
+        self.post(child, Request(READ, offset, inside, buffer[:inside], reply))
+        self.send()
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -206,12 +217,12 @@ class MappedDriver(Driver):
                 assert child is not None
                 if run[2] + length <= child.length:
                     request.offset = run[2]
-                    self._post(child, request)
+                    self.post(child, request)
                     return
             elif run[0] == UNALLOCATED:
                 backing = self.backing
                 if backing is not None and offset + length <= backing.length:
-                    self._post(backing, request)
+                    self.post(backing, request)
                     return
         self._read_runs(request, run)
 
@@ -222,11 +233,18 @@ class MappedDriver(Driver):
         offset, end = request.offset, request.offset + request.length
         runs = [run]
         position = offset + run[1]
+        gather = Gather(self, request)
         while position < end:
-            run = self.lookup(position, end - position)
+            try:
+                run = self.lookup(position, end - position)
+            except (Cold, OSError):
+                # The rest is a request of its own: with little room for metadata, the whole might never be warm.
+                gather.left += 1
+                rest = Request(READ, position, end - position, buffer[position - offset :], gather)
+                self.resume(partial(self.serve, rest))
+                break
             position += run[1]
             runs.append(_joined(runs.pop(), run, runs))
-        gather = Gather(self, request)
         position = 0
         for kind, length, where, child in runs:
             view = buffer[position : position + length]
@@ -253,12 +271,12 @@ class MappedDriver(Driver):
                 return
             view, length = view[:inside], inside
         gather.left += 1
-        self._post(child, Request(READ, where, length, view, gather))
+        self.post(child, Request(READ, where, length, view, gather))
 
     # -- the rest ---------------------------------------------------------------------------------------------
 
     def _block_status(self, request: Request) -> None:
-        _StatusWalk(self, request).go_on()
+        StatusWalk(self, request).go_on()
 
     def _cache(self, request: Request) -> None:
         """Bring a range into the page cache: of what is stored in children, as much as one run."""
@@ -269,16 +287,20 @@ class MappedDriver(Driver):
             request.complete()
             return
         request.offset, request.length = where, min(length, child.length - where)
-        self._post(child, request)
+        self.post(child, request)
 
     def _flush(self, request: Request) -> None:
         """Nothing is written by a format that can only be read."""
         request.complete()
 
-    def _refuse(self, request: Request) -> None:
+    def _write(self, request: Request) -> None:
         request.complete(errno.ENOTSUP)
 
-    _write = _write_zeroes = _discard = _refuse
+    def _write_zeroes(self, request: Request) -> None:
+        request.complete(errno.ENOTSUP)
+
+    def _discard(self, request: Request) -> None:
+        request.complete(errno.ENOTSUP)
 
     def require_read_only(self) -> None:
         """For formats that cannot be written: fall back to reading where that is allowed. Raises QmpError."""
@@ -299,10 +321,6 @@ class MappedDriver(Driver):
         if self.mode.read_only:
             return Perm.CONSISTENT_READ, stable
         return Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, stable
-
-
-def _bind(waiter: Callable[[int], None], error: int) -> Callable[[], None]:
-    return lambda: waiter(error)
 
 
 def _joined(last: Run, run: Run, runs: list[Run]) -> Run:
@@ -326,97 +344,7 @@ def fill_zeroes(view: memoryview) -> None:
         view[start : start + part] = ZEROES[:part]
 
 
-class _StatusWalk:
-    """Answers one BLOCK_STATUS, with pauses where metadata or the backing file's answer has to be waited for."""
-
-    __slots__ = ("driver", "end", "extents", "position", "request", "steps", "wanted")
-
-    def __init__(self, driver: MappedDriver, request: Request) -> None:
-        self.driver = driver
-        self.request = request
-        self.position = request.offset
-        self.end = request.offset + request.length
-        self.wanted = request.extents_wanted
-        self.steps = MAX_STEPS
-        self.extents: list[Extent] = []
-
-    def go_on(self, error: int = 0) -> None:
-        """Walk until the answer is complete or something has to be waited for."""
-        driver = self.driver
-        try:
-            while not error and self.position < self.end and len(self.extents) <= self.wanted and self.steps:
-                self.steps -= 1
-                if self._step():
-                    return
-        except Cold as cold:
-            driver.started()
-            driver.wait_for(cold, self._woken)
-            return
-        except OSError as problem:
-            error = problem.errno or errno.EIO
-        self.request.result = self.extents[: self.wanted]
-        self.request.complete(0 if self.extents else error)
-
-    def _step(self) -> bool:
-        """Add the run at the present position; True when a child has been asked for it instead."""
-        driver = self.driver
-        position = self.position
-        left = self.end - position
-        if driver.asks_data:
-            kind, length, where, child = driver.lookup(position, left)
-            if child is not None and where < child.length:
-                self._ask(child, where, min(length, child.length - where), self._data_answered)
-                return True
-        else:
-            kind, length = driver.status(position, left)
-        backing = driver.backing if kind == UNALLOCATED else None
-        if backing is None:
-            self._add(length, _STATES[kind], 0 if kind == UNALLOCATED else 1)
-        elif position < backing.length:
-            self._ask(backing, position, min(length, backing.length - position), self._backing_answered)
-            return True
-        else:
-            # What a short backing file does not have counts as zeroes of its own.
-            self._add(length, _FREE, 2)
-        return False
-
-    def _woken(self, error: int) -> None:
-        self.driver.finished()
-        self.go_on(error)
-
-    def _ask(self, child: Child, offset: int, length: int, answered: Callable[[Request], None]) -> None:
-        question = Request(Op.BLOCK_STATUS.value, offset, length, None, Callback(answered))
-        question.extents_wanted = self.wanted - len(self.extents) + 1
-        self.driver.started()
-        self.driver._post(child, question)
-
-    def _backing_answered(self, question: Request) -> None:
-        if not question.error:
-            for extent in question.result:
-                self._add(extent.length, extent.state & ~_ALLOCATED, extent.depth + 1 if extent.depth else 0)
-        self._go_on_later(question.error)
-
-    def _data_answered(self, question: Request) -> None:
-        if not question.error:
-            for extent in question.result:
-                self._add(extent.length, _STATES[DATA] | extent.state & BlockState.ZERO, 1)
-        self._go_on_later(question.error)
-
-    def _go_on_later(self, error: int) -> None:
-        self.driver.finished()
-        self.driver._resumed.append(_bind(self.go_on, error))
-        self.driver._send()
-
-    def _add(self, length: int, state: BlockState, depth: int) -> None:
-        self.position += length
-        extents = self.extents
-        if extents and extents[-1].state == state and extents[-1].depth == depth:
-            extents[-1] = Extent(extents[-1].length + length, state, depth)
-        else:
-            extents.append(Extent(length, state, depth))
-
-
-_SERVE: dict[int, Callable[[MappedDriver, Request], None]] = {
+_SERVE: dict[int, Handler] = {
     Op.READ.value: lambda driver, request: driver._read(request),
     Op.WRITE.value: lambda driver, request: driver._write(request),
     Op.WRITE_ZEROES.value: lambda driver, request: driver._write_zeroes(request),

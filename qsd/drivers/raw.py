@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any, ClassVar
 
@@ -77,6 +78,17 @@ class RawDriver(Driver):
             raise QmpError("Cannot resize fixed-size raw disks")
         await self.children["file"].truncate(self._offset + size, exact=exact)
         self.length = size
+
+    def grow(self, size: int) -> bool:
+        """Grow the child, unless the size is fixed by an option."""
+        if size <= self.length:
+            return True
+        if self.options.size is not None:
+            raise OSError(errno.ENOSPC, "the window ends here")
+        if not self.children["file"].grow(self._offset + size):
+            return False
+        self.refresh_length()
+        return True
 
     def refresh_length(self) -> None:
         """The child has another length."""

@@ -317,7 +317,7 @@ async def running_graph() -> AsyncIterator[tuple[Graph, World]]:
 
     async with Supervisor() as supervisor:
         aio: Any = NoAio()  # never used
-        graph = Graph(supervisor, find, aio, warn=print, secret=NO_SECRETS.__getitem__)
+        graph = Graph(supervisor, find, aio, warn=print, secret=NO_SECRETS.__getitem__, emit=print)
         await supervisor.start(graph, Floor.GRAPH)
         yield graph, world
     assert supervisor.fatal is None

@@ -37,7 +37,9 @@ def counted(header: Header, file: bytes) -> list[int]:
     """The refcounts of all clusters of the file."""
     size = header.cluster_size
     counts: list[int] = []
-    blocks = words(file, header.refcount_table_offset, header.refcount_table_clusters * size // 8)
+    blocks = list(words(file, header.refcount_table_offset, header.refcount_table_clusters * size // 8))
+    while blocks and not blocks[-1]:
+        blocks.pop()  # a table of 1-bit counts has room for four thousand million clusters
     per_block = refcount_codec.block_entries(header.cluster_bits, header.refcount_order)
     for block in blocks:
         if block:

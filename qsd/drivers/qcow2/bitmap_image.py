@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qsd.drivers.base import Child
-from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.image import Freeing, Image
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.layout import Header
 
 
-class ReadOnlyImage:
-    """An image that is only read."""
+class DriverImage:
+    """The image a node has open, whichever that is: it is another one after the node was activated."""
 
-    def __init__(self, file: Child, header: Header) -> None:
-        self._file = file
-        self.header = header
+    def __init__(self, driver: Qcow2Driver) -> None:
+        self._driver = driver
+
+    @property
+    def header(self) -> Header:
+        """The header as it is in the file."""
+        return self._driver.image.header
 
     async def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; beyond its end they are zeroes."""
-        there = max(0, min(length, self._file.length - offset))
-        data = await self._file.read(offset, there) if there else b""
+        file = self._driver.image.file
+        there = max(0, min(length, file.length - offset))
+        data = await file.read(offset, there) if there else b""
         return data.ljust(length, b"\0")
 
-    async def write(self, _offset: int, _data: bytes) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the image is read-only")
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write to clusters that were allocated here."""
+        await self._writable().file.write(offset, data)
 
-    async def allocate(self, _count: int) -> int:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the image is read-only")
+    async def allocate(self, count: int) -> int:
+        """The offset of ``count`` free clusters in a row, which have one reference from now on."""
+        image = self._writable()
+        first = await self._driver.settled(image.refs.allocate_contiguous, count)
+        return first << image.geometry.cluster_bits
 
-    async def release(self, _offset: int, _count: int) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the image is read-only")
+    async def release(self, offset: int, count: int) -> None:
+        """Take a reference from clusters the file does not refer to any more, unless they are no such clusters."""
+        image = self._writable()
+        bits = image.geometry.cluster_bits
+        first = offset >> bits
+        if offset & (image.geometry.cluster_size - 1) or image.metadata.find(range(first, first + count)):
+            raise OSError(errno.EINVAL, "clusters of something else")
+        for cluster in range(first, first + count):
+            if not await self._driver.settled(image.refs.get, cluster):
+                raise OSError(errno.EINVAL, "clusters without a reference")
+        image.release(offset, count, Freeing.OTHER)
 
-    async def change_header(self, **_changes: Any) -> None:
-        """Refuse."""
-        raise OSError(errno.EROFS, "the image is read-only")
+    async def change_header(self, **changes: Any) -> None:
+        """Write the header with other values."""
+        await self._writable().change_header(**changes)
 
     async def flush(self) -> None:
-        """Nothing was written."""
+        """Everything done so far, reference counts included, reaches stable storage."""
+        image = self._writable()
+        await self._driver.writeback.settle()
+        await image.file.flush()
+
+    def _writable(self) -> Image:
+        if not self._driver.is_writable:
+            raise OSError(errno.EROFS, "the image is read-only")
+        return self._driver.image

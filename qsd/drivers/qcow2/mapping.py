@@ -13,7 +13,6 @@ from functools import partial
 from typing import Final, NoReturn, Protocol
 
 from qsd.drivers.base import Child
-from qsd.drivers.mapped import DATA, PACKED, UNALLOCATED, ZERO, Cold, Run
 from qsd.drivers.qcow2.geometry import (
     ALL_ALLOCATED,
     ALL_ZERO,
@@ -26,6 +25,7 @@ from qsd.drivers.qcow2.geometry import (
     zero_words,
 )
 from qsd.drivers.qcow2.tables import SliceCache
+from qsd.drivers.runs import DATA, PACKED, UNALLOCATED, ZERO, Cold, Run
 
 _PLAIN_MASK: Final = 0x3FFF_FFFF_FFFF_FFFF
 
@@ -108,6 +108,15 @@ class ClusterMap:
         tables = zero_words(self.l1, index, min(last + 1, len(self.l1))) if index < len(self.l1) else 1
         return min(length, ((index + tables) << shift) - offset)
 
+    def unmapped(self, cluster: int, count: int) -> int:
+        """How many clusters from ``cluster`` on no L2 table describes, at most ``count``. Raises OSError."""
+        if self.slice_offset(cluster >> self._slice_bits):
+            return 0
+        bits = self.geometry.l2_bits
+        index = cluster >> bits
+        last = min(cluster + count - 1 >> bits, len(self.l1) - 1)
+        return min(count, (index + zero_words(self.l1, index, last + 1) << bits) - cluster)
+
     def lookup(self, offset: int, length: int) -> Run:
         """The run at ``offset``, at most ``length`` bytes and not beyond the slice of the table it is found in."""
         cluster = offset >> self._cluster_bits
@@ -121,7 +130,7 @@ class ClusterMap:
             return self._subclusters(table, cluster, index, within, length)
         entry = table[index]
         left = self._cluster_mask + 1 - within
-        kind, host = self._classify(entry, cluster, index)
+        kind, host = self.check_entry(entry, cluster, index)
         if kind == PACKED:
             return PACKED, min(left, length), entry, None
         stop = min(index + 1 + (length - left + self._cluster_mask >> self._cluster_bits), self._slice_mask + 1)
@@ -145,7 +154,7 @@ class ClusterMap:
             following += 1
         return kind, min(run, length), host + within, self.data if kind == DATA else None
 
-    def _classify(self, entry: int, cluster: int, index: int) -> tuple[int, int]:
+    def check_entry(self, entry: int, cluster: int, index: int) -> tuple[int, int]:
         """Kind and host offset of a cluster with a plain entry. Raises OSError for what must not be."""
         if entry & COMPRESSED:
             return PACKED, 0
@@ -218,7 +227,7 @@ class ClusterMap:
         stop = min(index + 1 + (length - left + self._cluster_mask >> self._cluster_bits), self._slice_mask + 1)
         if self._words == 2:
             return self._subcluster_status(table, cluster, index, within, length, stop)
-        kind, _host = self._classify(table[index], cluster, index)
+        kind, _host = self.check_entry(table[index], cluster, index)
         if kind == UNALLOCATED:
             following = index + 1 + zero_words(table, index + 1, stop)
         else:

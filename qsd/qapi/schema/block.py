@@ -145,6 +145,18 @@ class BlockWriteThresholdData:
     write_threshold: Uint64
 
 
+@struct("BLOCK_IMAGE_CORRUPTED-arg")
+class BlockImageCorruptedData:
+    """``fatal``: the image has been marked, and is served no more."""
+
+    device: str
+    node_name: str | None = None
+    msg: str
+    offset: int | None = None
+    size: int | None = None
+    fatal: bool
+
+
 SCHEMA.declare(
     Command("blockdev-add", args=BlockdevOptions),
     Command("blockdev-del", args=BlockdevDelArgs),
@@ -152,5 +164,6 @@ SCHEMA.declare(
     Command("blockdev-set-active", args=BlockdevSetActiveArgs),
     Command("block_resize", args=BlockResizeArgs),
     Command("block-set-write-threshold", args=BlockSetWriteThresholdArgs),
+    Event("BLOCK_IMAGE_CORRUPTED", data=BlockImageCorruptedData),
     Event("BLOCK_WRITE_THRESHOLD", data=BlockWriteThresholdData),
 )

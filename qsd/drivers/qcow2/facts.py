@@ -1,0 +1,88 @@
+"""What a qcow2 node tells about itself: ImageInfo and its format-specific part, file names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from qsd.drivers.base import Child
+from qsd.drivers.filenames import tree_of
+from qsd.drivers.implicit import full_name
+from qsd.drivers.qcow2 import compressed
+from qsd.drivers.qcow2.layout import (
+    CORRUPT,
+    EXT_BACKING_FORMAT,
+    EXT_DATA_FILE,
+    LAZY_REFCOUNTS,
+    Header,
+)
+from qsd.errors import QmpError
+
+
+def text(name: bytes) -> str:
+    """A name in the image, as Python has file names."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def name_of(child: Child) -> str:
+    """The file name a child is reported by."""
+    inner: Any = child
+    name: str = inner.node.driver.filename()
+    return name
+
+
+def allocated_size(children: dict[str, Child]) -> int | None:
+    """Bytes used on the host, by the image and its data file."""
+    total = 0
+    for name in ("file", "data-file"):
+        child: Any = children.get(name)
+        if child is not None:
+            size = child.node.driver.allocated_size()
+            if size is None:
+                return None
+            total += size
+    return total
+
+
+def json_name(children: dict[str, Child]) -> str:
+    """The name of an image whose backing file is not the one its header says."""
+    file: Any = children["file"]
+    backing: Any = children.get("backing")
+    below = None if backing is None else tree_of(backing.node.driver)
+    return "json:" + json.dumps({"backing": below, "driver": "qcow2", "file": tree_of(file.node.driver)})
+
+
+def image_facts(header: Header, image_name: str) -> dict[str, Any]:
+    """Cluster size and what the header says about a backing file."""
+    facts: dict[str, Any] = {"cluster-size": header.cluster_size}
+    if header.backing_file is not None:
+        name = text(header.backing_file)
+        facts["backing-filename"] = name
+        with contextlib.suppress(QmpError):  # relative to an image without a directory
+            facts["full-backing-filename"] = full_name(name, image_name)
+        kind = header.extension(EXT_BACKING_FORMAT)
+        if kind:
+            facts["backing-filename-format"] = text(kind)
+    return facts
+
+
+def format_specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+    """``ImageInfoSpecificQCow2``."""
+    data: dict[str, Any] = {
+        "compat": "0.10" if header.version < 3 else "1.1",
+        "compression-type": compressed.COMPRESSION_NAMES[header.compression_type],
+        "refcount-bits": header.refcount_bits,
+    }
+    if header.version >= 3:
+        data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
+        data["corrupt"] = bool(header.incompatible & CORRUPT)
+        data["extended-l2"] = header.has_extended_l2
+    if header.has_data_file:
+        name = header.extension(EXT_DATA_FILE)
+        if name:
+            data["data-file"] = text(name)
+        data["data-file-raw"] = header.is_data_file_raw
+    if bitmaps:
+        data["bitmaps"] = bitmaps
+    return {"type": "qcow2", "data": data}

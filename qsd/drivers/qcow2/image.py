@@ -1,0 +1,364 @@
+"""An open qcow2 image: its tables, its host clusters, and the changes of them that everything else is made of.
+
+Changes are made in memory, on the spot; ``writeback`` brings them to the file in an order that keeps the image
+consistent at every moment. What cannot be done on the spot is ``Cold``. Host clusters that are no longer referred
+to are only noted (``release``): they become free once the file does not refer to them either.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import attrs
+import trio
+
+from qsd.drivers.base import Child
+from qsd.drivers.gather import Callback
+from qsd.drivers.qcow2 import compressed
+from qsd.drivers.qcow2.dirty import DirtyTables
+from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table
+from qsd.drivers.qcow2.layout import DIRTY, Header, serialise_header
+from qsd.drivers.qcow2.mapping import ClusterMap
+from qsd.drivers.qcow2.metadata_map import (
+    ACTIVE_L1,
+    ACTIVE_L2,
+    MAIN_HEADER,
+    REFCOUNT_BLOCK,
+    REFCOUNT_TABLE,
+    SNAPSHOT_TABLE,
+    MetadataMap,
+    checks_of,
+)
+from qsd.drivers.qcow2.refcount_store import write_refcounts
+from qsd.drivers.qcow2.refcounts import BLOCK_OFFSET, Refcounts
+from qsd.drivers.qcow2.settings import Settings
+from qsd.drivers.qcow2.table_growth import grow_refcount_table
+from qsd.drivers.qcow2.tables import SliceCache
+from qsd.drivers.runs import Cold
+from qsd.errors import QmpError
+from qsd.messages import Op, Request
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
+
+# How far the file is grown ahead of what is allocated: an eighth of it, within these bounds.
+GROW_MIN: Final = 1 << 20
+GROW_MAX: Final = 64 << 20
+# With this many runs of clusters waiting to become free a write-back begins though nobody has asked for one.
+MANY_FREED: Final = 4096
+
+
+class Freeing(Enum):
+    """Why host clusters are given up: decides whether the file is told (the options pass-discard-...)."""
+
+    REQUEST = "request"
+    SNAPSHOT = "snapshot"
+    OTHER = "other"
+
+
+class Freed(NamedTuple):
+    """Host clusters nobody refers to any more, each to lose one reference."""
+
+    first: int
+    clusters: int
+    why: Freeing
+
+
+class Image:
+    """See the module. ``refs`` exists while the image can be written."""
+
+    refs: Refcounts
+
+    def __init__(
+        self, driver: Qcow2Driver, header: Header, settings: Settings, options: Any, l1: array[int], file: Child
+    ) -> None:
+        self.driver = driver
+        self.header = header
+        self.settings = settings
+        self.file = file
+        self.geometry = geometry = Geometry.of(header, settings.slice_bytes)
+        self.dirty = DirtyTables()
+        self.cache = SliceCache(geometry.slice_bytes, settings.l2_cache, self.dirty.is_pinned)
+        self.map = ClusterMap(geometry, l1, self.cache, file, driver.fetch, driver.corrupt)
+        self.metadata = MetadataMap(geometry.cluster_bits, checks_of(options.overlap_check))
+        self.pending: list[Freed] = []
+        # Everything in the file from here on has never been written and reads as zeroes.
+        self.virgin = 0
+        self.has_grown = False
+        # A read may be answered with pages of the file, as long as no cluster has ever changed its owner.
+        self.lends = True
+        self._making: dict[int, Cold] = {}
+        self._header_lock = trio.Lock()
+        # Held while tables are written or moved.
+        self.tables_lock = trio.Lock()
+
+    # -- becoming writable ------------------------------------------------------------------------------------
+
+    def begin_writing(self, table: array[int]) -> None:
+        """The image can be written from now on; ``table`` is its refcount table."""
+        header, file = self.header, self.file
+        self.refs = Refcounts(
+            file, header.cluster_bits, header.refcount_order, table, self.settings.refcount_cache, self
+        )
+        cluster = header.cluster_size
+        self.virgin = -(-file.length // cluster) * cluster
+        known = self.metadata
+        known.add_tables(ACTIVE_L2, self.map.l1)
+        known.add_tables(REFCOUNT_BLOCK, table, BLOCK_OFFSET)
+        known.add(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * cluster)
+        known.add(ACTIVE_L1, header.l1_offset, header.l1_size * 8)
+        known.add(SNAPSHOT_TABLE, header.snapshots_offset, cluster if header.snapshot_count else 0)
+        known.add(MAIN_HEADER, 0, cluster)
+
+    # -- the host of ``Refcounts`` ----------------------------------------------------------------------------
+
+    def fetch(self, child: Child, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
+        """Read metadata."""
+        self.driver.fetch(child, offset, buffer, done)
+
+    def store(self, offset: int, data: bytes | memoryview, done: Callable[[int], None]) -> None:
+        """Write metadata into the image file; ``done(errno)``."""
+        reply = Callback(lambda request: done(request.error))
+        self.driver.post(self.file, Request(Op.WRITE.value, offset, len(data), memoryview(data), reply))
+        self.driver.send()
+
+    def corrupt(self, text: str) -> OSError:
+        """The image is broken; the error to raise."""
+        self.driver.corrupt(text)
+        return OSError(errno.EIO, text)
+
+    def claim(self, first: int, count: int) -> None:
+        """Make free clusters fit for use: the file reaches that far, and they hold no metadata."""
+        if self.settings.lazy_refcounts and not self.header.incompatible & DIRTY:
+            raise Cold("dirty bit", self._set_dirty)
+        bits = self.geometry.cluster_bits
+        kind = self.metadata.find(range(first, first + count))
+        if kind is not None:
+            self.overlap(kind, first << bits, count << bits)
+        end = first + count << bits
+        if end > self.virgin:
+            if end > self.file.length:
+                self._reach(end)
+            self.virgin = end
+
+    def overlap(self, kind: str, offset: int, length: int) -> None:
+        """Refuse a write that would destroy metadata. Raises OSError."""
+        text = f"Preventing invalid write on metadata (overlaps with {kind})"
+        self.driver.corrupt(text, offset=offset, size=length)
+        raise OSError(errno.EIO, text)
+
+    def _reach(self, end: int) -> None:
+        """Let the file be at least ``end`` bytes long."""
+        if end > 1 << 56:
+            raise OSError(errno.EFBIG, "host offset beyond what L2 entries can hold")
+        file = self.file
+        ahead = min(max(file.length >> 3, GROW_MIN), GROW_MAX)
+        wanted = -(-(end + ahead) // GROW_MIN) * GROW_MIN
+        try:
+            has_grown = file.grow(wanted)
+        except OSError:
+            wanted = end
+            has_grown = file.grow(end)
+        self.has_grown = True
+        if not has_grown:
+            raise Cold("file length", partial(self._reach_later, wanted))
+
+    def _reach_later(self, size: int, done: Callable[[int], None]) -> None:
+        async def truncate() -> None:
+            error = 0
+            try:
+                await self.file.truncate(size, exact=False)
+            except QmpError:
+                error = errno.ENOSPC
+            done(error)
+
+        self.driver.host.spawn(truncate, name="grow the file")
+
+    def _set_dirty(self, done: Callable[[int], None]) -> None:
+        async def set_dirty() -> None:
+            error = 0
+            try:
+                await self.change_header(incompatible=self.header.incompatible | DIRTY)
+                await self.file.flush()
+            except OSError as problem:
+                error = problem.errno or errno.EIO
+            done(error)
+
+        self.driver.host.spawn(set_dirty, name="set the dirty bit")
+
+    def grow_refcount_table(self, done: Callable[[int], None]) -> None:
+        """Make a larger refcount table."""
+
+        async def grow() -> None:
+            error = 0
+            try:
+                await grow_refcount_table(self)
+            except OSError as problem:
+                error = problem.errno or errno.EIO
+            done(error)
+
+        self.driver.host.spawn(grow, name="grow the refcount table")
+
+    # -- host clusters ----------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> tuple[int, int, bool]:
+        """Host clusters in a row: offset of the first, how many (1 to ``count``), and whether they read as zeroes.
+
+        Raises Cold, OSError.
+        """
+        virgin = self.virgin
+        first, got = self.refs.allocate(count)
+        offset = first << self.geometry.cluster_bits
+        return offset, got, offset >= virgin
+
+    def give_back(self, offset: int, count: int) -> None:
+        """Free clusters just allocated that nothing has ever referred to."""
+        try:
+            self.refs.add(offset >> self.geometry.cluster_bits, count, -1)
+        except Cold:
+            self.release(offset, count, Freeing.OTHER)
+
+    def release(self, offset: int, count: int, why: Freeing) -> None:
+        """``count`` host clusters from ``offset`` on lose a reference once the file does not refer to them."""
+        first = offset >> self.geometry.cluster_bits
+        pending = self.pending
+        if pending:
+            last = pending[-1]
+            if last.first + last.clusters == first and last.why is why:
+                pending[-1] = Freed(last.first, last.clusters + count, why)
+                return
+        pending.append(Freed(first, count, why))
+
+    def release_entry(self, entry: int, why: Freeing) -> None:
+        """What an L2 entry referred to loses a reference."""
+        if entry & compressed.COMPRESSED:
+            bits = self.geometry.cluster_bits
+            offset, length = compressed.decode_entry(entry, bits)
+            self.driver.unpacker.forget(entry)
+            first = offset >> bits
+            self.release(first << bits, (offset + length - 1 >> bits) - first + 1, why)
+        elif entry & OFFSET_MASK and not self.geometry.has_data_file:
+            self.release(entry & OFFSET_MASK, 1, why)
+
+    def give_up(self, offset: int, count: int) -> None:
+        """Clusters of a table the header no longer leads to."""
+        self.release(offset, count, Freeing.OTHER)
+        self.driver.writeback.start()
+
+    def passes_discard(self, why: Freeing) -> bool:
+        """Whether the file is told that clusters have become free."""
+        settings = self.settings
+        return {
+            Freeing.REQUEST: settings.discard_request,
+            Freeing.SNAPSHOT: settings.discard_snapshot,
+            Freeing.OTHER: settings.discard_other,
+        }[why]
+
+    def pressure(self) -> None:
+        """Write back when much waits to become free."""
+        if len(self.pending) >= MANY_FREED:
+            self.driver.writeback.start()
+
+    # -- refcounts in the file --------------------------------------------------------------------------------
+
+    @property
+    def is_lazy(self) -> bool:
+        """True while refcounts need not be written: the image is marked dirty, and there are not too many."""
+        refs = self.refs
+        return (
+            self.settings.lazy_refcounts
+            and bool(self.header.incompatible & DIRTY)
+            and len(refs.dirty) < refs.cache.limit
+        )
+
+    @property
+    def has_dirty_refcounts(self) -> bool:
+        """True when the file lacks refcounts that have to be there."""
+        return bool(self.refs.dirty or self.refs.dirty_table) and not self.is_lazy
+
+    async def write_refcounts(self) -> None:
+        """Write changed refcounts. Raises OSError."""
+        await write_refcounts(self.refs, self.file, self.header.refcount_table_offset)
+
+    # -- L2 tables --------------------------------------------------------------------------------------------
+
+    def writable_slice(self, number: int) -> array[int]:
+        """The slice, in a table that is this image's alone. Raises Cold, OSError."""
+        geometry = self.geometry
+        index = number >> geometry.l2_bits - geometry.slice_bits
+        entry = self.map.l1[index]
+        if not entry & COPIED or not entry & OFFSET_MASK:
+            self._own_table(index, number)
+        table = self.cache.find(number)
+        if table is None:
+            raise self.map.cold(number, self.map.slice_offset(number))
+        dirty = self.dirty
+        if not dirty.is_pinned(number):
+            if dirty.pinned >= self.cache.limit:
+                raise Cold("write-back", self.driver.writeback.request)
+            if len(dirty.slices) >= self.cache.limit >> 1:
+                self.driver.writeback.start()
+        return table
+
+    def _own_table(self, index: int, number: int) -> None:
+        """Make the L2 table of L1 entry ``index``: a new one, or a copy of one that is shared."""
+        making = self._making.get(index)
+        if making is not None:
+            raise making
+        entry = self.map.l1[index]
+        offset, _count, is_fresh = self.allocate(1)
+        if not entry & OFFSET_MASK and is_fresh:
+            self._link_table(index, offset)
+            self.cache.insert(number, empty_table(self.geometry.slice_bytes))
+            return
+        self._making[index] = cold = Cold(("own table", index), partial(self._fill_table, index, offset))
+        raise cold
+
+    def _fill_table(self, index: int, offset: int, done: Callable[[int], None]) -> None:
+        old = self.map.l1[index] & OFFSET_MASK
+        content = bytearray(self.geometry.cluster_size)
+
+        def stored(error: int) -> None:
+            del self._making[index]
+            if error:
+                self.release(offset, 1, Freeing.OTHER)
+            else:
+                self._link_table(index, offset)
+                if old:
+                    self.metadata.remove(old, 1)
+                    self.release(old, 1, Freeing.OTHER)
+            done(error)
+
+        def fetched(error: int) -> None:
+            if error:
+                stored(error)
+            else:
+                self.store(offset, memoryview(content), stored)
+
+        if old:
+            self.fetch(self.file, old, memoryview(content), fetched)
+        else:
+            fetched(0)
+
+    def _link_table(self, index: int, offset: int) -> None:
+        self.map.l1[index] = offset | COPIED
+        self.dirty.touch_l1(index)
+        self.metadata.add(ACTIVE_L2, offset, 1)
+
+    # -- the header -------------------------------------------------------------------------------------------
+
+    async def change_header(self, **changes: Any) -> None:
+        """Write the header with other values; they hold once they are written. Raises OSError."""
+        async with self._header_lock:
+            header = attrs.evolve(self.header, **changes)
+            try:
+                data = serialise_header(header)
+            except QmpError:
+                raise OSError(errno.ENOSPC, "the header does not fit into its cluster") from None
+            await self.file.write(0, data)
+            self.header = header

@@ -1,0 +1,36 @@
+"""Reading what has to be in memory while an image is open: the header and the tables of 64-bit words."""
+
+from __future__ import annotations
+
+from array import array
+
+from qsd.drivers.base import Child
+from qsd.drivers.qcow2.geometry import empty_table, swap
+from qsd.drivers.qcow2.layout import PROBE_LENGTH, Header, parse_header, probe_cluster_size
+from qsd.errors import QmpError, errno_text
+
+
+async def read_header(file: Child) -> Header:
+    try:
+        start = await _read(file, 0, PROBE_LENGTH)
+        cluster = await _read(file, 0, probe_cluster_size(start))
+    except OSError as error:
+        raise QmpError(f"Could not read qcow2 header: {errno_text(error.errno or 0)}") from None
+    return parse_header(cluster)
+
+
+async def _read(file: Child, offset: int, length: int) -> bytes:
+    return await file.read(offset, max(0, min(length, file.length - offset)))
+
+
+async def read_table(file: Child, offset: int, entries: int, failure: str) -> array[int]:
+    """A table of 64-bit words; what lies beyond the end of the file is zeroes."""
+    table = empty_table(entries * 8)
+    try:
+        found = await _read(file, offset, entries * 8)
+    except OSError as error:
+        raise QmpError(f"{failure}: {errno_text(error.errno or 0)}") from None
+    with memoryview(table).cast("B") as view:
+        view[: len(found)] = found
+    swap(table)
+    return table

@@ -1,0 +1,236 @@
+"""Reference counts of host clusters: looking up, allocating, and giving back.
+
+Nothing here waits. What is not in memory is ``Cold``; what was changed is noted as dirty and written by the image's
+write-back (``writeback``), blocks before the table that points to them. A new refcount block stands in the first
+cluster of the range it counts, so that making one needs no other.
+
+A cluster is only handed out when ``claim(first, count)`` agrees: it sees to it that the file reaches that far and
+that nothing known as metadata is overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Callable
+from functools import partial
+from typing import Final, Protocol
+
+from qsd.drivers.base import Child
+from qsd.drivers.qcow2 import refcount_codec as codec
+from qsd.drivers.qcow2.tables import SliceCache
+from qsd.drivers.runs import Cold
+
+BLOCK_OFFSET: Final = 0xFFFF_FFFF_FFFF_FE00
+# Entries of the refcount table in what is written at once (512 bytes).
+TABLE_SECTOR: Final = 64
+
+
+class RefcountHost(Protocol):
+    """What the image lends."""
+
+    def fetch(self, child: Child, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
+        """Read metadata."""
+
+    def claim(self, first: int, count: int) -> None:
+        """Make clusters fit for use. Raises Cold, OSError."""
+
+    def corrupt(self, text: str) -> OSError:
+        """The image is broken; the error to raise."""
+
+    def grow_refcount_table(self, done: Callable[[int], None]) -> None:
+        """Make a larger refcount table."""
+
+
+class Refcounts:
+    """See the module. Clusters are numbers of host clusters."""
+
+    def __init__(
+        self, file: Child, cluster_bits: int, order: int, table: array[int], limit: int, host: RefcountHost
+    ) -> None:
+        self.file = file
+        self.order = order
+        self.table = table
+        self.block_bits = cluster_bits + 3 - order
+        self.entries = 1 << self.block_bits
+        self.highest = codec.max_refcount(order)
+        self._cluster_bits = cluster_bits
+        self._cluster_size = 1 << cluster_bits
+        self._host = host
+        # Block number -> first and last changed entry (excluded).
+        self.dirty: dict[int, tuple[int, int]] = {}
+        self.new_blocks: set[int] = set()
+        self.dirty_table: set[int] = set()
+        itemsize = array(codec.typecode(order)).itemsize
+        self._itemsize = itemsize
+        # Blocks whose bytes are on their way to the file.
+        self.writing: set[int] = set()
+        self.cache = SliceCache(
+            self.entries * itemsize, limit, lambda index: index in self.dirty or index in self.writing
+        )
+        # The lowest cluster that may be free, and blocks known to have none.
+        self.first_free = 0
+        self._full: set[int] = set()
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def block(self, index: int) -> array[int] | None:
+        """The counts of block ``index``; None when it does not exist (all 0). Raises Cold, OSError."""
+        found = self.cache.find(index)
+        if found is not None:
+            return found
+        where = self.block_offset(index)
+        if not where:
+            return None
+        raise Cold(("refcount block", index), partial(self._load, index, where))
+
+    def block_offset(self, index: int) -> int:
+        """Where block ``index`` stands, or 0. Raises OSError."""
+        where = self.table[index] & BLOCK_OFFSET if index < len(self.table) else 0
+        if where & (self._cluster_size - 1):
+            raise self._host.corrupt(f"Refblock offset {where:#x} unaligned (reftable index: {index:#x})")
+        return where
+
+    def _load(self, index: int, where: int, done: Callable[[int], None]) -> None:
+        packed = bytearray(self._cluster_size)
+
+        def loaded(error: int) -> None:
+            if not error:
+                self.cache.insert(index, codec.decode(packed, self.order))
+            done(error)
+
+        self._host.fetch(self.file, where, memoryview(packed), loaded)
+
+    def get(self, cluster: int) -> int:
+        """The count of a cluster. Raises Cold, OSError."""
+        block = self.block(cluster >> self.block_bits)
+        return 0 if block is None else block[cluster & (self.entries - 1)]
+
+    # -- allocating -------------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> tuple[int, int]:
+        """A run of at most ``count`` free clusters: the first, and how many; their count is 1 from now on.
+
+        Raises Cold, and OSError (ENOSPC, EFBIG).
+        """
+        cluster = self.first_free
+        while True:
+            index = cluster >> self.block_bits
+            at = -1
+            if index not in self._full:
+                block = self.block(index)
+                if block is None:
+                    block = self._make_block(index)
+                at = self._find_free(block, cluster & (self.entries - 1))
+                if at >= 0:
+                    break
+                # All below ``first_free`` is used, so the search saw all of the block that could be free.
+                self._full.add(index)
+            cluster = self.first_free = (index + 1) << self.block_bits
+        stop = min(at + count, self.entries)
+        end = at + 1
+        while end < stop and not block[end]:
+            end += 1
+        first = (index << self.block_bits) + at
+        self._host.claim(first, end - at)
+        for position in range(at, end):
+            block[position] = 1
+        self.touch(index, at, end)
+        self.first_free = first + end - at
+        return first, end - at
+
+    def allocate_contiguous(self, count: int) -> int:
+        """``count`` free clusters in a row: the first. For tables; raises Cold, OSError."""
+        cluster = self.first_free
+        length = 0
+        while length < count:
+            index = (cluster + length) >> self.block_bits
+            block = self.block(index)
+            if block is None:
+                block = self._make_block(index)
+            if block[(cluster + length) & (self.entries - 1)]:
+                cluster += length + 1
+                length = 0
+            else:
+                length += 1
+        self._host.claim(cluster, count)
+        self.add(cluster, count, 1)
+        return cluster
+
+    def _find_free(self, block: array[int], start: int) -> int:
+        """The first entry from ``start`` on that is 0, or -1."""
+        size = self._itemsize
+        if start < len(block) and not block[start]:
+            return start
+        data = block.tobytes()
+        nothing = bytes(size)
+        at = data.find(nothing, start * size)
+        while at >= 0 and at % size:
+            # Zero bytes of two neighbours: an aligned entry may begin in the middle of them.
+            following = at + size - at % size
+            if data[following : following + size] == nothing:
+                return following // size
+            at = data.find(nothing, at + 1)
+        return at // size if at >= 0 else -1
+
+    def _make_block(self, index: int) -> array[int]:
+        if index >= len(self.table):
+            raise Cold("refcount table", self._host.grow_refcount_table)
+        first = index << self.block_bits
+        self._host.claim(first, 1)
+        block = codec.zeroes(self.entries, self.order)
+        block[0] = 1
+        self.table[index] = first << self._cluster_bits
+        self.dirty_table.add(index // TABLE_SECTOR)
+        self.new_blocks.add(index)
+        self.dirty[index] = (0, self.entries)
+        self.cache.insert(index, block)
+        return block
+
+    # -- changing ---------------------------------------------------------------------------------------------
+
+    def touch(self, index: int, first: int, last: int) -> None:
+        """Entries ``first`` to ``last`` (excluded) of a block are about to differ from the image's."""
+        known = self.dirty.get(index)
+        self.dirty[index] = (first, last) if known is None else (min(first, known[0]), max(last, known[1]))
+
+    def add(self, first: int, count: int, difference: int) -> list[tuple[int, int]]:
+        """Add to the counts of ``count`` clusters; the runs that became free (first, how many).
+
+        Raises Cold, or OSError when a count would leave its range, before anything is changed.
+        """
+        parts = []
+        cluster = first
+        while cluster < first + count:
+            index = cluster >> self.block_bits
+            low = cluster & (self.entries - 1)
+            high = min(self.entries, low + first + count - cluster)
+            block = self.block(index)
+            if block is None:
+                if difference < 0:
+                    raise OSError(errno.EINVAL, f"refcount of cluster {cluster} is 0")
+                block = self._make_block(index)
+            counts = block[low:high]
+            if min(counts) + difference < 0 or max(counts) + difference > self.highest:
+                raise OSError(errno.EINVAL, "refcount out of range")
+            parts.append((index, block, low, high))
+            # Pinned from here on: making the next block must not throw this one out.
+            self.touch(index, low, high)
+            cluster += high - low
+        freed: list[tuple[int, int]] = []
+        for index, block, low, high in parts:
+            for position in range(low, high):
+                block[position] += difference
+                if not block[position]:
+                    _extend(freed, (index << self.block_bits) + position)
+            self._full.discard(index)
+        if freed:
+            self.first_free = min(self.first_free, freed[0][0])
+        return freed
+
+
+def _extend(runs: list[tuple[int, int]], cluster: int) -> None:
+    if runs and runs[-1][0] + runs[-1][1] == cluster:
+        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+    else:
+        runs.append((cluster, 1))

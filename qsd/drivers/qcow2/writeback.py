@@ -1,0 +1,176 @@
+"""Bringing changed metadata to the file, in an order that keeps the image consistent at every moment.
+
+One cycle, with what was dirty when it began:
+
+1. refcounts are written (new blocks before the table that leads to them), and with the data that has been written
+   so far they reach the disk;
+2. L2 slices and L1 sectors, as they were when the cycle began, are written and reach the disk. New L2 tables were
+   written when they were made, so 1 has brought them to the disk before the L1 entry that leads to them;
+3. only then are host clusters that nothing refers to any more given up: what may still be on its way to them is
+   waited for, the file is told of the discard, and their refcounts go down.
+
+Cut off anywhere, this leaves clusters that are counted and not used, never the reverse. With lazy refcounts step 1
+is left out while the image is marked dirty.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from qsd.drivers.qcow2.dirty import L1_SECTOR
+from qsd.drivers.qcow2.image import Freed, Freeing
+from qsd.drivers.qcow2.storing import write_all
+from qsd.errors import errno_text
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.image import Image
+
+log = logging.getLogger("qsd.qcow2")
+
+Done = Callable[[int], None]
+
+
+class WriteBack:
+    """See the module. One cycle runs at a time; whoever asks meanwhile is served by the next."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._driver = image.driver
+        self._waiting: list[Done] = []
+        self._is_wanted = False
+        self._is_running = False
+
+    @property
+    def is_clean(self) -> bool:
+        """True when the file has everything."""
+        image = self._image
+        return not (
+            image.dirty or image.dirty.frozen or image.pending or self._is_running or image.has_dirty_refcounts
+        )
+
+    def request(self, done: Done) -> None:
+        """Call ``done(errno)`` when everything that has been completed so far is on the disk."""
+        self._waiting.append(done)
+        self.start()
+
+    async def settle(self) -> None:
+        """Wait for one cycle. Raises OSError."""
+        done = trio.Event()
+        errors: list[int] = []
+
+        def ended(error: int) -> None:
+            errors.append(error)
+            done.set()
+
+        self.request(ended)
+        await done.wait()
+        if errors[0]:
+            raise OSError(errors[0], errno_text(errors[0]))
+
+    def start(self) -> None:
+        """Write what is dirty, soon."""
+        self._is_wanted = True
+        if not self._is_running:
+            self._is_running = True
+            self._driver.started()
+            self._driver.host.spawn(self._run, name="write back metadata")
+
+    async def _run(self) -> None:
+        driver = self._driver
+        try:
+            while self._is_wanted:
+                self._is_wanted = False
+                waiting, self._waiting = self._waiting, []
+                error, freed = await self._cycle()
+                for done in waiting:
+                    done(error)
+                driver.send()
+                if freed:
+                    await self._give_up(freed)
+        finally:
+            self._is_running = False
+            driver.finished()
+            for done in self._waiting:  # only after a crash
+                done(errno.EIO)
+
+    async def _cycle(self) -> tuple[int, list[Freed]]:
+        image = self._image
+        async with image.tables_lock:
+            dirty = image.dirty
+            freed, image.pending = image.pending, []
+            dirty.freeze(image.map.l1, image.cache.peek)
+            try:
+                if not image.is_lazy:
+                    await image.write_refcounts()
+                await self._sync()
+                if dirty.frozen or dirty.frozen_l1:
+                    await self._write_tables()
+                    await image.file.flush()
+            except OSError as error:
+                dirty.thaw()
+                image.pending[:0] = freed
+                return error.errno or errno.EIO, []
+            dirty.frozen.clear()
+            dirty.frozen_l1.clear()
+            return 0, freed
+
+    async def _sync(self) -> None:
+        image = self._image
+        if image.map.data is not image.file:
+            await image.map.data.flush()
+        await image.file.flush()
+
+    async def _write_tables(self) -> None:
+        image = self._image
+        pieces = []
+        for number, frozen in image.dirty.frozen.items():
+            offset = image.map.slice_offset(number)
+            first = frozen.first // L1_SECTOR * L1_SECTOR
+            last = min(len(frozen.table), -(-frozen.last // L1_SECTOR) * L1_SECTOR)
+            pieces.append((offset + first * 8, frozen.words(first, last)))
+        for sector, words in image.dirty.frozen_l1.items():
+            pieces.append((image.header.l1_offset + sector * L1_SECTOR * 8, words))
+        await write_all(image.file, pieces)
+
+    # -- freed clusters ---------------------------------------------------------------------------------------
+
+    async def _give_up(self, freed: list[Freed]) -> None:
+        image = self._image
+        image.lends = False
+        # Requests that were sent to these clusters when they were still in use must not meet a new owner.
+        for child in {image.file, image.map.data}:
+            await child.quiesce()
+        for number, (first, count, why) in enumerate(freed):
+            try:
+                await self._give_up_run(first, count, why)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    log.error("%s: %s", self._driver.node_name, error)
+                    continue
+                # They stay counted until the next cycle.
+                image.pending[:0] = freed[number:]
+                return
+
+    async def _give_up_run(self, first: int, count: int, why: Freeing) -> None:
+        image = self._image
+        if image.passes_discard(why):
+            cluster = first
+            while cluster < first + count:
+                is_last = await self._driver.settled(image.refs.get, cluster) == 1
+                run = 1
+                while cluster + run < first + count:
+                    if (await self._driver.settled(image.refs.get, cluster + run) == 1) is not is_last:
+                        break
+                    run += 1
+                if is_last:
+                    bits = image.geometry.cluster_bits
+                    await image.file.discard(
+                        cluster << bits, min(run << bits, image.file.length - (cluster << bits))
+                    )
+                cluster += run
+        await self._driver.settled(image.refs.add, first, count, -1)

@@ -1,0 +1,368 @@
+"""Zeroes and discards: whole clusters change in the L2 tables, the rest of a range is written as bytes.
+
+Within one slice that is done on the spot; a longer range is a task that goes from slice to slice, so that neither
+the loop nor memory has to hold all of it. What the entries become is the choice of the reference: zeroing keeps
+the space unless it may be unmapped, discarding gives it up, and both read as zeroes where the format can say so
+(version 3).
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qsd.drivers.calls import call
+from qsd.drivers.gather import Gather
+from qsd.drivers.mapped import ZEROES as ZERO_BYTES
+from qsd.drivers.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+from qsd.drivers.qcow2.image import Freeing
+from qsd.drivers.qcow2.planning import subclusters
+from qsd.drivers.qcow2.writing import FUA, WRITE, Writer
+from qsd.drivers.runs import UNALLOCATED, ZERO
+from qsd.messages import Flag, Op, Request
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.image import Image
+
+MAY_UNMAP: Final = Flag.MAY_UNMAP.value
+NO_FALLBACK: Final = Flag.NO_FALLBACK.value
+
+
+class Zeroer:
+    """See the module."""
+
+    def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
+        self._driver = driver
+        self._image = image
+        self._writer = writer
+        geometry = image.geometry
+        self._bits = geometry.cluster_bits
+        self._size = geometry.cluster_size
+        self._slice_bits = geometry.slice_bits
+        self._slice_mask = (1 << geometry.slice_bits) - 1
+        self._words = geometry.words
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def write_zeroes(self, request: Request) -> None:
+        """Make a range read as zeroes. Raises Cold and OSError with nothing changed that would not be again."""
+        if request.flags & FUA:
+            self._writer.make_durable(request)
+        offset, end = request.offset, request.offset + request.length
+        first, last = -(-offset // self._size), self._end_cluster(end)
+        if first >= last:
+            self._zero_edges(request, [(offset, end)])
+            return
+        if self._writer.is_blocked(request, first, last - 1):
+            return
+        if (not self._can_mark_zero and self._image.driver.backing is not None) or self._is_raw:
+            # Version 2 cannot say that a cluster hides the backing file; a raw data file holds what is seen.
+            self._zero_stored(request)
+            return
+        if first >> self._slice_bits != last - 1 >> self._slice_bits:
+            self._driver.started()
+            self._driver.host.spawn(self._zero_long, request, first, last, name="write zeroes")
+            return
+        self.zero_clusters(first, last, request.flags)
+        self._zero_edges(request, [(offset, min(end, first << self._bits)), (max(offset, last << self._bits), end)])
+
+    def discard(self, request: Request) -> None:
+        """Give up whole clusters. Raises Cold and OSError with nothing changed that would not be again."""
+        first = -(-request.offset // self._size)
+        last = self._end_cluster(request.offset + request.length)
+        if first >= last or (not self._can_mark_zero and self._image.driver.backing is not None):
+            # Nothing to give up; or a guest that was promised zeroes would see the backing file again.
+            request.complete()
+            return
+        if self._writer.is_blocked(request, first, last - 1):
+            return
+        if first >> self._slice_bits != last - 1 >> self._slice_bits:
+            self._driver.started()
+            self._driver.host.spawn(self._discard_long, request, first, last, name="discard")
+            return
+        if not self._is_raw:
+            self.discard_clusters(first, last)
+        self._discard_data(request, first, last)
+
+    def _end_cluster(self, end: int) -> int:
+        """The cluster behind the last whole one before ``end``; the disk's last cluster is whole at its end."""
+        return -(-end // self._size) if end >= self._driver.length else end // self._size
+
+    @property
+    def _can_mark_zero(self) -> bool:
+        return self._image.geometry.version >= 3
+
+    @property
+    def _is_raw(self) -> bool:
+        return self._image.header.is_data_file_raw
+
+    # -- edges ------------------------------------------------------------------------------------------------
+
+    def _zero_edges(self, request: Request, edges: list[tuple[int, int]]) -> None:
+        """Zero what is less than a cluster, then complete the request."""
+        gather = Gather(self._driver, request)
+        for start, end in edges:
+            if start < end:
+                gather.left += 1
+                edge = Request(Op.WRITE_ZEROES.value, start, end - start, None, gather, request.flags)
+                self._driver.resume(partial(self._driver.serve_with, self._zero_edge, edge))
+        gather.end()
+
+    def _zero_edge(self, _driver: Qcow2Driver, edge: Request) -> None:
+        """Zero a part of one cluster (or of two neighbours). Raises Cold, OSError."""
+        offset, end = edge.offset, edge.offset + edge.length
+        middle = (offset // self._size + 1) * self._size
+        if middle < end:
+            self._zero_edges(edge, [(offset, middle), (middle, end)])
+            return
+        if self._reads_zero(offset, end):
+            edge.complete()
+            return
+        cluster = offset >> self._bits
+        base = cluster << self._bits
+        if self._can_mark_zero and not self._is_raw:
+            if self._reads_zero(base, offset) and self._reads_zero(end, base + self._size):
+                if not self._writer.is_blocked(edge, cluster, cluster):
+                    self.zero_clusters(cluster, cluster + 1, edge.flags)
+                    edge.complete()
+                return
+            if self._words == 2 and self._zero_subclusters(edge, cluster, offset - base, end - base):
+                return
+        if edge.flags & NO_FALLBACK:
+            edge.complete(errno.EOPNOTSUPP)
+            return
+        length = end - offset
+        data = ZERO_BYTES[:length] if length <= len(ZERO_BYTES) else memoryview(bytes(length))
+        self._writer.write(_as_write(edge, data))
+
+    def _reads_zero(self, start: int, end: int) -> bool:
+        backing = self._image.driver.backing
+        while start < end:
+            kind, run, _where, _child = self._image.map.lookup(start, end - start)
+            if kind != ZERO and (kind != UNALLOCATED or (backing is not None and start < backing.length)):
+                return False
+            start += run
+        return True
+
+    def _zero_subclusters(self, edge: Request, cluster: int, low: int, high: int) -> bool:
+        """Mark whole subclusters; False when the range is not made of them."""
+        bits = self._image.geometry.subcluster_bits
+        mask = (1 << bits) - 1
+        index = cluster & self._slice_mask
+        if (low | high) & mask:
+            return False
+        if self._writer.is_blocked(edge, cluster, cluster):
+            return True
+        number = cluster >> self._slice_bits
+        table = self._image.writable_slice(number)
+        entry, bitmap = table[2 * index], table[2 * index + 1]
+        if entry & COMPRESSED or (entry & OFFSET_MASK and not entry & COPIED):
+            return False
+        marked = subclusters(low >> bits, (high >> bits) - 1)
+        self._image.dirty.touch(number, table, 2 * index, 2 * index + 2)
+        table[2 * index + 1] = bitmap & ~marked | marked << 32
+        edge.complete()
+        return True
+
+    # -- where bytes have to be written -----------------------------------------------------------------------
+
+    def _zero_stored(self, request: Request) -> None:
+        if not self._is_raw:
+            if request.flags & NO_FALLBACK:
+                raise OSError(errno.EOPNOTSUPP, "version 2 has no zero clusters")
+            self._driver.started()
+            self._driver.host.spawn(self._write_zero_bytes, request, name="write zero bytes")
+            return
+        self._driver.started()
+        self._driver.host.spawn(self._zero_raw, request, name="write zeroes")
+
+    async def _write_zero_bytes(self, request: Request) -> None:
+        """Clusters that read as zeroes already stay as they are; the others are written."""
+        offset, end = request.offset, request.offset + request.length
+        error = 0
+        try:
+            while offset < end:
+                stop = min(end, (offset // self._size + 1) * self._size, offset + len(ZERO_BYTES))
+                if not await self._driver.settled(self._reads_zero, offset, stop):
+                    await call(self._driver, Op.WRITE, offset, stop - offset, ZERO_BYTES[: stop - offset])
+                offset = stop
+                await trio.lowlevel.checkpoint()
+        except OSError as problem:
+            error = problem.errno or errno.EIO
+        self._ended(request, error)
+
+    async def _zero_raw(self, request: Request) -> None:
+        """Whatever the entries are: what leads to the data file reads as zeroes then, and the rest did before."""
+        data = self._image.map.data
+        error = 0
+        try:
+            inside = max(0, min(request.length, data.length - request.offset))
+            if inside:
+                await call(data, Op.WRITE_ZEROES, request.offset, inside, None, request.flags & ~FUA)
+        except OSError as problem:
+            error = problem.errno or errno.EIO
+        self._ended(request, error)
+
+    # -- whole clusters ---------------------------------------------------------------------------------------
+
+    async def _zero_long(self, request: Request, first: int, last: int) -> None:
+        error = 0
+        try:
+            cluster = first
+            while cluster < last:
+                stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
+                skipped = await self._driver.settled(self._zero_slice, cluster, stop, last, request.flags)
+                cluster = skipped
+                await trio.lowlevel.checkpoint()
+        except OSError as problem:
+            error = problem.errno or errno.EIO
+        if error:
+            self._ended(request, error)
+            return
+        self._driver.finished()
+        offset, end = request.offset, request.offset + request.length
+        self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)])
+        self._driver.send()
+
+    def _zero_slice(self, cluster: int, stop: int, last: int, flags: int) -> int:
+        """Zero clusters of one slice; the cluster to go on with. Raises Cold, OSError."""
+        if self._image.driver.backing is None:
+            missing = self._image.map.unmapped(cluster, last - cluster)
+            if missing:
+                return cluster + missing
+        self._writer.require_free(cluster, stop - 1)
+        self.zero_clusters(cluster, stop, flags)
+        return stop
+
+    async def _discard_long(self, request: Request, first: int, last: int) -> None:
+        error = 0
+        try:
+            cluster = first
+            while cluster < last:
+                stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
+                cluster = await self._driver.settled(self._discard_slice, cluster, stop, last)
+                await trio.lowlevel.checkpoint()
+        except OSError as problem:
+            error = problem.errno or errno.EIO
+        if error:
+            self._ended(request, error)
+            return
+        self._driver.finished()
+        self._discard_data(request, first, last)
+        self._driver.send()
+
+    def _discard_slice(self, cluster: int, stop: int, last: int) -> int:
+        if self._image.driver.backing is None:
+            missing = self._image.map.unmapped(cluster, last - cluster)
+            if missing:
+                return cluster + missing
+        self._writer.require_free(cluster, stop - 1)
+        if not self._is_raw:
+            self.discard_clusters(cluster, stop)
+        return stop
+
+    def _ended(self, request: Request, error: int) -> None:
+        self._driver.finished()
+        request.complete(error)
+        self._driver.send()
+
+    def _discard_data(self, request: Request, first: int, last: int) -> None:
+        """The external data file hears of a discard itself: its clusters are not counted."""
+        data = self._image.map.data
+        offset = first << self._bits
+        length = min(last << self._bits, data.length) - offset
+        if not self._image.geometry.has_data_file or not self._image.settings.discard_request or length <= 0:
+            request.complete()
+            return
+        request.offset, request.length = offset, length
+        self._driver.post(data, request)
+
+    def zero_clusters(self, first: int, last: int, flags: int) -> None:
+        """Let the clusters ``first`` to ``last`` (excluded) of one slice read as zeroes. Raises Cold, OSError."""
+        image = self._image
+        has_backing = image.driver.backing is not None
+        if not has_backing and image.map.unmapped(first, last - first) >= last - first:
+            return
+        number = first >> self._slice_bits
+        table = image.writable_slice(number)
+        unmaps = bool(flags & MAY_UNMAP) and not image.settings.discard_no_unref
+        change = self._zero_plain if self._words == 1 else self._zero_extended
+        change(number, table, first & self._slice_mask, (last - 1 & self._slice_mask) + 1, unmaps, has_backing)
+        image.pressure()
+
+    def _zero_plain(
+        self, number: int, table: array[int], first: int, last: int, unmaps: bool, has_backing: bool
+    ) -> None:
+        image = self._image
+        zero = ZERO_FLAG if self._can_mark_zero else 0
+        image.dirty.touch(number, table, first, last)
+        for index in range(first, last):
+            entry = table[index]
+            if not entry:
+                if has_backing:
+                    table[index] = zero
+            elif entry & ZERO_FLAG and not entry & COMPRESSED and not (unmaps and entry & OFFSET_MASK):
+                continue
+            elif entry & COPIED and not unmaps and zero:
+                table[index] = entry | zero
+            else:
+                image.release_entry(entry, Freeing.REQUEST)
+                table[index] = zero
+
+    def _zero_extended(
+        self, number: int, table: array[int], first: int, last: int, unmaps: bool, has_backing: bool
+    ) -> None:
+        image = self._image
+        image.dirty.touch(number, table, 2 * first, 2 * last)
+        for word in range(2 * first, 2 * last, 2):
+            entry, bitmap = table[word], table[word + 1]
+            if not entry & ~COPIED and not has_backing and not bitmap:
+                continue
+            if bitmap == ALL_ZERO and not entry & COMPRESSED and not (unmaps and entry & OFFSET_MASK):
+                continue
+            if not (entry & COPIED and not unmaps):
+                image.release_entry(entry, Freeing.REQUEST)
+                table[word] = 0
+            table[word + 1] = ALL_ZERO
+
+    def discard_clusters(self, first: int, last: int, *, uncovers: bool = False) -> None:
+        """Give up the clusters ``first`` to ``last`` (excluded) of one slice. Raises Cold, OSError.
+
+        They read as zeroes afterwards; with ``uncovers`` as nothing this layer has.
+        """
+        image = self._image
+        if image.map.unmapped(first, last - first) >= last - first and (uncovers or image.driver.backing is None):
+            return
+        number = first >> self._slice_bits
+        table = image.writable_slice(number)
+        has_backing = image.driver.backing is not None
+        low, high = first & self._slice_mask, (last - 1 & self._slice_mask) + 1
+        words = self._words
+        image.dirty.touch(number, table, words * low, words * high)
+        keeps = image.settings.discard_no_unref and not uncovers
+        zero = ZERO_FLAG if self._can_mark_zero and words == 1 and not uncovers else 0
+        for word in range(words * low, words * high, words):
+            entry = table[word]
+            bitmap = table[word + 1] if words == 2 else 0
+            if not entry and not bitmap and (uncovers or not has_backing):
+                continue
+            if keeps and entry & COPIED and not entry & COMPRESSED:
+                table[word] = entry | zero
+            else:
+                image.release_entry(entry, Freeing.REQUEST)
+                table[word] = zero
+            if words == 2:
+                table[word + 1] = 0 if uncovers else ALL_ZERO
+        image.pressure()
+
+
+def _as_write(edge: Request, data: memoryview) -> Request:
+    edge.op = WRITE
+    edge.buffer = data
+    edge.flags = 0
+    return edge

@@ -1,0 +1,93 @@
+"""qcow2 images of every variant, written through the daemon: what a guest reads back, and what is left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import RunningDaemon
+from nbd_reader import NbdReader
+from qcow2_images import VARIANTS, Made, assert_clean, img, write_raw
+
+Start = Callable[..., RunningDaemon]
+
+TINY_CACHES = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
+
+
+class Model:
+    """A disk as a guest knows it, and random operations on both."""
+
+    def __init__(self, made: Made, seed: int) -> None:
+        self.data = bytearray(made.data)
+        self.rng = random.Random(seed)
+
+    def range(self) -> tuple[int, int]:
+        rng, size = self.rng, len(self.data)
+        length = min(size, rng.choice((1, 512, 1000, 4096, 65536, 70_000, 200_000, 1 << 20)))
+        offset = rng.randrange(size - length + 1)
+        if rng.random() < 0.5:
+            offset = offset // 65536 * 65536
+        return offset, length
+
+    def step(self, client: NbdReader) -> None:
+        offset, length = self.range()
+        span = slice(offset, offset + length)
+        kind = self.rng.randrange(10)
+        if kind < 4:
+            data = self.rng.randbytes(length)
+            client.write(offset, data, fua=self.rng.random() < 0.1)
+            self.data[span] = data
+        elif kind < 6:
+            client.write_zeroes(offset, length, may_unmap=self.rng.random() < 0.5)
+            self.data[span] = bytes(length)
+        elif kind < 7:
+            client.trim(offset, length)
+            now = client.read(offset, length)
+            # A discard leaves each byte as it was or zero.
+            assert all(new in (0, old) for new, old in zip(now, self.data[span], strict=True))
+            self.data[span] = now
+        elif kind < 9:
+            assert client.read(offset, length) == self.data[span], (offset, length)
+        else:
+            client.flush()
+
+
+def options(image: Path, node: str, **more: Any) -> dict[str, Any]:
+    file = {"driver": "file", "filename": str(image)}
+    return {"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file, **more}
+
+
+@pytest.mark.parametrize(
+    ("caches", "variants"),
+    [({}, tuple(VARIANTS)), (TINY_CACHES, ("cluster-512", "extended", "chain-4k", "snapshots", "zlib"))],
+    ids=["usual-caches", "tiny-caches"],
+)
+def test_random_operations_on_every_variant(
+    daemon: Start, tmp_path: Path, caches: dict[str, int], variants: tuple[str, ...]
+) -> None:
+    running = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock")
+    qmp = running.qmp()
+    left = []
+    for number, name in enumerate(variants):
+        place = tmp_path / name
+        place.mkdir()
+        made = VARIANTS[name](place)
+        model = Model(made, number)
+        # Cache sizes fit every variant; slices as large as the smallest cluster.
+        qmp.execute_raw("blockdev-add", options(made.path, f"n{number}", **caches))
+        export = {"type": "nbd", "id": name, "node-name": f"n{number}", "name": name, "writable": True}
+        qmp.execute_raw("block-export-add", export)
+        with NbdReader(tmp_path / "nbd.sock", name) as client:
+            for _ in range(40):
+                model.step(client)
+            assert client.read(0, len(model.data)) == model.data, name
+        qmp.execute("block-export-del", id=name)
+        qmp.wait_event("BLOCK_EXPORT_DELETED")
+        qmp.execute("blockdev-del", node_name=f"n{number}")
+        left.append((made.path, bytes(model.data)))
+    for path, data in left:
+        assert_clean(path)
+        img("compare", "-q", "-f", "qcow2", "-F", "raw", path, write_raw(tmp_path, "expected.raw", data))
