@@ -43,8 +43,12 @@ class DataPlane(Actor):
         self.spawn(_raise, error, name="crash")
 
     async def stopping(self) -> None:
-        """Nothing is in flight any more: nodes have closed before."""
+        """Nodes have closed before, so nothing is in flight any more. Where that had to be forced, the kernel may
+        still write to memory that was lent to it: then it keeps its ring."""
         self.reactor.close()
+        for engine in (self._uring, self._pool):
+            if engine is not None and not engine.in_flight:
+                engine.close()
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts, the engine's and the reactor's."""

@@ -79,8 +79,9 @@ class ThreadPool:
             except OSError as error:
                 result = -(error.errno or 5)
             self._results.append((done, result))
-            if not self._closed:
-                os.eventfd_write(self._event, 1)
+            with self._lock:  # the result may be taken, and the pool closed, before this is written
+                if not self._closed:
+                    os.eventfd_write(self._event, 1)
 
     def reap(self, _events: int = 0) -> None:
         """Deliver every result there is."""
@@ -109,10 +110,12 @@ class ThreadPool:
 
     def close(self) -> None:
         """Let the threads go. Nothing may be in flight."""
-        self._closed = True
-        for _ in range(self._threads):
+        with self._lock:
+            self._closed = True
+            os.close(self._event)
+            threads = self._threads
+        for _ in range(threads):
             self._work.put(None)
-        os.close(self._event)
 
 
 # Requests and the results of their system calls.

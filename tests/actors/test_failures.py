@@ -2,59 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-import attrs
 import pytest
 import trio
+import trio.testing
+from whole_daemon import Whole, whole_daemon
 
-from qsd.actors.core import Actor
-from qsd.actors.supervisor import Supervisor
-from qsd.commands.context import Context
-from qsd.commands.dispatch import execute
-from qsd.daemon import Daemon, build
-from qsd.errors import QmpError
-
-
-@attrs.define(eq=False)
-class Whole:
-    """A whole daemon in this process, with its events."""
-
-    daemon: Daemon
-    supervisor: Supervisor
-    place: Path
-    events: list[Any] = attrs.field(factory=list)
-
-    async def run(self, name: str, /, **arguments: Any) -> Any:
-        """Run a QMP command (underscores for dashes)."""
-        named = {key.replace("_", "-"): value for key, value in arguments.items()}
-        return await execute(Context(self.daemon.services), name, named)
-
-    def actor(self, kind: str) -> Actor:
-        """The one actor of a kind."""
-        (found,) = [actor for actor in self.supervisor.actors() if actor.kind == kind]
-        return found
-
-    async def crash(self, kind: str) -> None:
-        """Crash the one actor of a kind, and wait until it is over."""
-        actor = self.actor(kind)
-        actor.ref.tell(object())  # nobody receives that, and nobody waits for the answer
-        with trio.fail_after(10):
-            await actor.stopped.wait()
-            await trio.testing.wait_all_tasks_blocked()
-
-
-@asynccontextmanager
-async def whole_daemon(place: Path) -> AsyncIterator[Whole]:
-    async with Supervisor() as supervisor:
-        daemon = await build(supervisor, is_background=False)
-        whole = Whole(daemon, supervisor, place)
-        daemon.services.events.subscribe(lambda event: whole.events.append(json.loads(json.dumps(event.message))))
-        yield whole
+from qsd.errors import ActorStopped, QmpError
 
 
 @pytest.fixture
@@ -155,8 +111,6 @@ async def test_crash_of_what_everything_stands_on_stops_the_daemon(
 async def test_command_to_a_crashed_actor_is_an_error_and_no_hang(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from qsd.errors import ActorStopped
-
     async with whole_daemon(tmp_path) as whole:
         await whole.crash("graph")
         with trio.fail_after(10), pytest.raises((ActorStopped, QmpError)):

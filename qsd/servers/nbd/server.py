@@ -301,7 +301,7 @@ class NbdService(Actor):
         self.handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
         self._exports = exports
         self._listeners: list[sockets.Listener] = []
-        self._accepting: trio.CancelScope | None = None
+        self._accepting: list[trio.CancelScope] = []  # one for each listener
         self.max_connections = DEFAULT_MAX_CONNECTIONS
         self._connections: set[NbdConnection] = set()
         self._room = RepeatedEvent()
@@ -372,9 +372,10 @@ class NbdService(Actor):
         self._listeners = await sockets.listen(message.addr, backlog=BACKLOG, may_pass_fds=message.allow_fd)
         self.handshake_seconds = message.handshake_seconds
         self.max_connections = message.max_connections
-        self._accepting = trio.CancelScope()
         for listener in self._listeners:
-            self.spawn(self._accept, listener.socket, self._accepting, name="accept")
+            scope = trio.CancelScope()
+            self._accepting.append(scope)
+            self.spawn(self._accept, listener.socket, scope, name="accept")
 
     @receives(_End)
     async def _end(self, message: _End) -> None:
@@ -386,8 +387,9 @@ class NbdService(Actor):
             connection.disconnect("server is shutting down")
 
     def _close_listeners(self) -> None:
-        if self._accepting is not None:
-            self._accepting.cancel()
+        for scope in self._accepting:
+            scope.cancel()
+        self._accepting = []
         sockets.close_listeners(self._listeners)
         self._listeners = []
 

@@ -1,0 +1,45 @@
+"""Where the NBD server listens: one address or several, until it stops, and again."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+from whole_daemon import Whole, whole_daemon
+
+from qsd.servers.nbd.server import NbdService
+
+
+def ports(whole: Whole) -> list[tuple[socket.AddressFamily, int]]:
+    service = whole.actor("nbd server")
+    assert isinstance(service, NbdService)
+    return [(one.socket.family, one.socket.getsockname()[1]) for one in service._listeners]
+
+
+async def is_served(family: socket.AddressFamily, port: int) -> bool:
+    """Whether somebody there says NBDMAGIC."""
+    with trio.socket.socket(family) as client:
+        try:
+            await client.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", port))
+        except ConnectionRefusedError:
+            return False
+        with trio.fail_after(10):
+            return await client.recv(8) == b"NBDMAGIC"
+
+
+@pytest.mark.parametrize("host", ["", "localhost", "127.0.0.1", "::1"])
+async def test_every_address_of_a_host_is_served_until_the_stop(host: str, tmp_path: Path) -> None:
+    async with whole_daemon(tmp_path) as whole:
+        for _ in range(2):
+            await whole.run("nbd-server-start", addr={"type": "inet", "data": {"host": host, "port": "0"}})
+            listening = ports(whole)
+            assert listening
+            for family, port in listening:
+                assert await is_served(family, port)
+                assert await is_served(family, port)
+            await whole.run("nbd-server-stop")
+            for family, port in listening:
+                assert not await is_served(family, port)
+        assert whole.supervisor.fatal is None
