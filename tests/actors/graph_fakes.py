@@ -266,7 +266,7 @@ class Format(_Fake):
         self.children["file"].submit(batch)
 
     async def close(self) -> None:
-        if not self.mode.read_only:
+        if not self.mode.read_only and self.mode.active:
             await self.children["file"].write(0, b"closed clean")
         await super().close()
 

@@ -92,6 +92,8 @@ class Model:
 def needs(thing: Thing, users: list[Rights]) -> Rights:
     stable = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
     if thing.kind is Kind.FORMAT:
+        if not thing.active:
+            return Perm.NONE, Perm.ALL
         if thing.read_only:
             return Perm.CONSISTENT_READ, stable
         return Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, stable
