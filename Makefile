@@ -54,5 +54,3 @@ bench: $(VENV)/.qsd-all bytecode
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-
-$(info >>> read DEADLINE_FROM_THE_LEAD.txt in this worktree <<<)
