@@ -61,8 +61,9 @@ def _device_info(node: Node, *, flat: bool) -> Json:
     }
     if node.bitmaps:
         info["dirty-bitmaps"] = [_bitmap_info(bitmap) for bitmap in reversed(list(node.bitmaps))]
-    if chain:
-        info["backing_file"] = chain[0].driver.filename()
+    backing = _children(node).get("backing")
+    if backing is not None:
+        info["backing_file"] = backing.node.driver.filename()
     return info
 
 
