@@ -10,6 +10,7 @@ import attrs
 
 import qsd.commands.bitmaps
 import qsd.commands.block
+import qsd.commands.block_jobs
 import qsd.commands.block_queries
 import qsd.commands.chardev
 import qsd.commands.control

@@ -43,13 +43,21 @@ class Firmness(Enum):
 class Change:
     """Describe with the methods, then ``run``. The caller holds the topology's lock from the first to the last.
 
-    ``touched`` are the nodes the change is about, new children included.
+    ``touched`` are the nodes the change is about, new children included. ``thawed`` are the edges it may change
+    although a job has frozen them.
     """
 
-    def __init__(self, topology: Topology, touched: Iterable[Node], firmness: Firmness = Firmness.MAY_FAIL) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        touched: Iterable[Node],
+        firmness: Firmness = Firmness.MAY_FAIL,
+        thawed: Iterable[Edge] = (),
+    ) -> None:
         assert topology.lock.locked(), "the graph is changed under its lock"
         self._topology = topology
         self._firmness = firmness
+        self._thawed = frozenset(edge.key for edge in thawed)
         self._before = topology.snapshot(touched)
         self.snapshot = self._before
         self._attached: list[Edge] = []
@@ -73,16 +81,25 @@ class Change:
         self._attached.append(edge)
 
     def detach(self, edge: Edge) -> None:
-        """Take an edge away."""
+        """Take an edge away. Raises QmpError (frozen by a job)."""
+        self._check_free(edge)
         self.snapshot = self.snapshot.without_edges([edge.key])
         self._detached.append(edge)
 
     def swap(self, edge: Edge, child: Node) -> None:
-        """Let ``edge`` lead to ``child``. Raises QmpError (cycle, inactive child)."""
+        """Let ``edge`` lead to ``child``. Raises QmpError (cycle, inactive child, frozen by a job)."""
+        self._check_free(edge)
         facts = attrs.evolve(edge_facts(edge), child=info_of(child).key)
         self.snapshot = self.snapshot.without_edges([edge.key]).with_edge(facts)
         parent = info_of(edge.parent).key if edge.parent is not None else None
         self._swaps.setdefault(parent, []).append((edge, child))
+
+    def _check_free(self, edge: Edge) -> None:
+        if edge.freezes and edge.key not in self._thawed:
+            assert edge.parent is not None
+            raise QmpError(
+                f"Cannot change frozen '{edge.name}' link from '{edge.parent.name}' to '{edge.node.name}'"
+            )
 
     def reopen(self, node: Node, new: NewMode) -> None:
         """Give a node new options and another mode."""

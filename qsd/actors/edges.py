@@ -14,6 +14,7 @@ from qsd.block.permissions import Perm
 from qsd.block.plan import Rights
 from qsd.drivers.base import ChildRole, Limits
 from qsd.drivers.calls import SlowPath
+from qsd.errors import QmpError
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
@@ -52,6 +53,14 @@ class NodeInfo:
     children: dict[str, Edge] = attrs.field(factory=dict)
 
     @property
+    def job(self) -> JobUse | None:
+        """The job that has the node for itself."""
+        for edge in self.parents:
+            if isinstance(edge, RootEdge) and edge.options.job is not None:
+                return edge.options.job
+        return None
+
+    @property
     def has_root_parents(self) -> bool:
         """True when an export or a job uses the node itself."""
         return any(edge.parent is None for edge in self.parents)
@@ -62,6 +71,13 @@ def info_of(node: Node) -> NodeInfo:
     info = node.info
     assert isinstance(info, NodeInfo)
     return info
+
+
+def check_not_in_job(node: Node) -> None:
+    """Raise QmpError when a job has ``node`` for itself."""
+    job = info_of(node).job
+    if job is not None:
+        raise QmpError(f"Node '{node.name}' is busy: block device is in use by block job: {job.kind}")
 
 
 class Truncate(Protocol):
@@ -76,7 +92,7 @@ class Edge(SlowPath):
     ``submit`` is the child node's own, bound anew when the child is swapped: keep the edge, not its ``submit``.
     """
 
-    __slots__ = ("_truncate", "key", "name", "node", "parent", "perm", "role", "shared", "submit")
+    __slots__ = ("_truncate", "freezes", "key", "name", "node", "parent", "perm", "role", "shared", "submit")
 
     submit: Callable[[list[Request]], None]
 
@@ -88,6 +104,8 @@ class Edge(SlowPath):
         self.perm = Perm.NONE
         self.shared = Perm.ALL
         self._truncate = truncate
+        # Jobs that rely on the edge leading where it does.
+        self.freezes = 0
         self.bind(node)
 
     def bind(self, node: Node) -> None:
@@ -168,8 +186,16 @@ def length_changed(node: Node, ignored: Edge | None = None) -> None:
 
 
 @attrs.frozen
+class JobUse:
+    """The job that uses a node, and what kind of job that is. A node in use by a job is not for other jobs."""
+
+    id: str
+    kind: str
+
+
+@attrs.frozen
 class RootOptions:
-    """How an export or a job uses a node.
+    """How an export or a job (``job``) uses a node.
 
     ``allow_inactive``: take the node as it is, and let it be inactivated while in use; without it an inactive node
     is activated, and a writing user keeps it active. ``on_resize`` is called (between awaits) after the length or
@@ -182,6 +208,8 @@ class RootOptions:
     allow_inactive: bool = False
     on_resize: Callable[[], None] | None = None
     on_swap: Callable[[], None] | None = None
+    name: str = "root"
+    job: JobUse | None = None
 
 
 class RootEdge(Edge):
@@ -201,7 +229,7 @@ class RootEdge(Edge):
     ) -> None:
         self._holds = 0
         self._kept: list[Request] = []
-        super().__init__(None, "root", node, ChildRole.FILTERED, truncate)
+        super().__init__(None, options.name, node, ChildRole.FILTERED, truncate)
         self.options = options
         self.wanted = Rights(options.perm, options.shared)
         self.is_attached = False

@@ -23,7 +23,17 @@ from qsd.actors.activation import set_active
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.drain import Drained
-from qsd.actors.edges import Detach, NodeInfo, NodeState, RootEdge, RootOptions, SetRights, info_of, length_changed
+from qsd.actors.edges import (
+    Detach,
+    NodeInfo,
+    NodeState,
+    RootEdge,
+    RootOptions,
+    SetRights,
+    check_not_in_job,
+    info_of,
+    length_changed,
+)
 from qsd.actors.graph_actions import GraphAction, GraphTools, transact
 from qsd.actors.images import change_backing_file, delete_snapshot
 from qsd.actors.node import Node
@@ -84,7 +94,7 @@ class Graph(Actor):
         self.topology = Topology()
         self._supervisor = supervisor
         self._opener = Opener(self.topology, supervisor, find_driver, aio, warn, secret, emit, self._truncate)
-        self.tools = GraphTools(self.topology, self._opener, self._truncate)
+        self.tools = GraphTools(self.topology, self._opener, self._truncate, self._make_root)
         self._scopes: set[trio.CancelScope] = set()
         self._work_ended = RepeatedEvent()
 
@@ -289,10 +299,13 @@ class Graph(Actor):
             for below in topology.below([node]):
                 if not below.active:
                     change.activate(below, active=True)
-        edge = RootEdge(node, options, self._truncate, self._ask_for_edge)
+        edge = self._make_root(node, options)
         change.attach(edge)
         await change.run()
         return edge
+
+    def _make_root(self, node: Node, options: RootOptions) -> RootEdge:
+        return RootEdge(node, options, self._truncate, self._ask_for_edge)
 
     async def _hand_over(self, edge: RootEdge, claim: _Claim) -> RootEdge:
         if claim.is_abandoned:
@@ -341,6 +354,7 @@ class Graph(Actor):
         node = topology.find(name or "", f"Cannot find device='{device or ''}' nor node-name='{{}}'")
         if size < 0:
             raise QmpError("Parameter 'size' expects a >0 size")
+        check_not_in_job(node)
         if not node.active:
             raise QmpError(f"Permission '{perm_text(Perm.RESIZE)}' unavailable on inactive node")
         node.bitmaps.check_resizable(size)
@@ -373,6 +387,7 @@ class Graph(Actor):
 
 
 def _check_deletable(node: Node, info: NodeInfo) -> None:
+    check_not_in_job(node)
     if info.has_root_parents:
         raise QmpError(f"Node {node.name} is in use")
     for edge in info.parents:

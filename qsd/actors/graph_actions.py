@@ -12,19 +12,19 @@ An action goes through these steps, every one for all actions in order before th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 
 from qsd.actors import transaction
-from qsd.actors.change import Change
+from qsd.actors.change import Change, Firmness
 from qsd.actors.drain import drained
 from qsd.actors.opening import shielded
 from qsd.actors.transaction import Action
 
 if TYPE_CHECKING:
-    from qsd.actors.edges import Truncate
+    from qsd.actors.edges import Edge, RootEdge, RootOptions, Truncate
     from qsd.actors.node import Node
     from qsd.actors.opening import Opener
     from qsd.actors.topology import Topology
@@ -37,6 +37,8 @@ class GraphTools:
     topology: Topology
     opener: Opener
     truncate: Truncate
+    # Makes a root edge that is not attached yet.
+    make_root: Callable[[Node, RootOptions], RootEdge]
 
 
 class GraphAction(Action):
@@ -50,6 +52,16 @@ class GraphAction(Action):
     @property
     def touched(self) -> list[Node]:
         """The nodes whose edges it changes, and those it connects them with."""
+        return []
+
+    @property
+    def firmness(self) -> Firmness:
+        """Whether drivers may refuse the change."""
+        return Firmness.MAY_FAIL
+
+    @property
+    def thawed(self) -> list[Edge]:
+        """The edges it may change although a job has frozen them."""
         return []
 
     async def stage(self, earlier: Sequence[GraphAction]) -> None:
@@ -89,14 +101,17 @@ class _Step(Action):
         await self.action.clean()
 
 
-def _touched(actions: Iterable[GraphAction]) -> list[Node]:
-    return [node for action in actions for node in action.touched]
+def _change(topology: Topology, actions: Sequence[GraphAction]) -> Change:
+    touched = [node for action in actions for node in action.touched]
+    thawed = [edge for action in actions for edge in action.thawed]
+    is_firm = bool(actions) and all(action.firmness is Firmness.MUST_SUCCEED for action in actions)
+    return Change(topology, touched, Firmness.MUST_SUCCEED if is_firm else Firmness.MAY_FAIL, thawed)
 
 
 async def rehearse(topology: Topology, actions: Sequence[GraphAction]) -> None:
     """See whether ``actions`` can be described one after the other. Raises QmpError."""
     async with topology.lock:
-        change = Change(topology, _touched(actions))
+        change = _change(topology, actions)
         for action in actions:
             action.describe(change)
 
@@ -120,7 +135,7 @@ async def transact(tools: GraphTools, actions: Sequence[GraphAction]) -> None:
 
 async def _carry_out(topology: Topology, actions: Sequence[GraphAction]) -> list[Node]:
     async with topology.lock, drained(topology, [node for action in actions for node in action.concerned]):
-        change = Change(topology, _touched(actions))
+        change = _change(topology, actions)
         steps: list[Action] = [_Step(action, change) for action in actions]
         await transaction.run([*steps, transaction.Group(change.actions())])
         change.tell()

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
+import trio
 from trio_util import AsyncValue, RepeatedEvent
 
 from qsd.actors.bitmap_keeping import store_at_close
@@ -74,6 +76,8 @@ class Node(Actor, SlowPath):
         self._holds = 0
         self._held: list[Request] = []
         self._let_go = RepeatedEvent()
+        self._released = RepeatedEvent()
+        self._trackers = 0
         self._tasks = AsyncValue(0)
         self._broken = False
         # True from a successful driver.open() to its close.
@@ -126,7 +130,7 @@ class Node(Actor, SlowPath):
             and not driver.mode.read_only
             and not self.write_threshold
             and driver.mode.detect_zeroes is DetectZeroes.OFF
-            and not (self._mask and self.serialiser.is_tracking)
+            and not self.serialiser.is_tracking
         )
 
     def set_writable(self, *, writable: bool) -> None:
@@ -212,7 +216,7 @@ class Node(Actor, SlowPath):
             self._count(request)
             if self.bitmaps.recording and op in (WRITE, WRITE_ZEROES, DISCARD):
                 self._mark(request)
-            if not self._mask or op == FLUSH:
+            if op == FLUSH:
                 plain.append(request)
             elif (request.offset | request.length) & self._mask:
                 self._task(unaligned, self, request, name=f"unaligned {Op(op).name.lower()}")
@@ -315,9 +319,22 @@ class Node(Actor, SlowPath):
             await self.serialiser.wait_idle()
             await self.driver.wait_idle()
 
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Do something past the funnel, which drained scopes wait for, and which waits for them."""
+        while self._holds:
+            await self._released.wait()
+        self._tasks.value += 1
+        try:
+            yield
+        finally:
+            self._tasks.value -= 1
+
     def release(self) -> None:
         """End one ``hold``; the last one lets go of what was kept back."""
         self._holds -= 1
+        if not self._holds:
+            self._released.set()
         if not self._holds and self._held:
             held, self._held = self._held, []
             self.submit(held)
@@ -350,6 +367,22 @@ class Node(Actor, SlowPath):
             await self.settle()
             serialiser.settled.set()
         await serialiser.settled.wait()
+
+    @asynccontextmanager
+    async def writes_tracked(self) -> AsyncIterator[None]:
+        """Inside the scope every write is known to the serialiser, so that ``exclusive`` keeps off others."""
+        serialiser = self.serialiser
+        self._trackers += 1
+        await self.track_writes()
+        try:
+            yield
+        finally:
+            self._trackers -= 1
+            # A node that was written unaligned once goes on tracking.
+            if not self._trackers and not self._mask:
+                serialiser.is_tracking = False
+                serialiser.settled = trio.Event()
+                self.refresh()
 
     def break_down(self) -> None:
         """The node's actor has crashed, or the node is gone: answer EIO from now on."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qsd.actors.change import Change
-from qsd.actors.edges import Edge
+from qsd.actors.edges import Edge, check_not_in_job
 from qsd.actors.graph_actions import GraphAction, GraphTools, rehearse
 from qsd.actors.images import find_root
 from qsd.actors.opening import UNKNOWN_REFERENCE as UNKNOWN
@@ -60,6 +60,7 @@ class _OverlayAction(GraphAction):
     def describe(self, change: Change) -> None:
         """Check both nodes; attach the overlay and let everybody who uses the node use it."""
         node = self._node = self.find_node()
+        check_not_in_job(node)
         users = change.edges_to(node)
         for edge in users:
             if edge.role is ChildRole.COW:

@@ -203,8 +203,12 @@ async def x_debug_query_block_graph(context: Context, _args: None) -> Json:
         )
 
     for root in graph.roots:
-        nodes.append({"id": number(root), "type": "block-backend", "name": ""})
-        draw(root, root)
+        job = root.options.job
+        if job is None:
+            nodes.append({"id": number(root), "type": "block-backend", "name": ""})
+        elif job not in numbers:
+            nodes.append({"id": number(job), "type": "block-job", "name": job.id})
+        draw(job or root, root)
     for node in graph.nodes:
         nodes.append({"id": number(node), "type": "block-driver", "name": node.name})
         for edge in _children(node).values():

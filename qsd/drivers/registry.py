@@ -36,6 +36,7 @@ class Imported(Mapping[str, T], Generic[T]):
 
 DRIVERS: Imported[type[Driver]] = Imported(
     {
+        "copy-on-read": "filters:StreamFilter",
         "file": "file:FileDriver",
         "host_device": "file:HostDeviceDriver",
         "luks": "luks.driver:LuksDriver",

@@ -33,7 +33,7 @@ class _Course(Enum):
     """How far a group has come."""
 
     OPEN = "jobs are created, work, wait for each other or for the user"
-    PREPARING = "all have worked; what can still fail is done"
+    PREPARING = "all have worked; what can still fail is done, and is not undone because a user changes his mind"
     COMMITTING = "the work counts: nothing stops it any more"
     ABORTING = "nothing of it counts"
 
@@ -78,15 +78,15 @@ class JobGroup:
 
     def cancel(self, job: Job) -> trio.Event:
         """Cancel a job that does not work, if it is not too late; set when all are concluded."""
-        if self._course in (_Course.OPEN, _Course.PREPARING):
+        if self._course is _Course.OPEN:
             job.cancelled()
             self.give_up()
         return self.ended
 
     def give_up(self) -> None:
         """A job will not make it, so none will."""
-        before, self._course = self._course, _Course.ABORTING
-        if before is _Course.OPEN:
+        if self._course is _Course.OPEN:
+            self._course = _Course.ABORTING
             self._keeper.run_later(self._abort, name="end of jobs")
 
     # -- the end --------------------------------------------------------------------------------------------------
@@ -94,9 +94,7 @@ class JobGroup:
     async def _finalize(self) -> None:
         for job in self.jobs:
             if not await job.attempt(job.prepare):
-                self.give_up()
-            # A job may have been cancelled meanwhile.
-            if self._course is _Course.ABORTING:
+                self._course = _Course.ABORTING
                 await self._abort()
                 return
         self._course = _Course.COMMITTING

@@ -119,6 +119,9 @@ class Job(Actor):
         """Work at ``speed`` units per second at most; 0 is without limit. Raises QmpError."""
         raise QmpError("Speed is not supported for this job")
 
+    def resumed(self) -> None:
+        """The user lets the job go on."""
+
     def on_status(self, status: JobStatus) -> None:
         """The status has changed and been told (block jobs have more to tell)."""
 
@@ -142,6 +145,17 @@ class Job(Actor):
     def become_ready(self) -> None:
         """The work is done as far as it can be, and goes on until ``complete``."""
         self.change_status(JobStatus.READY)
+
+    @property
+    def is_to_pause(self) -> bool:
+        """Whether the next ``pause_point`` will hold."""
+        return bool(self._pauses.value)
+
+    def pause_for_user(self) -> None:
+        """Pause until the user resumes the job."""
+        if not self.is_user_paused:
+            self.is_user_paused = True
+            self.hold_back()
 
     def show_progress(self, done: int, total: int) -> None:
         """What ``query-jobs`` shows."""
@@ -265,12 +279,12 @@ class Job(Actor):
     def _pause(self) -> None:
         if self.is_user_paused:
             raise QmpError("Job is already paused")
-        self.is_user_paused = True
-        self.hold_back()
+        self.pause_for_user()
 
     def _resume(self) -> None:
         if self.is_user_paused:
             self.is_user_paused = False
+            self.resumed()
             self.let_on()
 
     def cancel(self, *, force: bool) -> trio.Event | None:

@@ -104,6 +104,10 @@ class Jobs(Actor):
         """All jobs, newest first."""
         return [job for job in reversed(self._jobs.values()) if job.status is not JobStatus.UNDEFINED]
 
+    def find(self, name: str) -> Job | None:
+        """The job with that id."""
+        return self._jobs.get(name)
+
     def query(self) -> list[JobInfo]:
         """``query-jobs``."""
         return [job.info() for job in self.jobs()]

@@ -273,6 +273,7 @@ class QueryBlockstatsArgs:
 @enum("XDbgBlockGraphNodeType")
 class XDbgBlockGraphNodeType(str, Enum):
     BLOCK_BACKEND = "block-backend"
+    BLOCK_JOB = "block-job"
     BLOCK_DRIVER = "block-driver"
 
 

@@ -9,6 +9,7 @@ from qsd.qapi.core import SCHEMA, Command, Event, enum, struct
 
 @enum("JobType")
 class JobType(str, Enum):
+    STREAM = "stream"
     CREATE = "create"
     AMEND = "amend"
 

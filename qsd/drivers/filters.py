@@ -1,0 +1,64 @@
+"""Filters that jobs put above the nodes they work on: everything passes through, and users see them there."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from qsd.drivers.base import ChildRole, Driver, Mode
+from qsd.messages import Request
+
+
+class FilterDriver(Driver):
+    """Passes everything to its child, and is what its child is."""
+
+    is_filter: ClassVar[bool] = True
+    child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = (("file", ChildRole.FILTERED),)
+    can_truncate: ClassVar[bool] = True
+
+    async def open(self) -> None:
+        """Be as long as the child."""
+        self.refresh_length()
+
+    def submit(self, batch: list[Request]) -> None:
+        """Pass on."""
+        self.children["file"].submit(batch)
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Resize the child."""
+        await self.children["file"].truncate(size, exact=exact)
+        self.refresh_length()
+
+    def refresh_length(self) -> None:
+        """The child's length, and its limits."""
+        self.length = self.children["file"].length
+        self.limits = self.children["file"].limits
+
+    def commit_reopen(self, options: Any, mode: Mode) -> None:
+        """The child may be another."""
+        super().commit_reopen(options, mode)
+        self.refresh_length()
+
+    @property
+    def below(self) -> Driver:
+        """The child's driver."""
+        child: Any = self.children["file"]
+        driver: Driver = child.node.driver
+        return driver
+
+    def allocated_size(self) -> int | None:
+        """The child's."""
+        return self.below.allocated_size()
+
+    def filename(self) -> str:
+        """The child's."""
+        return self.below.filename()
+
+    def dirty_flag(self) -> bool | None:
+        """The child's."""
+        return self.below.dirty_flag()
+
+
+class StreamFilter(FilterDriver):
+    """What stands above a node that is being streamed into. (What the job copies it copies below the filter.)"""
+
+    name: ClassVar[str] = "copy-on-read"
