@@ -41,12 +41,13 @@ def counted(header: Header, file: bytes) -> list[int]:
     while blocks and not blocks[-1]:
         blocks.pop()  # a table of 1-bit counts has room for four thousand million clusters
     per_block = refcount_codec.block_entries(header.cluster_bits, header.refcount_order)
-    for block in blocks:
+    clusters = len(file) // size
+    for number, block in enumerate(blocks):
         if block:
             counts.extend(refcount_codec.decode(file[block : block + size], header.refcount_order))
-        else:
+        elif number * per_block < clusters:
+            # A table of 1-bit counts has room for 4 Gi clusters: only as many zeroes as there are clusters.
             counts.extend([0] * per_block)
-    clusters = len(file) // size
     assert not any(counts[clusters:])
     return counts[:clusters]
 
