@@ -236,7 +236,7 @@ async def running_house() -> AsyncIterator[House]:
 
     async with Supervisor() as supervisor:
         aio: Any = NoAio()  # never used
-        graph = Graph(supervisor, find, aio, warn=print, secret=NO_SECRETS.__getitem__)
+        graph = Graph(supervisor, find, aio, warn=print, secret=NO_SECRETS.__getitem__, emit=bus.emit)
         await supervisor.start(graph, Floor.GRAPH)
         jobs = Jobs(supervisor, bus)
         await supervisor.start(jobs, Floor.JOBS)
