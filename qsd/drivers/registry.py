@@ -36,7 +36,6 @@ class Imported(Mapping[str, T], Generic[T]):
 
 DRIVERS: Imported[type[Driver]] = Imported(
     {
-        "copy-on-read": "filters:StreamFilter",
         "file": "file:FileDriver",
         "host_device": "file:HostDeviceDriver",
         "luks": "luks.driver:LuksDriver",
@@ -46,6 +45,9 @@ DRIVERS: Imported[type[Driver]] = Imported(
         "raw": "raw:RawDriver",
     }
 )
+
+# Filters that jobs put in, which no option names.
+JOB_FILTERS: Imported[type[Driver]] = Imported({"copy-on-read": "filters:StreamFilter"})
 
 # Formats and protocols that blockdev-create can make, by driver name.
 CREATORS: Imported[Creator] = Imported(
@@ -59,7 +61,7 @@ CREATORS: Imported[Creator] = Imported(
 
 def find_driver(name: str) -> type[Driver]:
     """The class of driver ``name``; raises QmpError."""
-    found = DRIVERS.get(name)
+    found = DRIVERS.get(name) or JOB_FILTERS.get(name)
     if found is None:
         raise QmpError(f"Unknown driver '{name}'")
     return found

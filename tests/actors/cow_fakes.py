@@ -27,8 +27,7 @@ from qsd.block.permissions import Perm
 from qsd.commands.context import Context
 from qsd.commands.dispatch import execute
 from qsd.drivers.base import ChildRole, Driver
-from qsd.drivers.filters import FilterDriver
-from qsd.drivers.registry import DRIVERS
+from qsd.drivers.registry import JOB_FILTERS
 from qsd.errors import QmpError
 from qsd.messages import BlockState, Extent, Op, Request
 from qsd.qapi.schema.block import BlockdevOptions
@@ -230,9 +229,7 @@ async def running_house() -> AsyncIterator[House]:
     def find(name: str) -> type[Driver]:
         if name == cow.name:
             return cow
-        kind = DRIVERS[name]
-        assert issubclass(kind, FilterDriver)
-        return kind
+        return JOB_FILTERS[name]
 
     async with Supervisor() as supervisor:
         aio: Any = NoAio()  # never used

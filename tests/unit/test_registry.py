@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 
 from qsd.drivers.base import Driver
-from qsd.drivers.registry import CREATORS, DRIVERS, find_driver
+from qsd.drivers.registry import CREATORS, DRIVERS, JOB_FILTERS, find_driver
 from qsd.qapi.core import SCHEMA
 from qsd.qapi.schema.block import BlockdevDriver
 
 
 def test_drivers_are_what_they_are_called() -> None:
-    for name in DRIVERS:
+    for name in (*DRIVERS, *JOB_FILTERS):
         kind = find_driver(name)
         assert issubclass(kind, Driver)
         assert kind.name == name
