@@ -17,7 +17,7 @@ import errno
 import zlib
 from typing import Any, Final, Protocol
 
-from qsd.drivers.qcow2.layout import COMPRESSION_ZLIB, COMPRESSION_ZSTD
+from qsd.drivers.qcow2.layout import COMPRESSION_NAMES, COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from qsd.errors import QmpError
 
 try:
@@ -31,7 +31,6 @@ except ImportError:
 
 COMPRESSED: Final = 1 << 62
 SECTOR: Final = 512
-COMPRESSION_NAMES: Final = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 # Streams are written for the 4 KiB window that the reference inflates with; any window is read.
 _WRITE_WINDOW: Final = -12

@@ -15,6 +15,23 @@ from typing import Final
 
 import attrs
 
+from qsd.drivers.qcow2.extensions import EXT_BACKING_FORMAT as EXT_BACKING_FORMAT
+from qsd.drivers.qcow2.extensions import EXT_BITMAPS as EXT_BITMAPS
+from qsd.drivers.qcow2.extensions import EXT_CRYPTO as EXT_CRYPTO
+from qsd.drivers.qcow2.extensions import EXT_DATA_FILE as EXT_DATA_FILE
+from qsd.drivers.qcow2.extensions import (
+    EXT_FEATURE_NAMES,
+    INCOMPATIBLE,
+    BitmapsExtension,
+    CryptoExtension,
+    Extension,
+    feature_table,
+    parse_bitmaps_extension,
+    parse_crypto_extension,
+    parse_extensions,
+    parse_feature_names,
+    serialise_extensions,
+)
 from qsd.errors import QmpError
 
 MAGIC: Final = b"QFI\xfb"
@@ -36,6 +53,8 @@ MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
 MAX_SNAPSHOTS: Final = 65536
 MAX_REFCOUNT_ORDER: Final = 6
 MAX_SIZE: Final = (1 << 63) - 1
+# Entries. What is beyond is called too big, what is below but more than the table has makes the table too small.
+MAX_L1_NEEDED: Final = (1 << 31) - 1
 
 # Incompatible feature bits.
 DIRTY: Final = 1 << 0
@@ -51,46 +70,16 @@ BITMAPS: Final = 1 << 0
 DATA_FILE_RAW: Final = 1 << 1
 KNOWN_AUTOCLEAR: Final = BITMAPS | DATA_FILE_RAW
 
-# Header extension types.
-EXT_END: Final = 0
-EXT_BACKING_FORMAT: Final = 0xE2792ACA
-EXT_FEATURE_NAMES: Final = 0x6803F857
-EXT_BITMAPS: Final = 0x23852875
-EXT_CRYPTO: Final = 0x0537BE77
-EXT_DATA_FILE: Final = 0x44415441
-
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
 CRYPT_LUKS: Final = 2
 COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
-
-_INCOMPATIBLE, _COMPATIBLE, _AUTOCLEAR = 0, 1, 2
-# The feature name table written into every v3 image: kind, bit, name.
-FEATURE_NAMES: Final = (
-    (_INCOMPATIBLE, 0, "dirty bit"),
-    (_INCOMPATIBLE, 1, "corrupt bit"),
-    (_INCOMPATIBLE, 2, "external data file"),
-    (_INCOMPATIBLE, 3, "compression type"),
-    (_INCOMPATIBLE, 4, "extended L2 entries"),
-    (_COMPATIBLE, 0, "lazy refcounts"),
-    (_AUTOCLEAR, 0, "bitmaps"),
-    (_AUTOCLEAR, 1, "raw external data"),
-)
+COMPRESSION_NAMES: Final = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
-_FEATURE = struct.Struct(">BB46s")
 _NOT_QCOW2 = "Image is not in qcow2 format"
-
-
-@attrs.frozen
-class Extension:
-    """One header extension: type and data, without the padding to 8 bytes."""
-
-    type: int
-    data: bytes
 
 
 @attrs.frozen(kw_only=True)
@@ -175,6 +164,16 @@ class Header:
         """The data of the first header extension of a type."""
         return next((extension.data for extension in self.extensions if extension.type == kind), None)
 
+    def bitmaps_extension(self) -> BitmapsExtension | None:
+        """Where the bitmap directory is, when the image says that it is valid. Raises QmpError."""
+        data = self.extension(EXT_BITMAPS) if self.autoclear & BITMAPS else None
+        return None if data is None else parse_bitmaps_extension(data, self.cluster_size)
+
+    def crypto_extension(self) -> CryptoExtension | None:
+        """Where the LUKS header is. Raises QmpError."""
+        data = self.extension(EXT_CRYPTO)
+        return None if data is None else parse_crypto_extension(data, self.cluster_size)
+
     def with_extension(self, kind: int, data: bytes | None) -> Header:
         """The header with that extension set (in place, else at the end) or taken away (None)."""
         rest = [extension for extension in self.extensions if extension.type != kind]
@@ -187,7 +186,8 @@ class Header:
 
 def probe_cluster_size(start: bytes) -> int:
     """The bytes of the header cluster, from the first ``PROBE_LENGTH`` bytes of the file. Raises QmpError."""
-    if len(start) < V2_LENGTH or start[:4] != MAGIC:
+    start = start.ljust(PROBE_LENGTH, b"\0")
+    if start[:4] != MAGIC:
         raise QmpError(_NOT_QCOW2)
     version, bits = struct.unpack_from(">I", start, 4)[0], struct.unpack_from(">I", start, 20)[0]
     if not 2 <= version <= 3:
@@ -200,10 +200,11 @@ def probe_cluster_size(start: bytes) -> int:
 def parse_header(cluster: bytes) -> Header:
     """Read the header cluster; raises QmpError for what cannot be opened.
 
-    ``cluster`` holds as much of the first cluster as the file has. Unknown incompatible features are refused here
-    (with the names the image gives them); what else the bits mean is the driver's affair.
+    ``cluster`` holds as much of the first cluster as the file has; what lacks is zeroes. Unknown incompatible
+    features are refused here (with the names the image gives them); what else the bits mean is the driver's affair.
     """
     cluster_size = probe_cluster_size(cluster)
+    cluster = cluster.ljust(cluster_size, b"\0")
     fields = _V2.unpack_from(cluster)
     version, backing_offset, backing_size = fields[1], fields[2], fields[3]
     header = Header(
@@ -223,19 +224,20 @@ def parse_header(cluster: bytes) -> Header:
         header = _with_v3_fields(header, cluster, cluster_size)
     if backing_offset > cluster_size:
         raise QmpError("Invalid backing file offset")
+    _check_compression(header)
     extensions_end = backing_offset or cluster_size
-    extensions, names = _parse_extensions(cluster, header.header_length, extensions_end)
-    header = attrs.evolve(header, extensions=extensions, feature_names=names)
-    _check_features(header)
+    _check_features(header, cluster, extensions_end)
+    _check_bounds(header)
+    header = _with_extensions(header, cluster, extensions_end)
+    _check_extensions(header)
     if backing_offset:
         header = attrs.evolve(header, backing_file=_backing_name(cluster, backing_offset, backing_size))
-    _check_bounds(header)
+    if header.size > MAX_SIZE:
+        raise QmpError("Could not refresh total sector count: File too large")
     return header
 
 
 def _with_v3_fields(header: Header, cluster: bytes, cluster_size: int) -> Header:
-    if len(cluster) < V3_LENGTH:
-        raise QmpError("qcow2 header too short")
     incompatible, compatible, autoclear, order, length = _V3.unpack_from(cluster, V2_LENGTH)
     if length < V3_LENGTH:
         raise QmpError("qcow2 header too short")
@@ -253,54 +255,63 @@ def _with_v3_fields(header: Header, cluster: bytes, cluster_size: int) -> Header
     )
 
 
-def _parse_extensions(
-    cluster: bytes, start: int, end: int
-) -> tuple[tuple[Extension, ...], dict[tuple[int, int], str]]:
-    found: list[Extension] = []
-    names: dict[tuple[int, int], str] = {}
-    position = start
-    end = min(end, len(cluster))
-    while position + _EXTENSION.size <= end:
-        kind, length = _EXTENSION.unpack_from(cluster, position)
-        position += _EXTENSION.size
-        if kind == EXT_END:
-            break
-        if length > end - position:
-            raise QmpError("Header extension too large")
-        data = bytes(cluster[position : position + length])
-        if kind == EXT_FEATURE_NAMES:
-            names = _parse_feature_names(data)
-        else:
-            found.append(Extension(kind, data))
-        position += -(-length // 8) * 8
-    return tuple(found), names
+def _with_extensions(header: Header, cluster: bytes, end: int) -> Header:
+    def check(kind: int, data: bytes) -> None:
+        if kind == EXT_CRYPTO:
+            if header.crypt_method != CRYPT_LUKS:
+                raise QmpError("CRYPTO header extension only expected with LUKS encryption method")
+            parse_crypto_extension(data, header.cluster_size)
+        elif kind == EXT_BITMAPS and header.autoclear & BITMAPS:
+            parse_bitmaps_extension(data, header.cluster_size)
+
+    found = parse_extensions(cluster, header.header_length, end, check)
+    names = [extension.data for extension in found if extension.type == EXT_FEATURE_NAMES]
+    return attrs.evolve(
+        header,
+        extensions=tuple(extension for extension in found if extension.type != EXT_FEATURE_NAMES),
+        feature_names=parse_feature_names(names[-1]) if names else {},
+    )
 
 
-def _parse_feature_names(data: bytes) -> dict[tuple[int, int], str]:
-    names: dict[tuple[int, int], str] = {}
-    for position in range(0, len(data) - _FEATURE.size + 1, _FEATURE.size):
-        kind, bit, name = _FEATURE.unpack_from(data, position)
-        names[kind, bit] = name.split(b"\0", 1)[0].decode("utf-8", "replace")
-    return names
+def _check_compression(header: Header) -> None:
+    if header.compression_type not in COMPRESSION_NAMES:
+        raise QmpError(f"qcow2: unknown compression type: {header.compression_type}")
+    is_marked = bool(header.incompatible & COMPRESSION)
+    if is_marked != (header.compression_type != COMPRESSION_ZLIB):
+        verb = "must not be set" if is_marked else "must be set"
+        raise QmpError(f"qcow2: Compression type incompatible feature bit {verb}")
 
 
-def _check_features(header: Header) -> None:
+def _check_features(header: Header, cluster: bytes, extensions_end: int) -> None:
     unknown = header.incompatible & ~KNOWN_INCOMPATIBLE
     if not unknown:
         return
-    known_names = [
-        name for (kind, bit), name in header.feature_names.items() if kind == _INCOMPATIBLE and unknown >> bit & 1
+    try:
+        extensions = parse_extensions(cluster, header.header_length, extensions_end)
+    except QmpError:  # the features are the more important news
+        extensions = []
+    tables = [
+        parse_feature_names(extension.data) for extension in extensions if extension.type == EXT_FEATURE_NAMES
     ]
-    for kind, bit in header.feature_names:
-        if kind == _INCOMPATIBLE:
+    feature_names = tables[-1] if tables else {}
+    named = [name for (kind, bit), name in feature_names.items() if kind == INCOMPATIBLE and unknown >> bit & 1]
+    for kind, bit in feature_names:
+        if kind == INCOMPATIBLE:
             unknown &= ~(1 << bit)
     if unknown:
-        known_names.append(f"Unknown incompatible feature: {unknown:x}")
-    raise QmpError(f"Unsupported qcow2 feature(s): {', '.join(known_names)}")
+        named.append(f"Unknown incompatible feature: {unknown:x}")
+    raise QmpError(f"Unsupported qcow2 feature(s): {', '.join(named)}")
+
+
+def _check_extensions(header: Header) -> None:
+    if header.is_data_file_raw and not header.has_data_file:
+        raise QmpError("data-file-raw requires a data file")
+    if header.crypt_method == CRYPT_LUKS and header.extension(EXT_CRYPTO) is None:
+        raise QmpError(f"Missing CRYPTO header for crypt method {header.crypt_method}")
 
 
 def _backing_name(cluster: bytes, offset: int, size: int) -> bytes:
-    if size > min(MAX_BACKING_NAME, (1 << 63) - 1) or offset + size > len(cluster):
+    if size > MAX_BACKING_NAME or offset + size > len(cluster):
         raise QmpError("Backing file name too long")
     return bytes(cluster[offset : offset + size])
 
@@ -310,25 +321,32 @@ def _check_bounds(header: Header) -> None:
     if header.refcount_order > MAX_REFCOUNT_ORDER:
         raise QmpError("Reference count entry width too large; may not exceed 64 bits")
     if header.has_extended_l2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
-        raise QmpError(f"Unsupported cluster size: 2^{header.cluster_bits}")
+        raise QmpError(f"Unsupported subcluster size: {header.subcluster_size}")
     if header.refcount_table_clusters << header.cluster_bits > MAX_REFCOUNT_TABLE_BYTES:
         raise QmpError("Reference count table too large")
     if not header.refcount_table_clusters:
         raise QmpError("Image does not contain a reference count table")
-    if header.refcount_table_offset & cluster_mask or header.refcount_table_offset > MAX_SIZE:
-        raise QmpError("Invalid reference count table offset")
+    table_end = header.refcount_table_offset + (header.refcount_table_clusters << header.cluster_bits)
+    if header.refcount_table_offset & cluster_mask or table_end > MAX_SIZE:
+        raise QmpError("Reference count table offset invalid")
     if header.snapshot_count > MAX_SNAPSHOTS:
         raise QmpError("Snapshot table too large")
     if header.snapshots_offset & cluster_mask or header.snapshots_offset > MAX_SIZE:
         raise QmpError("Snapshot table offset invalid")
     if header.l1_size * 8 > MAX_L1_BYTES:
         raise QmpError("Active L1 table too large")
-    if header.size > MAX_SIZE or header.l1_needed * 8 > MAX_L1_BYTES:
-        raise QmpError("Image is too big")
-    if header.l1_size < header.l1_needed:
-        raise QmpError("L1 table is too small")
-    if header.l1_offset & cluster_mask or header.l1_offset > MAX_SIZE:
+    if header.l1_offset & cluster_mask or header.l1_offset + header.l1_size * 8 > MAX_SIZE:
         raise QmpError("Active L1 table offset invalid")
+    # In the reference's 64-bit arithmetic; it only decides about words, for no size over MAX_SIZE passes.
+    span = header.cluster_size * header.l2_entries
+    needed = ((header.size + span - 1) & ((1 << 64) - 1)) // span
+    if needed > MAX_L1_NEEDED:
+        raise QmpError("Image is too big")
+    if header.l1_size < needed:
+        raise QmpError("L1 table is too small")
+    if header.crypt_method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
+        signed = (header.crypt_method ^ 1 << 31) - (1 << 31)
+        raise QmpError(f"Unsupported encryption method {signed}")
 
 
 def serialise_header(header: Header) -> bytes:
@@ -337,11 +355,8 @@ def serialise_header(header: Header) -> bytes:
     Raises QmpError when they do not fit into a cluster.
     """
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
-    extensions = b"".join(_packed(extension) for extension in header.extensions)
-    if header.version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES:
-        table = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in FEATURE_NAMES)
-        extensions += _packed(Extension(EXT_FEATURE_NAMES, table))
-    extensions += _EXTENSION.pack(EXT_END, 0)
+    has_names = header.version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
+    extensions = serialise_extensions((*header.extensions, *([feature_table()] if has_names else [])))
     name = header.backing_file or b""
     backing_offset = length + len(extensions) if header.backing_file is not None else 0
     fields = _V2.pack(
@@ -367,8 +382,3 @@ def serialise_header(header: Header) -> bytes:
     if len(whole) > header.cluster_size:
         raise QmpError("No space left on device")
     return whole.ljust(-(-len(whole) // 8) * 8, b"\0")
-
-
-def _packed(extension: Extension) -> bytes:
-    length = len(extension.data)
-    return _EXTENSION.pack(extension.type, length) + extension.data.ljust(-(-length // 8) * 8, b"\0")
