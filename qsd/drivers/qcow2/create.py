@@ -13,7 +13,8 @@ import attrs
 from qsd.drivers.base import Child
 from qsd.drivers.creating import CreateHost
 from qsd.drivers.qcow2 import layout
-from qsd.drivers.qcow2.layout import Extension, Header
+from qsd.drivers.qcow2.extensions import Extension
+from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import NewImage, Placement, header_cluster, metadata, place
 from qsd.errors import QmpError
 

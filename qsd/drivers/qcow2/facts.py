@@ -9,8 +9,8 @@ from typing import Any
 from qsd.drivers.base import Child
 from qsd.drivers.filenames import tree_of
 from qsd.drivers.implicit import full_name
-from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.layout import (
+    COMPRESSION_NAMES,
     CORRUPT,
     EXT_BACKING_FORMAT,
     EXT_DATA_FILE,
@@ -71,7 +71,7 @@ def format_specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, 
     """``ImageInfoSpecificQCow2``."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.version < 3 else "1.1",
-        "compression-type": compressed.COMPRESSION_NAMES[header.compression_type],
+        "compression-type": COMPRESSION_NAMES[header.compression_type],
         "refcount-bits": header.refcount_bits,
     }
     if header.version >= 3:
