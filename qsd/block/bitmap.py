@@ -24,7 +24,7 @@ MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
 WORD = 8
 BLOCK = 1 << 14
-# A bitmap is merged into one that is coarser by more than this power of two bit by bit: it has few.
+# Bitmaps whose granularities are further apart than this power of two are merged bit by bit: the coarser has few.
 MAX_STEPS = 12
 # Extents looked for at a time when all of them are wanted.
 STRETCH = 4096
@@ -189,7 +189,7 @@ class DirtyBitmap:
             while offset is not None:
                 self.set(offset, 1)
                 offset = other.first_dirty((offset | self.granularity - 1) + 1)
-        elif steps < 0 and other._count * AREA_COST < len(self._bits):
+        elif steps < 0 and (-steps > MAX_STEPS or other._count * AREA_COST < len(self._bits)):
             for offset, length in other.dirty_areas():
                 self.set(offset, length)
         else:

@@ -6,7 +6,7 @@ import hashlib
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsd.block import bitmap as module
@@ -99,6 +99,7 @@ def test_mark_marks_the_writes_of_a_batch(shift: int, given: list[tuple[int, int
 
 
 @settings(max_examples=60)
+@example(1, 9, 24, [], [(0, 1)])
 @given(sizes, st.integers(9, 24), st.integers(9, 24), ranges, ranges)
 def test_merge_across_granularities(
     size: int, shift: int, other_shift: int, mine: list[tuple[int, int]], theirs: list[tuple[int, int]]
