@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from bitmap_steps import FILES, carry_out, make_files, recorded
 from harness import RunningDaemon
 from nbd_reader import NbdReader
@@ -81,9 +83,41 @@ def test_clients_read_the_map(daemon: Start, tmp_path: Path) -> None:
     ]
 
 
-def test_stored_bitmaps_are_the_reference_s(daemon: Start, tmp_path: Path) -> None:
-    """Bitmaps in qcow2 images: the same images, the same steps, and what the reference (11.1.3) answered."""
+@pytest.mark.parametrize("steps", ["stored_bitmaps_reference.json", "written_bitmaps_reference.json"])
+def test_stored_bitmaps_are_the_reference_s(daemon: Start, tmp_path: Path, steps: str) -> None:
+    """Bitmaps in qcow2 images: the same images, the same steps, and what the reference (11.1.3) answered.
+
+    In between qemu-img checks the images, changes the bitmaps in them, and tells what they hold.
+    """
     qmp = daemon().qmp()
-    for number, step in enumerate(recorded(DATA / "stored_bitmaps_reference.json")):
+    for number, step in enumerate(recorded(DATA / steps)):
         got = carry_out(qmp, tmp_path, step)
         assert got == step["answer"], f"step {number}: {step['execute']} {step['arguments']}"
+
+
+def test_bitmaps_of_a_killed_daemon_are_inconsistent(daemon: Start, tmp_path: Path) -> None:
+    """Both programs see it, both remove them, and nothing is lost but the bitmaps."""
+    image = tmp_path / "q.qcow2"
+    img("create", "-q", "-f", "qcow2", image, "64M")
+    img("bitmap", "--add", image, "one")
+    img("bitmap", "--add", image, "two")
+    blockdev = f"qcow2,node-name=q,file.driver=file,file.filename={image}"
+    first = daemon("--blockdev", blockdev)
+    first.qmp().execute("block-dirty-bitmap-add", node="q", name="new", persistent=True)
+    first.expected_code = -signal.SIGKILL
+    first.terminate(signal.SIGKILL)
+    (tmp_path / "qmp.sock").unlink()
+    shown = json.loads(img("info", "--output=json", image))["format-specific"]["data"]["bitmaps"]
+    assert [(bitmap["name"], bitmap["flags"]) for bitmap in shown] == [
+        ("one", ["in-use", "auto"]),
+        ("two", ["in-use", "auto"]),
+    ]
+    img("bitmap", "--remove", image, "one")
+    qmp = daemon("--blockdev", blockdev).qmp()
+    text = "Bitmap 'two' is inconsistent and cannot be used"
+    assert qmp.refusal("block-dirty-bitmap-clear", node="q", name="two") == text
+    assert qmp.refusal("block_resize", node_name="q", size=1 << 20) == text
+    qmp.execute("block-dirty-bitmap-remove", node="q", name="two")
+    qmp.execute("blockdev-del", node_name="q")
+    assert "bitmaps" not in json.loads(img("info", "--output=json", image))["format-specific"]["data"]
+    img("check", "-q", image)

@@ -125,8 +125,8 @@ async def test_bitmaps_of_ours_are_read_by_qemu_img(made: Path, tmp_path: Path) 
     assert stored(path) == [
         {"flags": ["auto"], "name": "on", "granularity": 512},
         {"flags": [], "name": "off", "granularity": 65536},
-        {"flags": ["auto"], "name": "ours", "granularity": 512},
         {"flags": [], "name": "full", "granularity": 4096},
+        {"flags": ["auto"], "name": "ours", "granularity": 512},
     ]
     img("bitmap", "--merge", "ours", path, "on")
     img("bitmap", "--merge", "full", path, "off")
@@ -193,7 +193,7 @@ async def test_what_is_stored_is_loaded(given: list[tuple[str, Any, int, bool]],
     await store.bitmaps.store(bitmaps)
     again = Store(image)
     found = await again.load()
-    assert list(found) == [bitmap.name for bitmap in bitmaps]
+    assert list(found) == [bitmap.name for bitmap in reversed(bitmaps)]
     assert all(same(found[bitmap.name], bitmap) for bitmap in bitmaps)
     # Storing again gives everything back: what is used stays the same.
     used = sum(image.refcount(number) for number in range(len(image.data) // CLUSTER))
@@ -245,8 +245,8 @@ async def test_failed_store_leaves_bitmaps_in_use(step: int) -> None:
     assert sorted(map(str, found)) == ["a", "b"]
     assert all(bitmap.is_inconsistent for bitmap in found.values())
     assert store.bitmaps.facts() == [
-        {"name": "a", "granularity": 512, "flags": ["in-use", "auto"]},
         {"name": "b", "granularity": 512, "flags": ["in-use", "auto"]},
+        {"name": "a", "granularity": 512, "flags": ["in-use", "auto"]},
     ]
     is_in_header = error_was_in_header(image)
     if not is_in_header:
@@ -344,7 +344,7 @@ async def victim() -> MemoryImage:
     store = Store(empty_image())
     await store.load()
     await store.bitmaps.store(
-        [named("s1", [(1 << 20, 3 << 20), (7 << 20, 1)]), named("s2", granularity=65536, is_recording=False)]
+        [named("s2", granularity=65536, is_recording=False), named("s1", [(1 << 20, 3 << 20), (7 << 20, 1)])]
     )
     return store.image
 

@@ -220,7 +220,8 @@ class Qcow2Bitmaps:
         entries: dict[str, DirectoryEntry | None] = {entry.text: None for entry in self._entries}
         entries |= {entry.text: entry for entry in kept}
         async with _Allocations(self._image) as made:
-            for bitmap in wanted.values():
+            # As the reference does it: what is new comes behind what was there, the newest first.
+            for bitmap in reversed(wanted.values()):
                 if not bitmap.is_inconsistent:
                     entry = await self._write_bitmap(bitmap, made)
                     entries[entry.text] = entry
