@@ -1,4 +1,4 @@
-"""The command: ``python -m bench`` measures everything and writes the table, the plot and the raw figures."""
+"""The command: ``python -m bench [GROUP]`` measures a group and writes the table, the plot and the raw figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench.measures import Measure, measure_idle, measure_peaks, measure_qmp, me
 from bench.report import data_report, number, row_ratio, row_verdict, text_report
 from bench.runner import Bench, Plan, Row
 from bench.svg import ratio_plot
-from bench.workloads import MIB, find_workloads
+from bench.workloads import GROUPS, MIB, find_workloads
 
 RESULTS = Path(__file__).parent / "results"
 NEWEST = Path("/opt/qsd-reference/bin")
@@ -52,6 +52,9 @@ def find_nbdcopy(reference: str) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure qsd beside a reference daemon.")
     parser.add_argument(
+        "group", nargs="?", choices=tuple(GROUPS), default="nbd", help="which exports to measure (%(default)s)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="one short repetition, a 256 MiB image: does it all run?"
     )
     parser.add_argument(
@@ -72,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.reps is not None and options.reps < 1:
         parser.error("--reps must be at least 1")
     try:
-        options.workloads = find_workloads(options.only)
+        options.workloads = find_workloads(options.only, GROUPS[options.group])
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -103,6 +106,10 @@ def measure_all(bench: Bench, options: argparse.Namespace, placements: Sequence[
     if options.only:
         return [measure_peaks(bench)]
     seconds = 1.0 if options.quick else 3.0
+    if options.group != "nbd":
+        saturating = max(options.workloads, key=lambda workload: workload.depth)
+        under_load = [measure for place in placements for measure in measure_qmp(bench, place, seconds, saturating)]
+        return [measure_peaks(bench), *under_load]
     found = [measure_start(bench), *measure_idle(bench, seconds), measure_peaks(bench)]
     for placement in placements:
         found += measure_qmp(bench, placement, seconds)
@@ -136,7 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     about["took"] = f"{time.monotonic() - begin:.0f} s"
     text = text_report(about, rows, measures)
     # Only a whole run may call itself the latest.
-    stem = "partial" if options.quick or options.only else "latest"
+    latest = "latest" if options.group == "nbd" else f"latest-{options.group}"
+    stem = "partial" if options.quick or options.only else latest
     write_results(options.out, stem, text, data_report(about, rows, measures), ratio_plot(about, rows))
     say(f"\n{text}\nWritten to {options.out / stem}.txt, .json and .svg")
     return 1 if any(row.ours.error or row.reference.error for row in rows) else 0

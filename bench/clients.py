@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from bench.workloads import Tool, Unit, Workload
+from bench.workloads import Export, Tool, Unit, Workload
 
 EXPORT = "disk"
 MEGA = 1_000_000
@@ -48,10 +48,17 @@ def nbd_uri(socket: Path) -> str:
     return f"nbd+unix:///{EXPORT}?socket={socket}"
 
 
-def fio_command(program: str, workload: Workload, load: Load, uri: str) -> list[str]:
-    """Return fio's command line. The random map is off: it costs the client much and finds nothing here."""
+def fio_command(program: str, workload: Workload, load: Load, target: str) -> list[str]:
+    """Return fio's command line for an NBD URI or a mounted file.
+
+    The random map is off: it costs the client much and finds nothing here.
+    """
+    if workload.export is Export.NBD:
+        engine = ("--ioengine=nbd", f"--uri={target}")
+    else:
+        engine = ("--ioengine=libaio", "--direct=1", f"--filename={target}")
     return [
-        *(program, "--name=load", "--output-format=json", "--ioengine=nbd", f"--uri={uri}", "--group_reporting=1"),
+        *(program, "--name=load", "--output-format=json", *engine, "--group_reporting=1"),
         *(f"--rw={workload.rw}", f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={load.size}"),
         *("--time_based", f"--runtime={round(load.seconds * 1000)}ms", f"--ramp_time={round(load.ramp * 1000)}ms"),
         *("--norandommap", f"--numjobs={workload.clients}"),
@@ -94,14 +101,14 @@ def run(command: Sequence[str], *, deadline: float) -> str:
     return done.stdout
 
 
-def measure(clients: Clients, workload: Workload, load: Load, uri: str, prefix: Sequence[str]) -> float:
+def measure(clients: Clients, workload: Workload, load: Load, target: str, prefix: Sequence[str]) -> float:
     """Put the load on the export once and return the figure in the workload's unit. Raises ClientError.
 
-    ``prefix`` is put before the client's command line (taskset, chrt).
+    ``target`` is the export's URI or the mounted file; ``prefix`` is put before the command line (taskset, chrt).
     """
     if workload.tool is Tool.FIO:
-        command = [*prefix, *fio_command(clients.fio, workload, load, uri)]
+        command = [*prefix, *fio_command(clients.fio, workload, load, target)]
         return parse_fio(run(command, deadline=load.deadline), workload.unit)
     begin = time.monotonic()
-    run([*prefix, clients.nbdcopy, uri, "null:"], deadline=load.deadline)
+    run([*prefix, clients.nbdcopy, target, "null:"], deadline=load.deadline)
     return load.size / MEGA / (time.monotonic() - begin)

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import attrs
 
+from bench.clients import nbd_uri
+from bench.workloads import IOTHREAD, Export
+
 START_DEADLINE = 20.0
 STOP_DEADLINE = 15.0
 POLL = 0.001
 NBD_MAGIC = b"NBDMAGIC"
+NBD_SOCKET, QMP_SOCKET, MOUNTED = "nbd.sock", "qmp.sock", "disk"
 
 
 class DaemonError(Exception):
@@ -43,13 +47,15 @@ class Side:
 
 @attrs.frozen
 class Setup:
-    """One way to run a daemon. ``mode`` is an aio mode, or None for the daemon's own default."""
+    """One way to run a daemon. ``mode`` is one of ``Workload.modes``, or None for the daemon's own default."""
 
     side: Side
     image: Path
     direct: bool = False
     mode: str | None = None
     placement: Placement = Placement.ANY
+    export: Export = Export.NBD
+    format: str = "raw"
 
 
 @functools.cache
@@ -76,16 +82,28 @@ def version_of(command: Sequence[str]) -> str:
     return lines[0] if lines and done.returncode == 0 else "version unknown"
 
 
-def daemon_command(setup: Setup, qmp: Path, nbd: Path) -> list[str]:
-    """Return the whole command line, the same for both: one raw image, exported over NBD, with a monitor."""
-    options = f",cache.direct={'on' if setup.direct else 'off'}" + (f",aio={setup.mode}" if setup.mode else "")
+def daemon_command(setup: Setup, place: Path) -> list[str]:
+    """Return the whole command line, the same for both: one image, one export, a monitor. Sockets, and the file to
+    mount on, are in ``place``.
+    """
+    mode = setup.mode or ""
+    aio = mode.removesuffix(IOTHREAD)
+    options = f",cache.direct={'on' if setup.direct else 'off'}" + (f",aio={aio}" if aio else "")
+    thread = ",iothread=t0" if mode.endswith(IOTHREAD) else ""
+    if setup.export is Export.NBD:
+        export = [
+            *("--nbd-server", f"addr.type=unix,addr.path={place / NBD_SOCKET}"),
+            *("--export", f"type=nbd,id=e0,node-name=r0,name=disk,writable=on{thread}"),
+        ]
+    else:
+        export = ["--export", f"type=fuse,id=e0,node-name=r0,mountpoint={place / MOUNTED},writable=on{thread}"]
     return [
         *setup.side.command,
+        *(("--object", "iothread,id=t0") if thread else ()),
         *("--blockdev", f"driver=file,node-name=f0,filename={setup.image}{options}"),
-        *("--blockdev", "driver=raw,node-name=r0,file=f0"),
-        *("--chardev", f"socket,id=c0,path={qmp},server=on,wait=off", "--monitor", "chardev=c0"),
-        *("--nbd-server", f"addr.type=unix,addr.path={nbd}"),
-        *("--export", "type=nbd,id=e0,node-name=r0,name=disk,writable=on"),
+        *("--blockdev", f"driver={setup.format},node-name=r0,file=f0"),
+        *("--chardev", f"socket,id=c0,path={place / QMP_SOCKET},server=on,wait=off", "--monitor", "chardev=c0"),
+        *export,
     ]
 
 
@@ -95,14 +113,20 @@ class Daemon:
     def __init__(self, setup: Setup, process: subprocess.Popen[bytes], started: float, place: Path) -> None:
         self.setup = setup
         self.started = started
-        self.qmp = place / "qmp.sock"
-        self.nbd = place / "nbd.sock"
+        self.qmp = place / QMP_SOCKET
+        self._nbd = place / NBD_SOCKET
+        self._mounted = place / MOUNTED
         self._process = process
         self._log = place / "log"
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def target(self) -> str:
+        """What a client is told to use: the export's URI, or the mounted file."""
+        return nbd_uri(self._nbd) if self.setup.export is Export.NBD else str(self._mounted)
 
     def connect(self, path: Path) -> socket.socket:
         """Connect to one of the daemon's sockets as soon as it listens. Raises DaemonError if it never does."""
@@ -116,17 +140,26 @@ class Daemon:
                 client.close()
             else:
                 return client
-            if self._process.poll() is not None:
-                raise DaemonError(
-                    f"{self.setup.side.name} ended with {self._process.returncode}: {self.last_words()}"
-                )
-            if time.monotonic() > deadline:
-                raise DaemonError(f"{self.setup.side.name} did not listen within {START_DEADLINE:.0f} s")
-            time.sleep(POLL)
+            self._wait_a_little(deadline, "listen")
+
+    def _wait_a_little(self, deadline: float, what: str) -> None:
+        if self._process.poll() is not None:
+            raise DaemonError(f"{self.setup.side.name} ended with {self._process.returncode}: {self.last_words()}")
+        if time.monotonic() > deadline:
+            raise DaemonError(f"{self.setup.side.name} did not {what} within {START_DEADLINE:.0f} s")
+        time.sleep(POLL)
 
     def wait_ready(self) -> None:
-        """Return when the NBD server greets. Raises DaemonError."""
-        with self.connect(self.nbd) as client:
+        """Return when the export can be used. Raises DaemonError."""
+        if self.setup.export is Export.NBD:
+            self._wait_for_greeting()
+            return
+        deadline = time.monotonic() + START_DEADLINE
+        while not self._mounted.stat().st_size:
+            self._wait_a_little(deadline, "mount")
+
+    def _wait_for_greeting(self) -> None:
+        with self.connect(self._nbd) as client:
             try:
                 greeting = client.recv(len(NBD_MAGIC))
             except OSError as error:
@@ -154,9 +187,11 @@ class Daemon:
 def running(setup: Setup, room: Path) -> Iterator[Daemon]:
     """Run a daemon for the length of a ``with`` block, in ``room`` (a short path). Raises DaemonError."""
     place = room / "run"
+    unmount(place / MOUNTED)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    command = [*prefix_of(setup.placement), *daemon_command(setup, place / "qmp.sock", place / "nbd.sock")]
+    (place / MOUNTED).touch()
+    command = [*prefix_of(setup.placement), *daemon_command(setup, place)]
     with (place / "log").open("wb") as log:
         started = time.monotonic()
         try:
@@ -171,4 +206,14 @@ def running(setup: Setup, room: Path) -> Iterator[Daemon]:
         process.kill()
         process.wait()
         raise
-    daemon.stop()
+    else:
+        daemon.stop()
+    finally:
+        unmount(place / MOUNTED)
+
+
+def unmount(path: Path) -> None:
+    """Take away what a killed daemon has left mounted."""
+    with Path("/proc/self/mounts").open() as mounts:
+        if any(line.split(" ")[1] == str(path) for line in mounts):
+            subprocess.run(["umount", "-l", path], check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 # As dd writes. It decides how large the folios in the page cache get, and with them what the kernel takes
@@ -16,6 +17,13 @@ def make_image(path: Path, size: int) -> None:
         for offset in range(0, size, CHUNK):
             file.write(os.urandom(min(CHUNK, size - offset)))
         os.fdatasync(file.fileno())
+
+
+def convert(source: Path, path: Path, image_format: str) -> None:
+    """Make an image of another format from a raw one, with the system's qemu-img."""
+    command = ["qemu-img", "convert", "-f", "raw", "-O", image_format, source, path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    settle(path)
 
 
 def warm(path: Path) -> None:

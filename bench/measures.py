@@ -15,11 +15,10 @@ from bench.daemons import DaemonError, Placement, Setup, prefix_of, running
 from bench.qmp import QmpClient
 from bench.runner import Bench
 from bench.stats import median, percentile
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, Workload
 
-# The workload that saturates an export, and what the reference serves it with.
+# The workload that saturates an NBD export.
 SATURATING = WORKLOADS[0]
-MODE = SATURATING.modes[0]
 QUESTIONS = ("query-version", "query-block-exports")
 PAUSE = 0.003
 
@@ -61,7 +60,7 @@ def idle(bench: Bench, setup: Setup, seconds: float) -> tuple[float, float]:
     with bench.daemon(setup) as daemon:
         resident = procfs.memory_mib(daemon.pid, "VmRSS")
         brief = Load(min(0.5, bench.plan.seconds), 0, bench.plan.size)
-        clients.measure(bench.programs, SATURATING, brief, clients.nbd_uri(daemon.nbd), prefix_of(setup.placement))
+        clients.measure(bench.programs, SATURATING, brief, daemon.target, prefix_of(setup.placement))
         time.sleep(0.3)
         before, begin = procfs.cpu_seconds(daemon.pid), time.monotonic()
         time.sleep(seconds)
@@ -69,17 +68,16 @@ def idle(bench: Bench, setup: Setup, seconds: float) -> tuple[float, float]:
         return resident, 100 * used / (time.monotonic() - begin)
 
 
-def qmp_latencies(bench: Bench, setup: Setup, seconds: float) -> list[float]:
-    """Return the seconds each QMP command took while the export was saturated. Raises ClientError, DaemonError."""
+def qmp_latencies(bench: Bench, setup: Setup, seconds: float, workload: Workload) -> list[float]:
+    """Return the seconds each QMP command took while ``workload`` ran. Raises ClientError, DaemonError."""
     outcome: list[Exception] = []
     with bench.daemon(setup) as daemon:
         client = QmpClient(daemon.connect(daemon.qmp))
         load = Load(seconds, 0, bench.plan.size)
-        uri = clients.nbd_uri(daemon.nbd)
 
         def saturate() -> None:
             try:
-                clients.measure(bench.programs, SATURATING, load, uri, prefix_of(setup.placement))
+                clients.measure(bench.programs, workload, load, daemon.target, prefix_of(setup.placement))
             except ClientError as error:
                 outcome.append(error)
 
@@ -110,9 +108,14 @@ def attempt(bench: Bench, what: str, work: Callable[[Setup], T], setup: Setup) -
         return None
 
 
-def pair(bench: Bench, what: str, work: Callable[[Setup], T], placement: Placement) -> list[T | None]:
+def pair(
+    bench: Bench, what: str, work: Callable[[Setup], T], placement: Placement, workload: Workload = SATURATING
+) -> list[T | None]:
     """Do the same with ours and the reference."""
-    setups = [bench.setup(bench.ours, None, placement), bench.setup(bench.reference, MODE, placement)]
+    setups = [
+        bench.setup(bench.ours, None, placement, workload),
+        bench.setup(bench.reference, workload.modes[0], placement, workload),
+    ]
     return [attempt(bench, f"{what}, {setup.side.name}", work, setup) for setup in setups]
 
 
@@ -137,9 +140,15 @@ def measure_idle(bench: Bench, seconds: float) -> list[Measure]:
     ]
 
 
-def measure_qmp(bench: Bench, placement: Placement, seconds: float) -> list[Measure]:
-    """Measure how fast QMP answers while the export is saturated."""
-    both = pair(bench, "QMP under load", lambda setup: qmp_latencies(bench, setup, seconds), placement)
+def measure_qmp(
+    bench: Bench, placement: Placement, seconds: float, workload: Workload = SATURATING
+) -> list[Measure]:
+    """Measure how fast QMP answers while ``workload`` saturates the export."""
+
+    def work(setup: Setup) -> list[float]:
+        return qmp_latencies(bench, setup, seconds, workload)
+
+    both = pair(bench, "QMP under load", work, placement, workload)
     figures = {
         percent: [None if each is None or not each else 1000 * (percentile(each, percent) or 0) for each in both]
         for percent in (50, 99)

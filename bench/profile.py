@@ -20,7 +20,7 @@ from bench import clients, images
 from bench.__main__ import RESULTS, default_daemon, make_side
 from bench.clients import ClientError, Clients, Load
 from bench.daemons import DaemonError, Placement, Setup, prefix_of, running
-from bench.workloads import MIB, Workload, find_workloads
+from bench.workloads import FUSE_WORKLOADS, MIB, WORKLOADS, Workload, find_workloads
 
 # py-spy needs this long to attach and to write its result.
 MARGIN = 30.0
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     try:
-        options.workload = find_workloads(options.workload)[0]
+        options.workload = find_workloads(options.workload, WORKLOADS + FUSE_WORKLOADS)[0]
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -68,10 +68,14 @@ def profile(options: argparse.Namespace, room: Path) -> tuple[float, Path]:
     workload: Workload = options.workload
     image = room / "image.img"
     images.make_image(image, 1024 * MIB)
+    if workload.image != "raw":
+        raw, image = image, room / f"image.{workload.image}"
+        images.convert(raw, image, workload.image)
     if workload.direct:
         images.forget(image)
     placement = Placement.PINNED if options.pinned else Placement.ANY
-    setup = Setup(make_side("ours", options.daemon), image, workload.direct, None, placement)
+    side = make_side("ours", options.daemon)
+    setup = Setup(side, image, workload.direct, None, placement, workload.export, workload.image)
     out = target(options, workload)
     out.parent.mkdir(parents=True, exist_ok=True)
     with running(setup, room) as daemon:
@@ -87,8 +91,7 @@ def profile(options: argparse.Namespace, room: Path) -> tuple[float, Path]:
         try:
             # The load outlasts the recording, so that no idle time is in the picture.
             load = Load(options.seconds + 1, 0, 1024 * MIB)
-            uri = clients.nbd_uri(daemon.nbd)
-            figure = clients.measure(Clients(), workload, load, uri, prefix_of(placement))
+            figure = clients.measure(Clients(), workload, load, daemon.target, prefix_of(placement))
             recorder.wait(options.seconds + MARGIN)
         finally:
             if recorder.poll() is None:

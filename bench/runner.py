@@ -75,20 +75,24 @@ class Bench:
         self.say = say
         self.peaks: dict[str, float] = {}
 
-    def image(self, *, direct: bool) -> Path:
+    def image(self, *, direct: bool, image_format: str = "raw") -> Path:
         """Return the image, made when first asked for: in the page cache, or not at all there for O_DIRECT."""
-        path = self.room / ("direct.img" if direct else "cached.img")
+        path = self.room / f"{'direct' if direct else 'cached'}.{image_format}"
         if not path.exists():
-            images.make_image(path, self.plan.size)
+            if image_format == "raw":
+                images.make_image(path, self.plan.size)
+            else:
+                images.convert(self.image(direct=False), path, image_format)
             if direct:
                 images.forget(path)
             else:
                 images.warm(path)
         return path
 
-    def setup(self, side: Side, mode: str | None, placement: Placement, *, direct: bool = False) -> Setup:
-        """Return how to run one side on the image."""
-        return Setup(side, self.image(direct=direct), direct, mode, placement)
+    def setup(self, side: Side, mode: str | None, placement: Placement, workload: Workload) -> Setup:
+        """Return how to run one side for a workload."""
+        image = self.image(direct=workload.direct, image_format=workload.image)
+        return Setup(side, image, workload.direct, mode, placement, workload.export, workload.image)
 
     @contextmanager
     def daemon(self, setup: Setup) -> Iterator[Daemon]:
@@ -102,9 +106,7 @@ class Bench:
     def once(self, workload: Workload, setup: Setup, load: Load) -> float:
         """Run a workload once on a fresh daemon and return its figure. Raises ClientError, DaemonError."""
         with self.daemon(setup) as daemon:
-            figure = clients.measure(
-                self.programs, workload, load, clients.nbd_uri(daemon.nbd), prefix_of(setup.placement)
-            )
+            figure = clients.measure(self.programs, workload, load, daemon.target, prefix_of(setup.placement))
         if workload.is_writing:
             images.settle(setup.image)
         return figure
@@ -117,7 +119,7 @@ class Bench:
             for mode in workload.modes:
                 if mode in broken:
                     continue
-                setup = self.setup(self.reference, mode, placement, direct=workload.direct)
+                setup = self.setup(self.reference, mode, placement, workload)
                 try:
                     figure = self.once(workload, setup, self.plan.calibration_load)
                 except (ClientError, DaemonError) as problem:
@@ -140,7 +142,7 @@ class Bench:
             for side, series in sides.items():
                 if series.error is not None:
                     continue
-                setup = self.setup(side, series.mode, placement, direct=workload.direct)
+                setup = self.setup(side, series.mode, placement, workload)
                 try:
                     figure = self.once(workload, setup, self.plan.load)
                 except (ClientError, DaemonError) as problem:

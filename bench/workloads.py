@@ -11,6 +11,15 @@ MIB = 1024 * KIB
 BUFFERED_MODES = ("io_uring", "threads")
 # The reference accepts aio=native only together with cache.direct=on.
 DIRECT_MODES = ("io_uring", "native", "threads")
+# Behind an aio mode: the export is served by an iothread of its own.
+IOTHREAD = "+iothread"
+
+
+class Export(Enum):
+    """How the disk gets to the client."""
+
+    NBD = "nbd"
+    FUSE = "fuse"
 
 
 class Tool(Enum):
@@ -29,7 +38,10 @@ class Unit(Enum):
 
 @attrs.frozen
 class Workload:
-    """One kind of load. ``block`` is in bytes; ``must`` and ``aim`` are ratios ours / reference."""
+    """One kind of load. ``block`` is in bytes; ``must`` and ``aim`` are ratios ours / reference.
+
+    ``direct`` is about the image: how the daemon reads it. ``image`` is its format.
+    """
 
     name: str
     must: float
@@ -41,6 +53,8 @@ class Workload:
     direct: bool = False
     tool: Tool = Tool.FIO
     unit: Unit = Unit.IOPS
+    export: Export = Export.NBD
+    image: str = "raw"
 
     @property
     def is_writing(self) -> bool:
@@ -49,8 +63,11 @@ class Workload:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The aio modes in which the reference can serve this."""
-        return DIRECT_MODES if self.direct else BUFFERED_MODES
+        """The ways in which the reference can serve this."""
+        modes = DIRECT_MODES if self.direct else BUFFERED_MODES
+        if self.export is Export.NBD:
+            return modes
+        return (*modes, *(mode + IOTHREAD for mode in modes))
 
     @property
     def title(self) -> str:
@@ -71,19 +88,29 @@ WORKLOADS = (
     Workload("nbdcopy to null:", 1.2, 1.5, rw="read", tool=Tool.NBDCOPY, unit=Unit.MBPS),
 )
 
+# fio with libaio and O_DIRECT on the mounted file.
+FUSE_WORKLOADS = (
+    Workload("FUSE randread 4k QD1", 1.3, 2.5, export=Export.FUSE),
+    Workload("FUSE randread 4k QD16", 2.0, 3.0, depth=16, export=Export.FUSE),
+    Workload("FUSE randwrite 4k QD1", 1.3, 2.5, rw="randwrite", export=Export.FUSE),
+    Workload("FUSE randwrite 4k QD16", 2.0, 3.0, rw="randwrite", depth=16, export=Export.FUSE),
+    Workload("FUSE read 1M QD4", 2.0, 4.0, rw="read", block=MIB, depth=4, unit=Unit.MBPS, export=Export.FUSE),
+    Workload("FUSE write 1M QD4", 1.5, 3.0, rw="write", block=MIB, depth=4, unit=Unit.MBPS, export=Export.FUSE),
+    Workload("FUSE qcow2 randread 4k QD16", 1.8, 3.0, depth=16, export=Export.FUSE, image="qcow2"),
+)
+GROUPS = {"nbd": WORKLOADS, "fuse": FUSE_WORKLOADS}
 
-def find_workloads(wanted: str | None) -> tuple[Workload, ...]:
+
+def find_workloads(wanted: str | None, among: tuple[Workload, ...] = WORKLOADS) -> tuple[Workload, ...]:
     """Return the workloads whose name contains ``wanted`` in any case; an exact name means that one alone.
 
     Raises ValueError, naming all there are, if none does.
     """
     if not wanted:
-        return WORKLOADS
+        return among
     word = wanted.lower()
-    exact = tuple(each for each in WORKLOADS if each.name.lower() == word)
-    found = exact or tuple(each for each in WORKLOADS if word in each.name.lower())
+    exact = tuple(each for each in among if each.name.lower() == word)
+    found = exact or tuple(each for each in among if word in each.name.lower())
     if not found:
-        raise ValueError(
-            f"no workload is called {wanted!r}; there are: {', '.join(each.name for each in WORKLOADS)}"
-        )
+        raise ValueError(f"no workload is called {wanted!r}; there are: {', '.join(each.name for each in among)}")
     return found

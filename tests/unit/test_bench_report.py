@@ -20,7 +20,7 @@ from bench.report import columns, data_report, detail_table, ratio_table, row_ve
 from bench.runner import Row, Series
 from bench.stats import Verdict, median, percentile, ratio, spread, verdict
 from bench.svg import Scale, ratio_plot
-from bench.workloads import WORKLOADS, Unit, find_workloads
+from bench.workloads import FUSE_WORKLOADS, WORKLOADS, Export, Unit, find_workloads
 
 RANDREAD = WORKLOADS[0]
 NBDCOPY = WORKLOADS[-1]
@@ -104,13 +104,33 @@ def test_fio_command_states_the_load() -> None:
 
 
 def test_daemon_command_gives_both_sides_the_same_options() -> None:
-    image, qmp, nbd = Path("/x/a.img"), Path("/x/q"), Path("/x/n")
+    image, place = Path("/x/a.img"), Path("/x")
     ours = Setup(Side("ours", ("python", "-m", "qsd"), ""), image, direct=True)
     reference = attrs.evolve(ours, side=Side("reference", ("ref",), ""), mode="native")
-    ours_words, reference_words = (daemon_command(each, qmp, nbd) for each in (ours, reference))
+    ours_words, reference_words = (daemon_command(each, place) for each in (ours, reference))
     assert ours_words[:3] == ["python", "-m", "qsd"]
     assert "driver=file,node-name=f0,filename=/x/a.img,cache.direct=on" in ours_words
     assert [word.replace(",aio=native", "") for word in reference_words[1:]] == ours_words[3:]
+
+
+def test_fuse_is_measured_on_the_mounted_file() -> None:
+    words = fio_command("fio", FUSE_WORKLOADS[1], Load(1.5, 0.2, 1 << 30), "/x/disk")
+    assert {"--ioengine=libaio", "--direct=1", "--filename=/x/disk", "--iodepth=16"} <= set(words)
+    modes = FUSE_WORKLOADS[1].modes
+    assert modes == ("io_uring", "threads", "io_uring+iothread", "threads+iothread")
+    reference = Side("reference", ("ref",), "")
+    setup = Setup(reference, Path("/x/a.qcow2"), mode=modes[2], export=Export.FUSE, format="qcow2")
+    command = daemon_command(setup, Path("/x"))
+    assert command[1:3] == ["--object", "iothread,id=t0"]
+    assert "driver=file,node-name=f0,filename=/x/a.qcow2,cache.direct=off,aio=io_uring" in command
+    assert "driver=qcow2,node-name=r0,file=f0" in command
+    assert command[-1] == "type=fuse,id=e0,node-name=r0,mountpoint=/x/disk,writable=on,iothread=t0"
+    assert "--nbd-server" not in command
+
+
+def test_workloads_are_found_in_their_group() -> None:
+    assert find_workloads("qcow2", FUSE_WORKLOADS) == FUSE_WORKLOADS[-1:]
+    assert find_workloads(None, FUSE_WORKLOADS) == FUSE_WORKLOADS
 
 
 def fio_output(read_iops: float, write_bytes: float, *, error: int = 0) -> str:
