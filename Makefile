@@ -27,7 +27,7 @@ $(VENV)/.qsd: pyproject.toml | $(BIN)/python
 
 $(VENV)/.qsd-all: pyproject.toml | $(BIN)/python
 	@tools/packages libfuse3-dev pkg-config gcc python3-dev
-	$(PIP) --editable '.[all]' || $(PIP) --editable '.[crypto,test,dev]'
+	$(PIP) --editable '.[all]' || $(PIP) --editable '.[compress,crypto,test,dev]'
 	@touch $@ $(VENV)/.qsd
 
 # An installed package has its bytecode beside it; an editable one on a machine that writes none

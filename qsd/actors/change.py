@@ -203,7 +203,7 @@ class Change:
         if info.state is NodeState.BROKEN:
             return [_Swap(edge, child) for edge, child in self._swaps.get(key, ())]
         actions: list[Action] = [_Hold(node), *self._writing(node)]
-        if self._activity.get(key) is False:
+        if self._activity.get(key) is False or key in self._modes:
             actions.append(_FlushBelow(node))
         actions.extend(_Swap(edge, child) for edge, child in self._swaps.get(key, ()))
         if key in self._modes:
@@ -308,13 +308,16 @@ class _Hold(Action):
 
 @attrs.define(eq=False)
 class _FlushBelow(Action):
-    """Everything written so far reaches the disk, past the funnel that holds the node, and the image is closed."""
+    """Everything written so far reaches the disk, past the funnel that holds the node, and the image is complete.
+
+    Before its node is inactive, or has other options and perhaps other children.
+    """
 
     node: Node
 
     async def prepare(self) -> None:
         node = self.node
-        if node.mode.read_only or (node.mode.cache_no_flush and not node.driver.children):
+        if not node.active or node.mode.read_only or (node.mode.cache_no_flush and not node.driver.children):
             return
         try:
             await call(node.driver, Op.FLUSH, 0, 0)

@@ -134,10 +134,6 @@ class Edge(SlowPath):
         """The child node's limits."""
         return self.node.limits
 
-    async def settle(self) -> None:
-        """Return when what was submitted to the child node before, by anybody, has ended."""
-        await self.node.settle()
-
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child node; raises QmpError. The user needs the resize permission."""
         assert self.perm & Perm.RESIZE, f"{self!r} may not resize"

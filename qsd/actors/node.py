@@ -75,7 +75,6 @@ class Node(Actor, SlowPath):
         self._plain_writes = False
         self._holds = 0
         self._held: list[Request] = []
-        self._let_go = RepeatedEvent()
         self._released = RepeatedEvent()
         self._trackers = 0
         self._tasks = AsyncValue(0)
@@ -334,27 +333,29 @@ class Node(Actor, SlowPath):
         """End one ``hold``; the last one lets go of what was kept back."""
         self._holds -= 1
         if not self._holds:
-            self._released.set()
-        if not self._holds and self._held:
             held, self._held = self._held, []
-            self.submit(held)
-            self._let_go.set()
+            if held:
+                self.submit(held)
+            self._released.set()
 
     async def quiesce(self) -> None:
         """Return when everything that was submitted here before has ended."""
         while self._held:
-            await self._let_go.wait()
+            await self._released.wait()
         await self.hold()
         self.release()
 
     async def settle(self) -> None:
-        """Return when what was submitted before has ended, here and below; what comes meanwhile is kept back."""
+        """Return when what was submitted before has ended, here and below; what comes meanwhile is kept back.
+
+        For tasks of the node's own, which ``quiesce`` would wait for.
+        """
         self._holds += 1
         try:
             await self.driver.wait_idle()
             await self.serialiser.wait_idle()
             for child in self.driver.children.values():
-                await child.settle()
+                await child.quiesce()
         finally:
             self.release()
 
@@ -390,7 +391,7 @@ class Node(Actor, SlowPath):
         held, self._held = self._held, []
         for request in held:
             request.complete(errno.EIO)
-        self._let_go.set()
+        self._released.set()
 
     async def stopping(self) -> None:
         """Close the node: what came before ends, data reaches stable storage, then the driver lets go."""

@@ -93,9 +93,6 @@ class Child(Protocol):
     async def flush(self) -> None:
         """Slow-path flush; raises OSError."""
 
-    async def settle(self) -> None:
-        """Return when what was submitted to the child before, by anybody, has ended."""
-
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child; raises QmpError."""
 

@@ -91,7 +91,7 @@ class Child:
         self.read = node.read
         self.write = node.write
         self.flush = node.flush
-        self.settle = node.settle
+        self.quiesce = node.quiesce
         self.node_name = node.name
 
     @property

@@ -91,3 +91,67 @@ def test_random_operations_on_every_variant(
     for path, data in left:
         assert_clean(path)
         img("compare", "-q", "-f", "qcow2", "-F", "raw", path, write_raw(tmp_path, "expected.raw", data))
+
+
+def reopen(qmp: Any, image: Path, **more: Any) -> str:
+    """Reopen ``n`` with those options; the error's text, or nothing."""
+    answer = qmp.command("blockdev-reopen", {"options": [options(image, "n", **more)]})
+    text: str = answer.get("error", {}).get("desc", "")
+    return text
+
+
+def export(qmp: Any) -> None:
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
+
+
+def unexport(qmp: Any) -> None:
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+
+
+@pytest.mark.parametrize("variant", ["plain", "lazy", "extended", "data-file", "chain"])
+def test_reopened_images_go_on_as_they_are_told(daemon: Start, tmp_path: Path, variant: str) -> None:
+    made = VARIANTS[variant](tmp_path)
+    backing = {} if variant != "chain" else {"backing": made.path.name}
+    model = Model(made, 5)
+    qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
+    qmp.execute_raw("blockdev-add", options(made.path, "n"))
+    if backing:
+        info = next(each for each in qmp.execute("query-named-block-nodes") if each["node-name"] == "n")
+        backing = {"backing": next(c["node-name"] for c in info["children"] if c["child"] == "backing")}
+    more: dict[str, Any] = {}
+    for more in ({}, {"l2-cache-size": 65536, "overlap-check": "none"}, {"discard-no-unref": True}):
+        # While somebody uses it, and with nobody there, from read-only to writable.
+        export(qmp)
+        with NbdReader(tmp_path / "nbd.sock", "d") as client:
+            for _ in range(12):
+                model.step(client)
+            assert reopen(qmp, made.path, **backing, **more) == ""
+            wrong = reopen(qmp, made.path, **backing, **{"l2-cache-size": -5})
+            assert wrong == "Value '-5' is out of range for parameter 'l2-cache-size'"
+            for _ in range(12):
+                model.step(client)
+        unexport(qmp)
+        assert reopen(qmp, made.path, **backing, **{"read-only": True}) == ""
+        refusal = qmp.refusal("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
+        assert refusal == "Cannot export read-only node as writable"
+        assert_clean(made.path)
+        assert reopen(qmp, made.path, **backing, **more) == ""
+    export(qmp)
+    with NbdReader(tmp_path / "nbd.sock", "d") as client:
+        assert client.read(0, len(model.data)) == model.data
+        client.write(0, b"the end")
+        model.data[:7] = b"the end"
+    unexport(qmp)
+    qmp.execute("blockdev-del", node_name="n")
+    assert_clean(made.path)
+    img(
+        "compare",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        made.path,
+        write_raw(tmp_path, "expected.raw", bytes(model.data)),
+    )

@@ -19,8 +19,9 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2 import bitmap_layout as layout
 from qsd.drivers.qcow2 import bitmaps as store_module
-from qsd.drivers.qcow2.bitmap_layout import BitmapsExtension, DirectoryEntry, Run
+from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, Run
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
+from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header, serialise_header
 from qsd.errors import QmpError
 
@@ -459,7 +460,7 @@ async def test_memory_an_image_can_ask_for_is_bounded(monkeypatch: pytest.Monkey
     data = layout.pack_directory(entries)
     offset = await image.allocate(-(-len(data) // CLUSTER))
     await image.write(offset, data)
-    header = image.header.with_extension(EXT_BITMAPS, layout.pack_extension(BitmapsExtension(6, len(data), offset)))
+    header = image.header.with_extension(EXT_BITMAPS, BitmapsExtension(6, len(data), offset).serialise())
     await image.change_header(extensions=header.extensions, autoclear=BITMAPS)
     # All are in use, so that only the size of the disk counts.
     at = offset
@@ -515,7 +516,7 @@ def test_junk_extension_raises_the_one_right_error(data: bytes) -> None:
         found = layout.parse_extension(data, 65536)
     except QmpError:
         return
-    assert layout.pack_extension(found) == data
+    assert found.serialise() == data
 
 
 @given(st.lists(st.sampled_from([0, 1, 512, 1024, 1536, 2048, 4096]), max_size=20), st.integers(1, 4))

@@ -16,13 +16,11 @@ from typing import Final
 
 import attrs
 
+from qsd.drivers.qcow2.extensions import BitmapsExtension, parse_bitmaps_extension
 from qsd.drivers.qcow2.geometry import swap
 from qsd.errors import QmpError
 
-MAX_BITMAPS: Final = 65535
 MAX_NAME: Final = 1023
-# Bytes.
-MAX_DIRECTORY: Final = MAX_BITMAPS * 1024
 # Bytes of one bitmap: a bound on memory an image can ask for.
 MAX_DATA: Final = 512 << 20
 MIN_GRANULARITY_BITS: Final = 9
@@ -40,17 +38,8 @@ ALL_ZEROES: Final = 0
 ALL_ONES: Final = 1
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 
-_EXTENSION = struct.Struct(">IIQQ")
-_ENTRY = struct.Struct(">QIIBBHI")
-
-
-@attrs.frozen
-class BitmapsExtension:
-    """The data of the header extension: ``count`` entries in ``size`` bytes of directory at ``offset``."""
-
-    count: int
-    size: int
-    offset: int
+# Table offset, table entries, flags, type, granularity bits, name size, extra data size.
+ENTRY: Final = struct.Struct(">QIIBBHI")
 
 
 @attrs.frozen
@@ -82,37 +71,16 @@ class Run:
 
 
 def parse_extension(data: bytes, cluster_size: int) -> BitmapsExtension:
-    """Read the data of the header extension. Raises QmpError."""
-    if len(data) != _EXTENSION.size:
-        raise QmpError("bitmaps_ext: Invalid extension length")
-    count, reserved, size, offset = _EXTENSION.unpack(data)
-    if reserved:
-        raise QmpError("bitmaps_ext: Reserved field is not zero")
-    if count > MAX_BITMAPS:
-        raise QmpError(
-            f"bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}"
-        )
-    if not count:
-        raise QmpError("found bitmaps extension with zero bitmaps")
-    if offset & (cluster_size - 1):
-        raise QmpError("bitmaps_ext: invalid bitmap directory offset")
-    if size > MAX_DIRECTORY:
-        raise QmpError(
-            f"bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported size ({MAX_DIRECTORY})"
-        )
-    if not size:
+    """Read the data of the header extension, to load bitmaps. Raises QmpError."""
+    found = parse_bitmaps_extension(data, cluster_size)
+    if not found.size:
         raise QmpError("Requested bitmap directory size is zero")
-    return BitmapsExtension(count, size, offset)
-
-
-def pack_extension(extension: BitmapsExtension) -> bytes:
-    """The data of the header extension."""
-    return _EXTENSION.pack(extension.count, 0, extension.size, extension.offset)
+    return found
 
 
 def entry_size(name: bytes) -> int:
     """Bytes of a directory entry."""
-    return -(-(_ENTRY.size + len(name)) // 8) * 8
+    return -(-(ENTRY.size + len(name)) // 8) * 8
 
 
 def parse_directory(data: bytes, count: int, cluster_size: int) -> list[DirectoryEntry]:
@@ -120,15 +88,15 @@ def parse_directory(data: bytes, count: int, cluster_size: int) -> list[Director
     found: list[DirectoryEntry] = []
     position = 0
     while position < len(data):
-        if position + _ENTRY.size > len(data):
+        if position + ENTRY.size > len(data):
             raise QmpError("Broken bitmap directory")
         if len(found) == count:
             raise QmpError("More bitmaps found than specified in header extension")
-        offset, entries, flags, kind, bits, name_size, extra = _ENTRY.unpack_from(data, position)
+        offset, entries, flags, kind, bits, name_size, extra = ENTRY.unpack_from(data, position)
         if extra:
             raise QmpError("Bitmap extra data is not supported")
-        start = position + _ENTRY.size
-        position += -(-(_ENTRY.size + name_size) // 8) * 8
+        start = position + ENTRY.size
+        position += -(-(ENTRY.size + name_size) // 8) * 8
         if position > len(data):
             raise QmpError("Broken bitmap directory")
         # As C reads it: what follows a NUL is no part of the name.
@@ -157,7 +125,7 @@ def pack_directory(entries: Iterable[DirectoryEntry]) -> bytes:
     """The bytes of a directory."""
     parts = []
     for entry in entries:
-        packed = _ENTRY.pack(
+        packed = ENTRY.pack(
             entry.table_offset,
             entry.table_entries,
             entry.flags,

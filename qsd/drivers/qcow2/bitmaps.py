@@ -21,6 +21,7 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2 import bitmap_layout as layout
 from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, Run
+from qsd.drivers.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, BitmapsExtension
 from qsd.drivers.qcow2.geometry import big_endian, empty_table
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header
 from qsd.errors import QmpError, errno_text
@@ -106,9 +107,9 @@ class Qcow2Bitmaps:
         if length > layout.MAX_DATA:
             raise QmpError("Too much space will be occupied by the bitmap. Use larger granularity")
         names = [_stored_name(other) for other in others]
-        if len(names) >= layout.MAX_BITMAPS:
+        if len(names) >= MAX_BITMAPS:
             raise QmpError("Maximum number of persistent bitmaps is already reached")
-        if sum(map(layout.entry_size, names)) + layout.entry_size(stored_name) > layout.MAX_DIRECTORY:
+        if sum(map(layout.entry_size, names)) + layout.entry_size(stored_name) > MAX_BITMAP_DIRECTORY:
             raise QmpError("Not enough space in the bitmap directory")
 
     # -- loading ----------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ class Qcow2Bitmaps:
             count = self._clusters(len(data))
             new = Run(0, count, await made.allocate(count))
             await image.write(new.offset, data)
-            extension = layout.BitmapsExtension(len(entries), len(data), new.offset)
+            extension = BitmapsExtension(len(entries), len(data), new.offset)
         await image.flush()
         # From here on the file may lead to what is new, whatever happens.
         made.keep()
@@ -297,9 +298,9 @@ class Qcow2Bitmaps:
         if old.count:
             await self._release(old)
 
-    async def _change_header(self, extension: layout.BitmapsExtension | None) -> None:
+    async def _change_header(self, extension: BitmapsExtension | None) -> None:
         header = self._image.header
-        data = layout.pack_extension(extension) if extension is not None else None
+        data = extension.serialise() if extension is not None else None
         autoclear = header.autoclear | BITMAPS if extension is not None else header.autoclear & ~BITMAPS
         await self._image.change_header(
             extensions=header.with_extension(EXT_BITMAPS, data).extensions, autoclear=autoclear

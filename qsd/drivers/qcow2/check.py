@@ -18,6 +18,7 @@ from typing import Final
 import attrs
 
 from qsd.drivers.qcow2 import layout, refcount_codec
+from qsd.drivers.qcow2.bitmap_layout import ENTRY
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
 
@@ -28,9 +29,6 @@ BLOCK_BITS: Final = 15
 BLOCK: Final = 1 << BLOCK_BITS
 REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
-_BITMAPS = struct.Struct(">IIQQ")
-_BITMAP = struct.Struct(">QIIBBHI")
-_CRYPTO = struct.Struct(">QQ")
 _MAX_SNAPSHOT_TABLE: Final = 64 << 20
 # Bits that must be 0 in entries of the three kinds of tables.
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
@@ -300,20 +298,17 @@ class Checker:
         self._use(header.snapshots_offset, position - header.snapshots_offset, "snapshot table")
 
     def _walk_bitmaps(self) -> None:
-        data = self._header.extension(layout.EXT_BITMAPS)
-        if data is None or len(data) != _BITMAPS.size or not self._header.autoclear & layout.BITMAPS:
+        extension = self._header.bitmaps_extension()
+        if extension is None or not self._use(extension.offset, extension.size, "bitmap directory"):
             return
-        count, _reserved, size, offset = _BITMAPS.unpack(data)
-        if size > 65535 * 1024 or not self._use(offset, size, "bitmap directory"):
-            return
-        directory = self._read(offset, size)
+        directory = self._read(extension.offset, extension.size)
         position = 0
-        for _ in range(count):
-            if position + _BITMAP.size > size:
+        for _ in range(extension.count):
+            if position + ENTRY.size > extension.size:
                 self._corrupt("bitmap directory is broken")
                 return
-            table, entries, _flags, _type, _bits, name_size, extra = _BITMAP.unpack_from(directory, position)
-            position += -(-(_BITMAP.size + extra + name_size) // 8) * 8
+            table, entries, _flags, _type, _bits, name_size, extra = ENTRY.unpack_from(directory, position)
+            position += -(-(ENTRY.size + extra + name_size) // 8) * 8
             if entries * self._size > 1 << 40 or not self._use(table, entries * 8, "bitmap table"):
                 continue
             for entry in self._words(table, entries):
@@ -321,10 +316,9 @@ class Checker:
                     self._use(entry & OFFSET_MASK, self._size, "bitmap data")
 
     def _walk_crypto(self) -> None:
-        data = self._header.extension(layout.EXT_CRYPTO)
-        if data is not None and len(data) == _CRYPTO.size:
-            offset, length = _CRYPTO.unpack(data)
-            self._use(offset, length, "encryption header")
+        extension = self._header.crypto_extension()
+        if extension is not None:
+            self._use(extension.offset, extension.length, "encryption header")
 
     # -- the verdict ------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ import errno
 import logging
 from typing import Any, ClassVar, Final
 
+import trio
+
 from qsd.drivers.base import Child, ChildRole, Host, Mode
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
@@ -56,6 +58,7 @@ class Qcow2Driver(MappedDriver):
     )
 
     image: Image
+    _next: Image
     writer: Writer
     zeroer: Zeroer
     writeback: WriteBack
@@ -65,6 +68,7 @@ class Qcow2Driver(MappedDriver):
         self._is_backing_overridden = False
         self._is_sparse: bool | None = None
         self.is_writable = False
+        self._cleaning = trio.CancelScope()
         # Found broken: nothing is served any more. And told once that something is wrong.
         self._is_broken = False
         self._has_told = False
@@ -77,43 +81,63 @@ class Qcow2Driver(MappedDriver):
         await self._open_data_file()
         await self._open_backing()
         if not self.mode.read_only and self.mode.active:
-            await self._begin_writing()
+            await self._prepare_writing(self.image)
+            self._begin_writing()
         self.bitmap_store = Qcow2Bitmaps(DriverImage(self), self.host.warn)
+        self._clean_caches()
 
     async def _load(self) -> None:
         """Read what every user of the image needs."""
+        self._take(await self._read_image(self.options, self.mode))
+
+    async def _read_image(self, options: Any, mode: Mode) -> Image:
         file = self.children["file"]
         header = await read_header(file)
-        self._check_openable(header)
-        settings = settings_of(self.options, header, discard_unmap=self.mode.discard_unmap)
+        self._check_openable(header, options, mode)
+        settings = settings_of(options, header, discard_unmap=mode.discard_unmap)
         l1 = await read_table(file, header.l1_offset, header.l1_size, "Could not read L1 table")
-        self.image = Image(self, header, settings, self.options, l1, file)
-        self.length = header.size
-        self.limits.pwrite_zeroes_alignment = header.subcluster_size
-        self.limits.pdiscard_alignment = header.cluster_size
+        return Image(self, header, settings, options, l1, file)
+
+    def _take(self, image: Image) -> None:
+        self.image = image
+        self.length = image.header.size
+        self.limits.pwrite_zeroes_alignment = image.header.subcluster_size
+        self.limits.pdiscard_alignment = image.header.cluster_size
+
+    async def _read_again(self, options: Any, mode: Mode) -> Image:
+        """The image as it is now, with its children open already. Raises QmpError."""
+        try:
+            image = await self._read_image(options, mode)
+            if image.header.has_data_file:
+                image.map.data = self.children["data-file"]
+            if not mode.read_only and mode.active:
+                await self._prepare_writing(image)
+        except OSError as error:
+            raise QmpError(errno_text(error.errno or 0)) from None
+        return image
+
+    def _go_on_with(self, image: Image) -> None:
+        self.unpacker.clear()
+        self._is_sparse = None
+        self._take(image)
+        self.is_writable = False
+        if not self.mode.read_only and self.mode.active:
+            self._begin_writing()
 
     async def activate(self) -> None:
         """Another owner may have changed anything: read the image anew."""
-        self.unpacker.clear()
-        self._is_sparse = None
-        try:
-            await self._load()
-            if self.image.header.has_data_file:
-                self.image.map.data = self.children["data-file"]
-            if not self.mode.read_only:
-                await self._begin_writing()
-        except OSError as error:
-            raise QmpError(errno_text(error.errno or 0)) from None
+        self.is_writable = False
+        self._go_on_with(await self._read_again(self.options, self.mode))
 
-    def _check_openable(self, header: Header) -> None:
+    def _check_openable(self, header: Header, options: Any, mode: Mode) -> None:
         if header.crypt_method != CRYPT_NONE:
             raise QmpError("Encrypted images are not supported yet")
-        if self.options.encrypt is not None:
+        if options.encrypt is not None:
             raise QmpError(
-                f"No encryption in image header, but options specified format '{self.options.encrypt.format.value}'"
+                f"No encryption in image header, but options specified format '{options.encrypt.format.value}'"
             )
         compressed.require(header.compression_type)
-        if header.incompatible & CORRUPT and not self.mode.read_only:
+        if header.incompatible & CORRUPT and not mode.read_only:
             raise QmpError("qcow2: Image is corrupt; cannot be opened read/write")
 
     async def _open_data_file(self) -> None:
@@ -132,10 +156,8 @@ class Qcow2Driver(MappedDriver):
     async def _open_backing(self) -> None:
         header = self.image.header
         name = header.backing_file
+        self._is_backing_overridden = _overrides_backing(self.options, header)
         if self.options.backing is not None or not name:
-            self._is_backing_overridden = self.options.backing is not None and (
-                self.options.backing is not NULL or bool(name)
-            )
             return
         kind = header.extension(EXT_BACKING_FORMAT)
         try:
@@ -145,24 +167,62 @@ class Qcow2Driver(MappedDriver):
         except QmpError as error:
             raise error.prefixed("Could not open backing file: ") from None
 
-    async def _begin_writing(self) -> None:
+    async def _prepare_writing(self, image: Image) -> None:
         """Load what only writers need; unknown autoclear features are no longer to be trusted."""
-        image = self.image
         header = image.header
         if header.incompatible & DIRTY:
             raise QmpError("The image was not closed properly and has to be repaired (qemu-img check -r all)")
         size = (header.refcount_table_clusters << header.cluster_bits) // 8
         table = await read_table(image.file, header.refcount_table_offset, size, "Could not read refcount table")
         image.begin_writing(table)
-        self.writer = Writer(self, image)
-        self.zeroer = Zeroer(self, image, self.writer)
-        self.writeback = WriteBack(image)
         if header.autoclear & ~KNOWN_AUTOCLEAR:
             try:
                 await image.change_header(autoclear=header.autoclear & KNOWN_AUTOCLEAR)
             except OSError as error:
                 raise QmpError(f"Could not update qcow2 header: {errno_text(error.errno or 0)}") from None
+
+    def _begin_writing(self) -> None:
+        image = self.image
+        self.writer = Writer(self, image)
+        self.zeroer = Zeroer(self, image, self.writer)
+        self.writeback = WriteBack(image)
         self.is_writable = True
+
+    # -- reopening --------------------------------------------------------------------------------------------
+
+    async def prepare_reopen(self, options: Any, mode: Mode) -> None:
+        """Read the image as the new options want it; the graph has had everything written (``inactivate``)."""
+        self._next = await self._read_again(options, mode)
+
+    def commit_reopen(self, options: Any, mode: Mode) -> None:
+        """Go on with it."""
+        super().commit_reopen(options, mode)
+        self._go_on_with(self._next)
+        self._is_backing_overridden = _overrides_backing(options, self.image.header)
+        self._clean_caches()
+        del self._next
+
+    def abort_reopen(self) -> None:
+        """Forget it."""
+        del self._next
+
+    # -- caches -----------------------------------------------------------------------------------------------
+
+    def _clean_caches(self) -> None:
+        """From now on forget tables that nobody has asked for during an interval (``cache-clean-interval``)."""
+        self._cleaning.cancel()
+        interval = self.image.settings.clean_interval
+        if interval:
+            self._cleaning = trio.CancelScope()
+            self.host.spawn(self._clean_regularly, self._cleaning, interval, name="clean caches")
+
+    async def _clean_regularly(self, scope: trio.CancelScope, interval: int) -> None:
+        with scope:
+            while True:
+                await trio.sleep(interval)
+                self.image.cache.clean()
+                if self.is_writable:
+                    self.image.refs.cache.clean()
 
     # -- closing ----------------------------------------------------------------------------------------------
 
@@ -176,13 +236,12 @@ class Qcow2Driver(MappedDriver):
         self.is_writable = False
 
     async def inactivate(self) -> None:
-        """The same, for another owner of the image."""
+        """The same, for another owner of the image; or for this one, when something else fails."""
         if self.is_writable and not self._is_broken:
             try:
                 await self._finish()
             except OSError as error:
                 raise QmpError(errno_text(error.errno or 0)) from None
-        self.is_writable = False
 
     async def _finish(self) -> None:
         """Write everything; then the image is clean, and needs no room ahead. Raises OSError, QmpError."""
@@ -236,7 +295,7 @@ class Qcow2Driver(MappedDriver):
 
     def corrupt(self, text: str, *, offset: int | None = None, size: int | None = None) -> None:
         """Something in the image is wrong. A writable image is marked and served no more."""
-        is_fatal = self.is_writable
+        is_fatal = self.is_writable and self.mode.active
         if self._is_broken or (self._has_told and not is_fatal):
             return
         self._has_told = True
@@ -384,3 +443,8 @@ class Qcow2Driver(MappedDriver):
         """``ImageInfoSpecificQCow2``."""
         bitmaps = [] if self.bitmap_store is None else self.bitmap_store.facts()
         return facts.format_specific(self.image.header, bitmaps)
+
+
+def _overrides_backing(options: Any, header: Header) -> bool:
+    """Whether the options say something else about the backing file than the image does."""
+    return options.backing is not None and (options.backing is not NULL or bool(header.backing_file))

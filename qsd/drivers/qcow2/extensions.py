@@ -54,15 +54,15 @@ class Extension:
 
 @attrs.frozen
 class BitmapsExtension:
-    """Where the bitmap directory is: entries, bytes, host offset (bytes)."""
+    """Where the bitmap directory is: ``count`` entries in ``size`` bytes at host ``offset``."""
 
     count: int
-    directory_size: int
-    directory_offset: int
+    size: int
+    offset: int
 
     def serialise(self) -> bytes:
         """The extension's data."""
-        return _BITMAPS.pack(self.count, 0, self.directory_size, self.directory_offset)
+        return _BITMAPS.pack(self.count, 0, self.size, self.offset)
 
 
 @attrs.frozen

@@ -29,9 +29,12 @@ class Repaired:
 def repair(header: Header, read: Read, write: Write, found: Findings, *, leaks_only: bool) -> Repaired:
     """Set counts, and unless ``leaks_only`` also flags, to what was found. Raises OSError.
 
-    Counts that are too low are raised before anything else: until then a cluster in use counts as free. Leaks are
-    given back only when nothing leads nowhere, because a reference may be hidden in what cannot be read.
+    Counts that are too low are raised before anything else: until then a cluster in use counts as free. Nothing is
+    touched where counts have to be rebuilt: a refcount block that is something else too would be overwritten,
+    and references may be hidden in what cannot be read.
     """
+    if found.needs_rebuild:
+        return Repaired()
     counted = _Table(header, read)
     lows: dict[int, int] = {}
     highs: dict[int, int] = {}
@@ -43,8 +46,7 @@ def repair(header: Header, read: Read, write: Write, found: Findings, *, leaks_o
         for place, entry in found.flag_fixes.items():
             write(place, entry.to_bytes(8, "big"))
             fixed += 1
-    may_free = not found.needs_rebuild
-    return Repaired(counted.set(highs, write) if may_free else 0, fixed)
+    return Repaired(counted.set(highs, write), fixed)
 
 
 class _Table:

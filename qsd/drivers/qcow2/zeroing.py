@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -211,59 +212,39 @@ class Zeroer:
     # -- whole clusters ---------------------------------------------------------------------------------------
 
     async def _zero_long(self, request: Request, first: int, last: int) -> None:
-        error = 0
-        try:
-            cluster = first
-            while cluster < last:
-                stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
-                skipped = await self._driver.settled(self._zero_slice, cluster, stop, last, request.flags)
-                cluster = skipped
-                await trio.lowlevel.checkpoint()
-        except OSError as problem:
-            error = problem.errno or errno.EIO
-        if error:
-            self._ended(request, error)
-            return
-        self._driver.finished()
-        offset, end = request.offset, request.offset + request.length
-        self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)])
-        self._driver.send()
-
-    def _zero_slice(self, cluster: int, stop: int, last: int, flags: int) -> int:
-        """Zero clusters of one slice; the cluster to go on with. Raises Cold, OSError."""
-        if self._image.driver.backing is None:
-            missing = self._image.map.unmapped(cluster, last - cluster)
-            if missing:
-                return cluster + missing
-        self._writer.require_free(cluster, stop - 1)
-        self.zero_clusters(cluster, stop, flags)
-        return stop
+        flags = request.flags
+        if await self._walk(request, first, last, lambda cluster, stop: self.zero_clusters(cluster, stop, flags)):
+            offset, end = request.offset, request.offset + request.length
+            self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)])
+            self._driver.send()
 
     async def _discard_long(self, request: Request, first: int, last: int) -> None:
-        error = 0
+        if await self._walk(request, first, last, _nothing if self._is_raw else self.discard_clusters):
+            self._discard_data(request, first, last)
+            self._driver.send()
+
+    async def _walk(self, request: Request, first: int, last: int, change: Callable[[int, int], None]) -> bool:
+        """Change clusters slice by slice, with chances for others to run; False when the request ended in error."""
         try:
             cluster = first
             while cluster < last:
                 stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
-                cluster = await self._driver.settled(self._discard_slice, cluster, stop, last)
+                cluster = await self._driver.settled(self._change_slice, cluster, stop, last, change)
                 await trio.lowlevel.checkpoint()
         except OSError as problem:
-            error = problem.errno or errno.EIO
-        if error:
-            self._ended(request, error)
-            return
+            self._ended(request, problem.errno or errno.EIO)
+            return False
         self._driver.finished()
-        self._discard_data(request, first, last)
-        self._driver.send()
+        return True
 
-    def _discard_slice(self, cluster: int, stop: int, last: int) -> int:
+    def _change_slice(self, cluster: int, stop: int, last: int, change: Callable[[int, int], None]) -> int:
+        """Change clusters of one slice; the cluster to go on with. Raises Cold, OSError."""
         if self._image.driver.backing is None:
             missing = self._image.map.unmapped(cluster, last - cluster)
             if missing:
                 return cluster + missing
         self._writer.require_free(cluster, stop - 1)
-        if not self._is_raw:
-            self.discard_clusters(cluster, stop)
+        change(cluster, stop)
         return stop
 
     def _ended(self, request: Request, error: int) -> None:
@@ -359,6 +340,10 @@ class Zeroer:
             if words == 2:
                 table[word + 1] = 0 if uncovers else ALL_ZERO
         image.pressure()
+
+
+def _nothing(_cluster: int, _stop: int) -> None:
+    """The clusters stay as they are: the external data file is raw, and hears of the discard itself."""
 
 
 def _as_write(edge: Request, data: memoryview) -> Request:
