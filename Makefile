@@ -50,7 +50,7 @@ check: $(VENV)/.qsd-all
 
 bench: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils libnbd-bin fio
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(GROUP)
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.clients import Clients
 from bench.daemons import Placement, Side, pinned_prefix, version_of
 from bench.machine import facts
-from bench.measures import Measure, measure_idle, measure_peaks, measure_qmp, measure_start
+from bench.measures import Measure, measure_idle, measure_opening, measure_peaks, measure_qmp, measure_start
 from bench.report import data_report, number, row_ratio, row_verdict, text_report
 from bench.runner import Bench, Plan, Row
 from bench.svg import ratio_plot
@@ -43,10 +43,16 @@ def default_reference() -> str:
     return os.environ.get("QSD_REFERENCE") or (str(newest) if newest.exists() else "qemu-storage-daemon")
 
 
-def find_nbdcopy(reference: str) -> str:
-    """Return the nbdcopy that lies beside the reference, else the system's."""
-    beside = Path(shlex.split(reference)[0]).parent / "nbdcopy"
-    return str(beside) if beside.is_absolute() and beside.exists() else "nbdcopy"
+def find_beside(reference: str, program: str) -> str:
+    """Return the program of that name that lies beside the reference, else the system's."""
+    beside = Path(shlex.split(reference)[0]).parent / program
+    return str(beside) if beside.is_absolute() and beside.exists() else program
+
+
+def find_clients(reference: str) -> Clients:
+    """Return the programs that make load and images, the reference's own where it brings them."""
+    names = ("nbdcopy", "nbdinfo", "qemu-img", "qemu-io")
+    return Clients(**{name.replace("-", "_"): find_beside(reference, name) for name in names})
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -109,7 +115,8 @@ def measure_all(bench: Bench, options: argparse.Namespace, placements: Sequence[
     if options.group != "nbd":
         saturating = max(options.workloads, key=lambda workload: workload.depth)
         under_load = [measure for place in placements for measure in measure_qmp(bench, place, seconds, saturating)]
-        return [measure_peaks(bench), *under_load]
+        opening = measure_opening(bench) if options.group == "qcow2" else []
+        return [measure_peaks(bench), *opening, *under_load]
     found = [measure_start(bench), *measure_idle(bench, seconds), measure_peaks(bench)]
     for placement in placements:
         found += measure_qmp(bench, placement, seconds)
@@ -129,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.reps:
         plan = Plan(plan.seconds, plan.calibration, plan.ramp, options.reps, plan.size)
     ours, reference = make_side("ours", options.daemon), make_side("reference", options.reference)
-    programs = Clients(nbdcopy=find_nbdcopy(options.reference))
+    programs = find_clients(options.reference)
     placements = list(Placement) if pinned_prefix() else [Placement.ANY]
     about = facts(ours=ours.version, reference=reference.version, fio=programs.fio, nbdcopy=programs.nbdcopy)
     about["image"] = f"{plan.size // MIB} MiB; {plan.reps} repetitions of {plan.seconds:g} s"

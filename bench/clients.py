@@ -11,9 +11,10 @@ from typing import Any
 
 import attrs
 
-from bench.workloads import Export, Tool, Unit, Workload
+from bench.workloads import KIB, Export, Tool, Unit, Workload
 
 EXPORT = "disk"
+CLUSTER = 64 * KIB
 MEGA = 1_000_000
 
 
@@ -27,6 +28,9 @@ class Clients:
 
     fio: str = "fio"
     nbdcopy: str = "nbdcopy"
+    nbdinfo: str = "nbdinfo"
+    qemu_img: str = "qemu-img"
+    qemu_io: str = "qemu-io"
 
 
 @attrs.frozen
@@ -54,14 +58,18 @@ def fio_command(program: str, workload: Workload, load: Load, target: str) -> li
     The random map is off: it costs the client much and finds nothing here.
     """
     if workload.export is Export.NBD:
-        engine = ("--ioengine=nbd", f"--uri={target}")
+        engine = ["--ioengine=nbd", f"--uri={target}"]
     else:
-        engine = ("--ioengine=libaio", "--direct=1", f"--filename={target}")
+        engine = ["--ioengine=libaio", "--direct=1", f"--filename={target}"]
+    if workload.allocates:
+        length = [f"--number_ios={load.size // CLUSTER // 2}"]
+    else:
+        runtime, ramp = (f"{round(seconds * 1000)}ms" for seconds in (load.seconds, load.ramp))
+        length = ["--time_based", f"--runtime={runtime}", f"--ramp_time={ramp}"]
     return [
         *(program, "--name=load", "--output-format=json", *engine, "--group_reporting=1"),
         *(f"--rw={workload.rw}", f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={load.size}"),
-        *("--time_based", f"--runtime={round(load.seconds * 1000)}ms", f"--ramp_time={round(load.ramp * 1000)}ms"),
-        *("--norandommap", f"--numjobs={workload.clients}"),
+        *(*length, "--norandommap", f"--numjobs={workload.clients}"),
     ]
 
 
@@ -109,6 +117,15 @@ def measure(clients: Clients, workload: Workload, load: Load, target: str, prefi
     if workload.tool is Tool.FIO:
         command = [*prefix, *fio_command(clients.fio, workload, load, target)]
         return parse_fio(run(command, deadline=load.deadline), workload.unit)
+    if workload.tool is Tool.NBDCOPY:
+        _, seconds = timed([*prefix, clients.nbdcopy, target, "null:"], load.deadline)
+        return load.size / MEGA / seconds
+    shown, seconds = timed([*prefix, clients.nbdinfo, "--map", target], load.deadline)
+    return shown.count("\n") / seconds
+
+
+def timed(command: Sequence[str], deadline: float) -> tuple[str, float]:
+    """Run a client to its end; its standard output and the seconds it took. Raises ClientError."""
     begin = time.monotonic()
-    run([*prefix, clients.nbdcopy, target, "null:"], deadline=load.deadline)
-    return load.size / MEGA / (time.monotonic() - begin)
+    shown = run(command, deadline=deadline)
+    return shown, time.monotonic() - begin

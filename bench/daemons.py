@@ -16,6 +16,7 @@ from pathlib import Path
 import attrs
 
 from bench.clients import nbd_uri
+from bench.images import KINDS, Kind
 from bench.workloads import IOTHREAD, Export
 
 START_DEADLINE = 20.0
@@ -47,7 +48,10 @@ class Side:
 
 @attrs.frozen
 class Setup:
-    """One way to run a daemon. ``mode`` is one of ``Workload.modes``, or None for the daemon's own default."""
+    """One way to run a daemon. ``mode`` is one of ``Workload.modes``, or None for the daemon's own default.
+
+    ``kind`` is the image's; ``below`` are the images it lies on, lowest first, each one qcow2.
+    """
 
     side: Side
     image: Path
@@ -55,7 +59,8 @@ class Setup:
     mode: str | None = None
     placement: Placement = Placement.ANY
     export: Export = Export.NBD
-    format: str = "raw"
+    kind: Kind = KINDS["raw"]
+    below: tuple[Path, ...] = ()
 
 
 @functools.cache
@@ -87,8 +92,6 @@ def daemon_command(setup: Setup, place: Path) -> list[str]:
     mount on, are in ``place``.
     """
     mode = setup.mode or ""
-    aio = mode.removesuffix(IOTHREAD)
-    options = f",cache.direct={'on' if setup.direct else 'off'}" + (f",aio={aio}" if aio else "")
     thread = ",iothread=t0" if mode.endswith(IOTHREAD) else ""
     if setup.export is Export.NBD:
         export = [
@@ -100,11 +103,25 @@ def daemon_command(setup: Setup, place: Path) -> list[str]:
     return [
         *setup.side.command,
         *(("--object", "iothread,id=t0") if thread else ()),
-        *("--blockdev", f"driver=file,node-name=f0,filename={setup.image}{options}"),
-        *("--blockdev", f"driver={setup.format},node-name=r0,file=f0"),
+        *(word for each in setup.kind.objects for word in ("--object", each)),
+        *nodes(setup, mode.removesuffix(IOTHREAD)),
         *("--chardev", f"socket,id=c0,path={place / QMP_SOCKET},server=on,wait=off", "--monitor", "chardev=c0"),
         *export,
     ]
+
+
+def nodes(setup: Setup, aio: str) -> list[str]:
+    """Return the command line's words that make the image's nodes: r0 on f0, lower layers r1 on f1 and so on."""
+    options = f",cache.direct={'on' if setup.direct else 'off'}" + (f",aio={aio}" if aio else "")
+    words = []
+    backing = ""
+    for number, path in zip(range(len(setup.below), 0, -1), setup.below, strict=True):
+        words += ["--blockdev", f"driver=file,node-name=f{number},filename={path},read-only=on{options}"]
+        words += ["--blockdev", f"driver=qcow2,node-name=r{number},file=f{number},read-only=on{backing}"]
+        backing = f",backing=r{number}"
+    words += ["--blockdev", f"driver=file,node-name=f0,filename={setup.image}{options}"]
+    words += ["--blockdev", f"driver={setup.kind.driver},node-name=r0,file=f0{setup.kind.options}{backing}"]
+    return words
 
 
 class Daemon:

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import attrs
 
-from bench import clients, procfs
+from bench import clients, images, procfs
 from bench.clients import ClientError, Load
-from bench.daemons import DaemonError, Placement, Setup, prefix_of, running
+from bench.daemons import DaemonError, Placement, Setup, Side, prefix_of, running
+from bench.images import KINDS
 from bench.qmp import QmpClient
 from bench.runner import Bench
 from bench.stats import median, percentile
@@ -19,6 +20,7 @@ from bench.workloads import WORKLOADS, Workload
 
 # The workload that saturates an NBD export.
 SATURATING = WORKLOADS[0]
+SMALL, ENORMOUS = 1 << 30, 64 << 40
 QUESTIONS = ("query-version", "query-block-exports")
 PAUSE = 0.003
 
@@ -157,6 +159,32 @@ def measure_qmp(
         Measure(f"QMP latency under load ({placement.value}), p{percent}, ms", ours, reference, limit, 2)
         for percent, limit in ((50, None), (99, 50))
         for ours, reference in [figures[percent]]
+    ]
+
+
+def opening_peak(bench: Bench, side: Side, size: int) -> float:
+    """Return the largest resident size in MiB of a daemon that has opened an empty image of ``size`` bytes and
+    serves it. Raises DaemonError.
+    """
+    path = bench.room / "opened"
+    path.unlink(missing_ok=True)
+    kind = KINDS["fresh"]
+    kind.make(images.Request(path, size, (), bench.programs))
+    with running(Setup(side, path, kind=kind), bench.room) as daemon:
+        daemon.wait_ready()
+        return procfs.memory_mib(daemon.pid, "VmHWM")
+
+
+def measure_opening(bench: Bench) -> list[Measure]:
+    """Measure what opening a small and an enormous image takes: no more for the enormous one, but for its L1 table
+    (1 MiB) and its copy.
+    """
+    sides = (bench.ours, bench.reference)
+    figures = [[opening_peak(bench, side, size) for side in sides] for size in (SMALL, ENORMOUS)]
+    small, enormous = figures
+    return [
+        Measure("peak memory, 1 GiB qcow2 open, MiB", small[0], small[1]),
+        Measure("peak memory, 64 TiB qcow2 open, MiB", enormous[0], enormous[1], small[0] + 4),
     ]
 
 

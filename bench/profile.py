@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import clients, images
-from bench.__main__ import RESULTS, default_daemon, make_side
-from bench.clients import ClientError, Clients, Load
-from bench.daemons import DaemonError, Placement, Setup, prefix_of, running
-from bench.workloads import FUSE_WORKLOADS, MIB, WORKLOADS, Workload, find_workloads
+from bench import clients
+from bench.__main__ import FULL, RESULTS, default_daemon, default_reference, find_clients, make_side
+from bench.clients import ClientError, Load
+from bench.daemons import DaemonError, Placement, prefix_of, running
+from bench.runner import Bench
+from bench.workloads import GROUPS, Workload, find_workloads
 
 # py-spy needs this long to attach and to write its result.
 MARGIN = 30.0
@@ -43,7 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     try:
-        options.workload = find_workloads(options.workload, WORKLOADS + FUSE_WORKLOADS)[0]
+        options.workload = find_workloads(options.workload, sum(GROUPS.values(), ()))[0]
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -66,16 +67,10 @@ def target(options: argparse.Namespace, workload: Workload) -> Path:
 def profile(options: argparse.Namespace, room: Path) -> tuple[float, Path]:
     """Run the workload under py-spy; return its figure and the file written. Raises ClientError, DaemonError."""
     workload: Workload = options.workload
-    image = room / "image.img"
-    images.make_image(image, 1024 * MIB)
-    if workload.image != "raw":
-        raw, image = image, room / f"image.{workload.image}"
-        images.convert(raw, image, workload.image)
-    if workload.direct:
-        images.forget(image)
     placement = Placement.PINNED if options.pinned else Placement.ANY
     side = make_side("ours", options.daemon)
-    setup = Setup(side, image, workload.direct, None, placement, workload.export, workload.image)
+    bench = Bench(side, side, find_clients(default_reference()), FULL, room, print)
+    setup = bench.setup(side, None, placement, workload)
     out = target(options, workload)
     out.parent.mkdir(parents=True, exist_ok=True)
     with running(setup, room) as daemon:
@@ -90,8 +85,8 @@ def profile(options: argparse.Namespace, room: Path) -> tuple[float, Path]:
         )
         try:
             # The load outlasts the recording, so that no idle time is in the picture.
-            load = Load(options.seconds + 1, 0, 1024 * MIB)
-            figure = clients.measure(Clients(), workload, load, daemon.target, prefix_of(placement))
+            load = Load(options.seconds + 1, 0, FULL.size * setup.kind.scale)
+            figure = clients.measure(bench.programs, workload, load, daemon.target, prefix_of(placement))
             recorder.wait(options.seconds + MARGIN)
         finally:
             if recorder.poll() is None:

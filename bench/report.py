@@ -29,10 +29,10 @@ def columns(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
 
 
 def amount(value: float | None, unit: Unit) -> str:
-    """Write a throughput with three or four figures: ``186.2 k`` IOPS, ``1950`` MB/s."""
+    """Write a throughput with three or four figures: ``186.2 k`` IOPS or extents, ``1950`` MB/s."""
     if value is None:
         return MISSING
-    return f"{value / 1000:.1f} k" if unit is Unit.IOPS else f"{value:.0f}"
+    return f"{value:.0f}" if unit is Unit.MBPS else f"{value / 1000:.1f} k"
 
 
 def number(value: float | None, digits: int) -> str:

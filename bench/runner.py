@@ -11,6 +11,7 @@ import attrs
 from bench import clients, images, procfs
 from bench.clients import ClientError, Clients, Load
 from bench.daemons import Daemon, DaemonError, Placement, Setup, Side, prefix_of, running
+from bench.images import KINDS
 from bench.stats import median
 from bench.workloads import Workload
 
@@ -75,14 +76,18 @@ class Bench:
         self.say = say
         self.peaks: dict[str, float] = {}
 
-    def image(self, *, direct: bool, image_format: str = "raw") -> Path:
-        """Return the image, made when first asked for: in the page cache, or not at all there for O_DIRECT."""
-        path = self.room / f"{'direct' if direct else 'cached'}.{image_format}"
+    def image(self, kind: str, *, direct: bool = False) -> Path:
+        """Return the image, made when first asked for: in the page cache, or not at all there for O_DIRECT.
+
+        One of a fresh kind is made anew each time.
+        """
+        path = self.room / f"{'direct' if direct else 'cached'}.{kind}"
+        recipe = KINDS[kind]
+        if recipe.fresh:
+            path.unlink(missing_ok=True)
         if not path.exists():
-            if image_format == "raw":
-                images.make_image(path, self.plan.size)
-            else:
-                images.convert(self.image(direct=False), path, image_format)
+            below = tuple(self.image(each) for each in recipe.below)
+            recipe.make(images.Request(path, self.plan.size * recipe.scale, below, self.programs))
             if direct:
                 images.forget(path)
             else:
@@ -91,8 +96,10 @@ class Bench:
 
     def setup(self, side: Side, mode: str | None, placement: Placement, workload: Workload) -> Setup:
         """Return how to run one side for a workload."""
-        image = self.image(direct=workload.direct, image_format=workload.image)
-        return Setup(side, image, workload.direct, mode, placement, workload.export, workload.image)
+        kind = KINDS[workload.image]
+        image = self.image(workload.image, direct=workload.direct)
+        below = tuple(self.image(each) for each in kind.below)
+        return Setup(side, image, workload.direct, mode, placement, workload.export, kind, below)
 
     @contextmanager
     def daemon(self, setup: Setup) -> Iterator[Daemon]:
@@ -105,9 +112,10 @@ class Bench:
 
     def once(self, workload: Workload, setup: Setup, load: Load) -> float:
         """Run a workload once on a fresh daemon and return its figure. Raises ClientError, DaemonError."""
+        load = attrs.evolve(load, size=load.size * setup.kind.scale)
         with self.daemon(setup) as daemon:
             figure = clients.measure(self.programs, workload, load, daemon.target, prefix_of(setup.placement))
-        if workload.is_writing:
+        if workload.is_writing and not setup.kind.fresh:
             images.settle(setup.image)
         return figure
 

@@ -27,20 +27,24 @@ class Tool(Enum):
 
     FIO = "fio"
     NBDCOPY = "nbdcopy"
+    NBDINFO = "nbdinfo --map"
 
 
 class Unit(Enum):
-    """What a workload is counted in. A megabyte is 10**6 bytes."""
+    """What a workload is counted in. A megabyte is 10**6 bytes, an extent a line of a disk's map."""
 
     IOPS = "IOPS"
     MBPS = "MB/s"
+    EXTENTS = "extents/s"
 
 
 @attrs.frozen
 class Workload:
     """One kind of load. ``block`` is in bytes; ``must`` and ``aim`` are ratios ours / reference.
 
-    ``direct`` is about the image: how the daemon reads it. ``image`` is its format.
+    ``direct`` is about the image: how the daemon reads it. ``image`` is its kind (``bench.images.KINDS``). A
+    workload that ``allocates`` ends after half as many requests as the image has clusters, so that most of them
+    meet a new one.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Workload:
     unit: Unit = Unit.IOPS
     export: Export = Export.NBD
     image: str = "raw"
+    allocates: bool = False
 
     @property
     def is_writing(self) -> bool:
@@ -98,7 +103,30 @@ FUSE_WORKLOADS = (
     Workload("FUSE write 1M QD4", 1.5, 3.0, rw="write", block=MIB, depth=4, unit=Unit.MBPS, export=Export.FUSE),
     Workload("FUSE qcow2 randread 4k QD16", 1.8, 3.0, depth=16, export=Export.FUSE, image="qcow2"),
 )
-GROUPS = {"nbd": WORKLOADS, "fuse": FUSE_WORKLOADS}
+
+# All over NBD. What is fresh is made anew before every repetition. A second of writing does not fill it; the
+# overlay is written a counted number of times.
+QCOW2_WORKLOADS = (
+    Workload("qcow2 randread 4k QD32", 1.8, 2.5, depth=32, image="qcow2"),
+    Workload("qcow2 randread 4k QD1", 1.0, 2.0, image="qcow2"),
+    Workload("qcow2 randwrite 4k QD32", 1.5, 2.5, rw="randwrite", depth=32, image="qcow2"),
+    Workload("fresh qcow2 randwrite 4k QD32", 1.2, 2.0, rw="randwrite", depth=32, image="fresh"),
+    Workload("fresh qcow2 write 1M QD8", 1.0, 1.5, rw="write", block=MIB, depth=8, unit=Unit.MBPS, image="fresh"),
+    Workload(
+        "fresh overlay randwrite 4k QD32", 1.2, 2.0, rw="randwrite", depth=32, image="overlay", allocates=True
+    ),
+    Workload("zlib qcow2 read 1M QD8", 2.0, 3.0, rw="read", block=MIB, depth=8, unit=Unit.MBPS, image="zlib"),
+    Workload("zlib qcow2 randread 64k QD8", 2.0, 3.0, block=64 * KIB, depth=8, image="zlib"),
+    Workload("8 overlays randread 4k QD32", 1.5, 2.5, depth=32, image="chain"),
+    Workload("nbdinfo --map of 1 TiB", 1.0, 2.0, tool=Tool.NBDINFO, unit=Unit.EXTENTS, image="fragmented"),
+)
+
+# aes-256-xts, the cipher both choose unasked.
+LUKS_WORKLOADS = (
+    Workload("LUKS read 1M QD8", 1.0, 2.0, rw="read", block=MIB, depth=8, unit=Unit.MBPS, image="luks"),
+    Workload("LUKS write 1M QD8", 1.0, 2.0, rw="write", block=MIB, depth=8, unit=Unit.MBPS, image="luks"),
+)
+GROUPS = {"nbd": WORKLOADS, "fuse": FUSE_WORKLOADS, "qcow2": QCOW2_WORKLOADS, "luks": LUKS_WORKLOADS}
 
 
 def find_workloads(wanted: str | None, among: tuple[Workload, ...] = WORKLOADS) -> tuple[Workload, ...]:

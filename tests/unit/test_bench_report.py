@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from bench.clients import ClientError, Load, fio_command, nbd_uri, parse_fio
 from bench.daemons import Placement, Setup, Side, daemon_command
+from bench.images import KINDS
 from bench.measures import Measure
 from bench.procfs import parse_stat_ticks, parse_status_kib
 from bench.report import columns, data_report, detail_table, ratio_table, row_verdict, text_report
 from bench.runner import Row, Series
 from bench.stats import Verdict, median, percentile, ratio, spread, verdict
 from bench.svg import Scale, ratio_plot
-from bench.workloads import FUSE_WORKLOADS, WORKLOADS, Export, Unit, find_workloads
+from bench.workloads import FUSE_WORKLOADS, GROUPS, QCOW2_WORKLOADS, WORKLOADS, Export, Tool, Unit, find_workloads
 
 RANDREAD = WORKLOADS[0]
 NBDCOPY = WORKLOADS[-1]
@@ -84,8 +85,10 @@ def test_verdict_judges_what_is_printed(value: float | None, expected: Verdict) 
 
 
 def test_workloads_have_names_of_their_own_and_aims_above_musts() -> None:
-    assert len({each.name for each in WORKLOADS}) == len(WORKLOADS)
-    assert all(0 < each.must < each.aim for each in WORKLOADS)
+    every = [each for group in GROUPS.values() for each in group]
+    assert len({each.name for each in every}) == len(every)
+    assert all(0 < each.must < each.aim for each in every)
+    assert all(each.image in KINDS for each in every)
 
 
 def test_find_workloads_prefers_the_exact_name() -> None:
@@ -119,13 +122,35 @@ def test_fuse_is_measured_on_the_mounted_file() -> None:
     modes = FUSE_WORKLOADS[1].modes
     assert modes == ("io_uring", "threads", "io_uring+iothread", "threads+iothread")
     reference = Side("reference", ("ref",), "")
-    setup = Setup(reference, Path("/x/a.qcow2"), mode=modes[2], export=Export.FUSE, format="qcow2")
+    setup = Setup(reference, Path("/x/a.qcow2"), mode=modes[2], export=Export.FUSE, kind=KINDS["qcow2"])
     command = daemon_command(setup, Path("/x"))
     assert command[1:3] == ["--object", "iothread,id=t0"]
     assert "driver=file,node-name=f0,filename=/x/a.qcow2,cache.direct=off,aio=io_uring" in command
     assert "driver=qcow2,node-name=r0,file=f0" in command
     assert command[-1] == "type=fuse,id=e0,node-name=r0,mountpoint=/x/disk,writable=on,iothread=t0"
     assert "--nbd-server" not in command
+
+
+def test_allocating_load_ends_by_count_and_other_tools_are_no_fio() -> None:
+    (overlay,) = find_workloads("fresh overlay", QCOW2_WORKLOADS)
+    words = fio_command("fio", overlay, Load(1.5, 0.2, 1 << 30), "nbd://x")
+    assert "--number_ios=8192" in words
+    assert "--time_based" not in words
+    assert {each.tool for each in QCOW2_WORKLOADS} == {Tool.FIO, Tool.NBDINFO}
+
+
+def test_layers_are_opened_from_the_lowest_on() -> None:
+    below = tuple(Path(f"/x/{each}") for each in KINDS["chain"].below)
+    assert [path.name for path in below] == ["qcow2", *(f"layer{number}" for number in range(1, 8))]
+    side = Side("reference", ("ref",), "")
+    command = daemon_command(Setup(side, Path("/x/chain"), kind=KINDS["chain"], below=below), Path("/x"))
+    nodes = [word for word in command if word.startswith("driver=")]
+    assert nodes[0] == "driver=file,node-name=f8,filename=/x/qcow2,read-only=on,cache.direct=off"
+    assert nodes[1] == "driver=qcow2,node-name=r8,file=f8,read-only=on"
+    assert nodes[-1] == "driver=qcow2,node-name=r0,file=f0,backing=r1"
+    luks = daemon_command(Setup(side, Path("/x/luks"), kind=KINDS["luks"]), Path("/x"))
+    assert luks[1:3] == ["--object", "secret,id=s0,data=bench"]
+    assert "driver=luks,node-name=r0,file=f0,key-secret=s0" in luks
 
 
 def test_workloads_are_found_in_their_group() -> None:
