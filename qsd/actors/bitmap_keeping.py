@@ -152,6 +152,8 @@ class StartWriting(Action):
                 node.refresh()
                 await load(node)
             except QmpError as error:
+                if not node.driver.is_format:
+                    raise
                 raise error.prefixed(f"Could not reopen {node.driver.name} layer: ") from None
         elif store is not None:
             await _mark_in_use(store)

@@ -122,8 +122,15 @@ def _refer(
 def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
     """What no reopen changes."""
     before: Any = info_of(node).options
+    driver = node.driver
+    for name in driver.lasting:
+        if getattr(before, name) is not None and getattr(options, name, None) is None:
+            raise QmpError(f"Option '{_shown(name)}' cannot be reset to its default value")
     if options.driver is not before.driver:
         raise QmpError("Cannot change the option 'driver'")
+    for name in driver.lasting:
+        if name in driver.fixed and getattr(options, name) != getattr(before, name):
+            raise QmpError(f"Cannot change the option '{_shown(name)}'")
     if mode.force_share != node.mode.force_share:
         if options.force_share is None:
             raise QmpError("Option 'force-share' cannot be reset to its default value")
@@ -131,3 +138,7 @@ def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
     # The reference takes the new value without doing anything about it, and refuses every reopen after that.
     if options.active is not None and options.active != node.active:
         raise QmpError("Cannot change the option 'active'")
+
+
+def _shown(name: str) -> str:
+    return name.replace("_", "-")

@@ -115,6 +115,8 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
     }
     for name, value in (
         ("max-transfer", limits.max_transfer),
+        ("max-hw-transfer", limits.max_hw_transfer),
+        ("max-hw-iov", limits.max_hw_iov),
         ("write-zeroes-alignment", limits.pwrite_zeroes_alignment),
         ("discard-alignment", limits.pdiscard_alignment),
     ):

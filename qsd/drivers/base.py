@@ -43,6 +43,17 @@ class Limits:
     max_iov: int = 1024
     pwrite_zeroes_alignment: int = 0
     pdiscard_alignment: int = 0
+    max_hw_transfer: int = 0  # what the device takes at once; the kernel splits what is larger
+    max_hw_iov: int = 0
+
+
+def limits_above(below: Limits, *, request_alignment: int = 1) -> Limits:
+    """Limits of a node that passes its requests on to one with the limits ``below``.
+
+    The child deals with what is aligned otherwise; what it wants of buffers, and how much the device takes at
+    once, holds above as well.
+    """
+    return attrs.evolve(below, request_alignment=request_alignment, pwrite_zeroes_alignment=0)
 
 
 class ChildRole(str, Enum):
@@ -217,6 +228,10 @@ class Driver(ABC):
     name: ClassVar[str]
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
+    # Options (attributes) that every reopen must name again once they are given, in the order in which they are
+    # missed; and those of them that must then have the same value.
+    lasting: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[frozenset[str]] = frozenset()
     # Child edges in order: name, role. An option attribute of the same name holds the child.
     child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = ()
 
@@ -289,7 +304,7 @@ class Driver(ABC):
     # -- change -----------------------------------------------------------------------------------------------
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
-        """Get ready to live with new options. Raises QmpError (``Cannot change the option 'x'``)."""
+        """Get ready to live with new options, which keep to ``lasting`` and ``fixed``. Raises QmpError."""
         return
 
     def commit_reopen(self, options: Any, mode: Mode) -> None:

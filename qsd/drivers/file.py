@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from typing import Any, ClassVar
+
+import trio
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Driver, Host, Limits, Mode
@@ -14,8 +17,6 @@ from qsd.errors import QmpError, errno_text
 from qsd.host import files, locks, served
 
 _WRITING = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
-# Options that are fixed while the node is open, by attribute.
-_FIXED = ("filename", "aio", "locking", "aio_max_batch", "drop_cache", "pr_manager", "x_check_cache_dropped")
 
 
 class FileDriver(Driver):
@@ -23,6 +24,8 @@ class FileDriver(Driver):
 
     name: ClassVar[str] = "file"
     can_truncate: ClassVar[bool] = True
+    lasting: ClassVar[tuple[str, ...]] = ("locking", "filename", "aio_max_batch", "aio", "drop_cache", "pr_manager")
+    fixed: ClassVar[frozenset[str]] = frozenset(lasting) - {"drop_cache"}
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
@@ -120,7 +123,18 @@ class FileDriver(Driver):
         if direct:
             request, memory = files.probe_direct_alignment(fd, is_device=io.is_device)
             self.limits = Limits(request_alignment=request, min_mem_alignment=memory)
+        if io.is_device:
+            self._look_at_queue(fd, direct=direct)
         self.length = self._size(fd)
+
+    def _look_at_queue(self, fd: int, *, direct: bool) -> None:
+        limits = self.limits
+        limits.max_hw_transfer = files.device_queue_limit(fd, "max_sectors_kb") << 10
+        limits.max_hw_iov = files.device_queue_limit(fd, "max_segments")
+        limits.pdiscard_alignment = files.device_queue_limit(fd, "discard_granularity")
+        if not direct:
+            # Only whole sectors are zeroed without writing them (``files.zero_range``).
+            limits.pwrite_zeroes_alignment = files.logical_sector_size(fd)
 
     def _size(self, fd: int) -> int:
         return os.fstat(fd).st_size
@@ -188,9 +202,6 @@ class FileDriver(Driver):
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
         """Open a second descriptor when access or caching changes."""
-        for member in _FIXED:
-            if getattr(options, member) != getattr(self.options, member):
-                raise QmpError(f"Cannot change the option '{member.replace('_', '-')}'")
         self._next_mode = mode
         writable = not mode.read_only and (not mode.auto_read_only or self.io.writable)
         if writable != self.io.writable or mode.cache_direct != self.io.direct:
@@ -226,6 +237,19 @@ class FileDriver(Driver):
             self.length = self._size(self.io.fd)
         return True
 
+    async def activate(self) -> None:
+        """Forget what the page cache holds: the image's last owner may have written it on another host.
+
+        ``drop-cache=off`` says that nobody has; ``x-check-cache-dropped`` makes an error of pages that stay.
+        """
+        if self.options.drop_cache is not False:
+            checked = bool(self.options.x_check_cache_dropped)
+            try:
+                await trio.to_thread.run_sync(partial(_forget, self.io.fd, self.length, is_checked=checked))
+            except OSError as error:
+                raise QmpError(f"Could not drop the page cache: {errno_text(error.errno or 0)}") from None
+        self.refresh_length()
+
     def refresh_length(self) -> None:
         """Look at the file again."""
         self.length = self._size(self.io.fd)
@@ -255,6 +279,12 @@ class FileDriver(Driver):
             "discard-nb-failed": io.discard_failed,
             "discard-bytes-ok": io.discard_bytes_ok,
         }
+
+
+def _forget(fd: int, length: int, *, is_checked: bool) -> None:
+    files.drop_cache(fd)
+    if is_checked and files.has_cached_pages(fd, length):
+        raise QmpError("page cache still in use!")
 
 
 class HostDeviceDriver(FileDriver):

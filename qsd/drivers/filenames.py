@@ -9,12 +9,24 @@ from typing import Any
 def tree_of(driver: Any) -> dict[str, Any]:
     """The options that name the disk of the node of ``driver``."""
     name: str = driver.filename()
+    if name == f"{driver.name}://":
+        return {"driver": driver.name}
     if name.startswith("json:"):
         tree: dict[str, Any] = json.loads(name.removeprefix("json:"))
         return tree
     if driver.is_format:
-        return {
-            "driver": driver.name,
-            "file": {"driver": driver.children["file"].node.driver.name, "filename": name},
-        }
+        return {"driver": driver.name, "file": tree_of(driver.children["file"].node.driver)}
     return {"driver": driver.name, "filename": name}
+
+
+def name_above_file(driver: Any, own: dict[str, Any]) -> str:
+    """The name of a format's node: its file's, when that says it all.
+
+    It does not when the node has options of its ``own`` that make it another disk, or when the file is itself what
+    a format makes of something: opened by that name alone it would be that something.
+    """
+    file = driver.children["file"].node.driver
+    name: str = file.filename()
+    if not own and not file.is_format and not name.startswith("json:"):
+        return name
+    return "json:" + json.dumps({"driver": driver.name, **own, "file": tree_of(file)})

@@ -21,6 +21,8 @@ class NullDriver(Driver):
 
     name: ClassVar[str] = "null-co"
     is_asynchronous: ClassVar[bool] = False
+    lasting: ClassVar[tuple[str, ...]] = ("read_zeroes", "size", "latency_ns")
+    fixed: ClassVar[frozenset[str]] = frozenset(lasting)
 
     async def open(self) -> None:
         """Take the size."""
@@ -63,12 +65,6 @@ class NullDriver(Driver):
             state |= BlockState.ZERO if self.options.read_zeroes else BlockState.DATA
             request.result = [Extent(request.length, state)]
         request.complete(0)
-
-    async def prepare_reopen(self, options: Any, mode: Any) -> None:
-        """Nothing of its own can change."""
-        for member in ("size", "latency_ns", "read_zeroes"):
-            if getattr(options, member) != getattr(self.options, member):
-                raise QmpError(f"Cannot change the option '{member.replace('_', '-')}'")
 
     def allocated_size(self) -> int:
         """Nothing."""

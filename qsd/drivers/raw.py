@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 from typing import Any, ClassVar
 
 from qsd.block.permissions import Perm
-from qsd.drivers.base import SECTOR, ChildRole, Driver
+from qsd.drivers.base import SECTOR, ChildRole, Driver, limits_above
+from qsd.drivers.filenames import name_above_file
 from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
@@ -27,7 +27,7 @@ class RawDriver(Driver):
         self._bind()
 
     def _bind(self) -> None:
-        self.limits = self.children["file"].limits
+        self.limits = limits_above(self.children["file"].limits)
 
     def _window(self, options: Any) -> tuple[int, int]:
         offset, size = options.offset or 0, options.size
@@ -77,7 +77,7 @@ class RawDriver(Driver):
         if self.options.size is not None:
             raise QmpError("Cannot resize fixed-size raw disks")
         await self.children["file"].truncate(self._offset + size, exact=exact)
-        self.length = size
+        self.refresh_length()
 
     def grow(self, size: int) -> bool:
         """Grow the child, unless the size is fixed by an option."""
@@ -91,19 +91,15 @@ class RawDriver(Driver):
         return True
 
     def refresh_length(self) -> None:
-        """The child has another length."""
+        """The child has another length, or other limits."""
+        self._bind()
         if self.options.size is None:
             self.length = max(0, self.children["file"].length - self._offset)
 
     def filename(self) -> str:
         """The child's, unless a window makes it another disk."""
         shown = {name: value for name in ("offset", "size") if (value := getattr(self.options, name)) is not None}
-        child: Any = self.children["file"]
-        inner: str = child.node.driver.filename()
-        if not shown:
-            return inner
-        file = {"driver": child.node.driver.name, "filename": inner}
-        return "json:" + json.dumps({"driver": "raw", **shown, "file": file})
+        return name_above_file(self, shown)
 
     def dirty_flag(self) -> bool | None:
         """The child's."""

@@ -17,7 +17,6 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
-BLKROGET = 0x125E
 BLKSSZGET = 0x1268
 BLKGETSIZE64 = 0x80081272
 BLKDISCARD = 0x1277
@@ -118,9 +117,20 @@ def logical_sector_size(fd: int) -> int:
     return int.from_bytes(buffer, "little")
 
 
-def is_read_only_device(fd: int) -> bool:
-    """True when the device refuses writes. Raises OSError."""
-    return bool(int.from_bytes(fcntl.ioctl(fd, BLKROGET, bytes(4)), "little"))
+def device_queue_limit(fd: int, name: str) -> int:
+    """A number of the queue of a block device, or of the disk it is a part of; 0 when the kernel does not tell.
+
+    Names and units: Documentation/ABI/stable/sysfs-block, ``queue/``.
+    """
+    number = os.fstat(fd).st_rdev
+    place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+    for queue in (f"{place}/queue", f"{place}/../queue"):
+        try:
+            with open(f"{queue}/{name}", "rb") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 def probe_direct_alignment(fd: int, *, is_device: bool) -> tuple[int, int]:
@@ -128,13 +138,13 @@ def probe_direct_alignment(fd: int, *, is_device: bool) -> tuple[int, int]:
 
     An empty file accepts everything; it gets 4096, which is right everywhere.
     """
-    if is_device:
-        size = logical_sector_size(fd)
-        return size, size
     memory = memoryview(mmap.mmap(-1, 8192))
-    if os.fstat(fd).st_size == 0:
+    if not is_device and os.fstat(fd).st_size == 0:
         return 4096, 4096
-    request = next((n for n in (512, 1024, 2048, 4096) if _can_read(fd, memory[:n])), 4096)
+    if is_device:
+        request = logical_sector_size(fd)
+    else:
+        request = next((n for n in (512, 1024, 2048, 4096) if _can_read(fd, memory[:n])), 4096)
     buffer = next((n for n in (512, 1024, 2048, 4096) if _can_read(fd, memory[n : n + request])), 4096)
     return request, buffer
 
@@ -177,8 +187,44 @@ def is_cached(fd: int, offset: int, length: int) -> bool:
 
 
 def drop_cache(fd: int) -> None:
-    """Let go of the page cache of the file, so that what another host wrote is read again."""
+    """Let go of the page cache of the file, so that what another host wrote is read again. May block.
+
+    Pages that somebody has mapped stay. Raises OSError.
+    """
+    try:
+        os.fdatasync(fd)  # dirty pages stay as well
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a character device has nothing to bring anywhere
+            raise
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+MINCORE_WINDOW = 128 << 20
+
+
+def has_cached_pages(fd: int, length: int) -> bool:
+    """Whether the page cache holds any of the first ``length`` bytes. May block. Raises OSError."""
+    flags = bytearray(MINCORE_WINDOW // mmap.PAGESIZE)
+    told = (ctypes.c_char * len(flags)).from_buffer(flags)
+    for offset in range(0, length, MINCORE_WINDOW):
+        size = min(MINCORE_WINDOW, length - offset)
+        # Through libc: Python's mmap has no address of memory it may only read.
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+        if address == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), "mmap")
+        try:
+            if _libc.mincore(address, size, ctypes.byref(told)):
+                raise OSError(ctypes.get_errno(), "mincore")
+        finally:
+            _libc.munmap(address, size)
+        if any(flag & 1 for flag in flags[: -(-size // mmap.PAGESIZE)]):
+            return True
+    return False
 
 
 # <linux/fs.h>; the numbers of the ioctls of 64-bit systems.

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import attrs
+from trio_util import RepeatedEvent
 
 from qsd.actors.bitmaps import find_exported
 from qsd.actors.core import Actor
@@ -74,6 +75,7 @@ class Exports:
         self._objects = objects
         self._events = events
         self._entries: dict[str, Entry] = {}
+        self._forgotten = RepeatedEvent()
         self.kinds: dict[str, Kind] = {}
 
     def entries(self) -> list[Entry]:
@@ -172,6 +174,11 @@ class Exports:
             if entry.export.type_name == type_name and not entry.is_shutting_down:
                 self._begin_end(entry)
 
+    async def wait_gone(self, type_name: str) -> None:
+        """Return when there is no export of that type."""
+        while any(entry.export.type_name == type_name for entry in self.entries()):
+            await self._forgotten.wait()
+
     def _begin_end(self, entry: Entry) -> None:
         entry.is_shutting_down = True
         entry.actor.spawn(self._end, entry, name="end of the export")
@@ -185,6 +192,7 @@ class Exports:
         if self._entries.get(entry.id) is entry:
             await entry.edge.detach()
             del self._entries[entry.id]
+            self._forgotten.set()
             self._events.emit("BLOCK_EXPORT_DELETED", {"id": entry.id})
 
     async def stopped(self, name: str) -> None:

@@ -15,8 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from script import Script
 
 DATA = Path(__file__).parents[1] / "data"
 SECONDS = 10.0  # only a failing test waits so long
@@ -147,6 +150,10 @@ class Talk:
         self._stderr.close()
 
 
+# Limits that are what the machine's disks and kernel make them.
+_OF_THE_MACHINE = frozenset(
+    {"discard-alignment", "max-hw-iov", "max-hw-transfer", "min-mem-alignment", "request-alignment"}
+)
 _NAMES = re.compile(r"#block[0-9]+")
 _MADE_UP = re.compile(r"/tmp/(?:qemu-socket-\w+|qsd-diff-\w+)")
 _PORT = re.compile(r"(127\.0\.0\.1|\[?::1\]?|0\.0\.0\.0):[0-9]{2,5}")
@@ -160,34 +167,69 @@ class Normaliser:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self(value[key]) for key in sorted(value) if key != "timestamp"}
+            return {
+                key: "the kernel's" if key in _OF_THE_MACHINE and value[key] > 1 else self(value[key])
+                for key in sorted(value)
+                if key != "timestamp"
+            }
         if isinstance(value, list):
             # Lists the reference keeps in hash tables, and newest-first ones, come in any order.
             return sorted((self(item) for item in value), key=lambda item: json.dumps(item, sort_keys=True))
         if isinstance(value, str):
+            if value.startswith("json:{"):
+                # The members come in any order here, too.
+                return "json:" + json.dumps(self(json.loads(value.removeprefix("json:"))))
             value = _NAMES.sub(lambda match: self._names.setdefault(match[0], f"#{len(self._names)}"), value)
             return _PORT.sub(r"\1:PORT", _MADE_UP.sub("MADE-UP", value))
         return value
 
 
-def play(program: Sequence[str], script: Sequence[Any], *, arguments: Sequence[str] = ()) -> list[Any]:
+@cache
+def has_loop_devices() -> bool:
+    """Whether loop devices can be made here."""
+    try:
+        with place() as where, loop_device(where, 512):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def loop_device(where: Path, sector: int) -> Iterator[str]:
+    """A loop device of the image, by its path; none when ``sector`` is 0."""
+    if not sector:
+        yield ""
+        return
+    command = ["losetup", "--find", "--show", "--sector-size", str(sector), str(where / "img")]
+    path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield path
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def _renamed(value: Any, name: str, other: str) -> Any:
+    return json.loads(json.dumps(value).replace(name, other)) if name and other else value
+
+
+def play(program: Sequence[str], script: Script) -> list[Any]:
     """What the daemon answers to each step; a string that begins with ``event `` waits for that event. Events that
     are waited for one behind the other may come in any order."""
     answers: list[Any] = []
     events = 0
     normal = Normaliser()
-    with place() as where:
-        talk = Talk(program, arguments, where)
+    with place() as where, loop_device(where, script.sector) as device:
+        talk = Talk(program, script.arguments, where)
         try:
             talk.receive()
-            for step in script:
+            for step in script.steps:
                 if isinstance(step, str) and step.startswith("event "):
                     events += 1
                     answers.append(normal(talk.wait_event(step.removeprefix("event "))))
                     answers[-events:] = sorted(answers[-events:], key=json.dumps)
                 else:
                     events = 0
-                    answers.append(normal(talk.ask(step)))
+                    answers.append(normal(_renamed(talk.ask(_renamed(step, "LOOP", device)), device, "LOOP")))
         finally:
             talk.end()
     return answers

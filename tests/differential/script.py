@@ -23,10 +23,15 @@ class Differs:
 
 @attrs.frozen
 class Script:
-    """``marked`` is the script with its ``Differs``."""
+    """``marked`` is the script with its ``Differs``.
+
+    ``sector``: the script needs a loop device of ``img`` with sectors of so many bytes, whose path ``LOOP``
+    stands for.
+    """
 
     marked: list[Step | Differs]
     arguments: tuple[str, ...] = ()
+    sector: int = 0
 
     @property
     def steps(self) -> list[Step]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from script import Script
 from scripts_block import SCRIPTS as _BLOCK
 from scripts_chardev import SCRIPTS as _CHARDEV
+from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_monitor import SCRIPTS as _MONITOR
+from scripts_nodes import SCRIPTS as _NODES
 from scripts_objects import SCRIPTS as _OBJECTS
 
-SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK}
+SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK, **_NODES, **_EXPORTS}
 
 
 def lines() -> Iterator[tuple[str, list[str], str | None]]:

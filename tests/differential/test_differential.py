@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import DATA, outcome, play
+from compare import DATA, has_loop_devices, outcome, play
 from record import record_lines, record_scripts, version_of
 from tables import SCRIPTS, lines
 
@@ -74,7 +74,9 @@ def test_script_is_answered_as_by_the_reference(name: str) -> None:
     script = SCRIPTS[name]
     theirs = [(step, answer) for of, step, answer in STEPS if of == name]
     assert [step for step, _ in theirs] == json.loads(json.dumps(script.steps)), "record it again"
-    ours = play([sys.executable, "-m", "qsd"], script.steps, arguments=script.arguments)
+    if script.sector and not has_loop_devices():
+        pytest.skip("no loop devices can be made here")
+    ours = play([sys.executable, "-m", "qsd"], script)
     problems = []
     for index, ((step, wanted), answer) in enumerate(zip(theirs, ours, strict=True)):
         why = script.why(index)
@@ -94,7 +96,9 @@ def test_recordings_are_what_the_reference_says(what: str, reference: Path) -> N
     if version != VERSION:
         pytest.skip(f"the recordings are of {VERSION}, {reference} is {version}")
     if what == "scripts":
-        rows, now = STEPS, record_scripts(str(reference))
+        now = record_scripts(str(reference))
+        played = {name for name, _, _ in now}
+        rows = [row for row in STEPS if row[0] in played]
     else:
         # One in eight, unless all are asked for: a line takes the reference 30 ms.
         rows = LINES[:: 1 if "QSD_ALL_RECORDINGS" in os.environ else 8]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import trio
 
 from qsd.block.permissions import Perm
-from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mode
+from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mode, limits_above
 from qsd.drivers.calls import call
 from qsd.drivers.filenames import tree_of
 from qsd.drivers.luks.amend import amend_volume
@@ -62,6 +62,8 @@ class LuksDriver(Driver):
     )
     can_truncate: ClassVar[bool] = True
     can_amend: ClassVar[bool] = True
+    lasting: ClassVar[tuple[str, ...]] = ("key_secret",)
+    fixed: ClassVar[frozenset[str]] = frozenset(lasting)
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
@@ -99,7 +101,8 @@ class LuksDriver(Driver):
         return self._volume
 
     def refresh_length(self) -> None:
-        """What the child has behind the payload's offset."""
+        """What the child has behind the payload's offset, and its limits."""
+        self.limits = limits_above(self._file.limits, request_alignment=SECTOR)
         self.length = max(0, self._file.length - self._offset)
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
@@ -107,11 +110,7 @@ class LuksDriver(Driver):
         return perm | Perm.CONSISTENT_READ, shared
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
-        """The secret stays; the header cannot move."""
-        if options.key_secret is None:
-            raise QmpError("Option 'key-secret' cannot be reset to its default value")
-        if options.key_secret != self.options.key_secret:
-            raise QmpError("Cannot change the option 'key-secret'")
+        """The header cannot move."""
         if isinstance(options.header, str) and options.header != self._header_name:
             raise QmpError("Cannot change the option 'header'")
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from qsd.drivers.base import Child, ChildRole, Host, Mode
+from qsd.drivers.base import Child, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.mapped import READ, MappedDriver
@@ -101,6 +101,7 @@ class Qcow2Driver(MappedDriver):
     def _take(self, image: Image) -> None:
         self.image = image
         self.length = image.header.size
+        self.limits = limits_above(image.file.limits)
         self.limits.pwrite_zeroes_alignment = image.header.subcluster_size
         self.limits.pdiscard_alignment = image.header.cluster_size
 

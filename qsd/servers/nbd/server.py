@@ -362,8 +362,9 @@ class NbdService(Actor):
         )
 
     async def stop(self) -> None:
-        """nbd-server-stop: no more clients, and every NBD export ends. Raises QmpError."""
+        """nbd-server-stop: no more clients; returns when every NBD export has ended. Raises QmpError."""
         await self.ref.ask(_End())
+        await self._exports.wait_gone("nbd")
 
     @receives(_Start)
     async def _start(self, message: _Start) -> None:
