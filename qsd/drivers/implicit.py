@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from qsd.drivers.probing import probe, protocol_of
+from qsd.drivers.probing import encryption_of, probe, protocol_of
 from qsd.errors import QmpError
 from qsd.qapi.visit import from_json
 from qsd.wire.qmp_json import parse_one
@@ -59,7 +59,7 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
             tree["driver"] = format_name
         elif "driver" not in tree:
             tree["driver"] = _probe_tree(tree.get("file"))
-        return checked_options(tree)
+        return checked_options(_completed(tree))
     file = protocol_options(name)
     wanted = probe(file["filename"]) if format_name is None else format_name
     if wanted in _PROTOCOLS:
@@ -95,6 +95,19 @@ def _json_tree(name: str) -> dict[str, Any]:
     for key, item in value.items():
         _put(tree, key.split("."), item)
     return _without_nodes(tree)
+
+
+def _completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """What the reference leaves out of the names it gives: how a file is opened, and how an image is encrypted."""
+    file, encrypt = tree.get("file"), tree.get("encrypt")
+    if not isinstance(file, dict) or not isinstance(file.get("filename"), str):
+        return tree
+    done = dict(tree)
+    if "driver" not in file:
+        done["file"] = {**file, **protocol_options(file["filename"])}
+    if tree["driver"] == "qcow2" and isinstance(encrypt, dict) and "format" not in encrypt:
+        done["encrypt"] = {**encrypt, "format": encryption_of(done["file"]["filename"])}
+    return done
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:

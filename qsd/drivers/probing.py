@@ -55,12 +55,24 @@ def protocol_of(path: str) -> str:
 
 def probe(path: str) -> str:
     """The format of the file or device ``path``. Raises QmpError as opening it would."""
+    start = _start(path)
+    return "raw" if start is None else format_of(start, path)
+
+
+def encryption_of(path: str) -> str:
+    """The encryption of the qcow2 image ``path``, or what it has if it has one. Raises QmpError."""
+    start = _start(path) or b""
+    return "aes" if start[32:36] == b"\0\0\0\x01" else "luks"
+
+
+def _start(path: str) -> bytes | None:
+    """The first bytes, None of what can be no image."""
     try:
         served.refuse_own(path)
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            return "raw"
+            return None
         with open(path, "rb", buffering=0) as file:
-            return format_of(file.read(PROBE_BYTES) or b"", path)
+            return file.read(PROBE_BYTES) or b""
     except OSError as error:
         raise QmpError(f"Could not open '{path}': {errno_text(error.errno or 0)}") from None

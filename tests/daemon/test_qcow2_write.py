@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_model import Model
 from harness import RunningDaemon
 from nbd_reader import NbdReader
-from qcow2_images import VARIANTS, Made, assert_clean, img, write_raw
+from qcow2_images import VARIANTS, assert_clean, img, write_raw
 
 Start = Callable[..., RunningDaemon]
 
 TINY_CACHES = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
-
-
-class Model:
-    """A disk as a guest knows it, and random operations on both."""
-
-    def __init__(self, made: Made, seed: int) -> None:
-        self.data = bytearray(made.data)
-        self.rng = random.Random(seed)
-
-    def range(self) -> tuple[int, int]:
-        rng, size = self.rng, len(self.data)
-        length = min(size, rng.choice((1, 512, 1000, 4096, 65536, 70_000, 200_000, 1 << 20)))
-        offset = rng.randrange(size - length + 1)
-        if rng.random() < 0.5:
-            offset = offset // 65536 * 65536
-        return offset, length
-
-    def step(self, client: NbdReader) -> None:
-        offset, length = self.range()
-        span = slice(offset, offset + length)
-        kind = self.rng.randrange(10)
-        if kind < 4:
-            data = self.rng.randbytes(length)
-            client.write(offset, data, fua=self.rng.random() < 0.1)
-            self.data[span] = data
-        elif kind < 6:
-            client.write_zeroes(offset, length, may_unmap=self.rng.random() < 0.5)
-            self.data[span] = bytes(length)
-        elif kind < 7:
-            client.trim(offset, length)
-            now = client.read(offset, length)
-            # A discard leaves each byte as it was or zero.
-            assert all(new in (0, old) for new, old in zip(now, self.data[span], strict=True))
-            self.data[span] = now
-        elif kind < 9:
-            assert client.read(offset, length) == self.data[span], (offset, length)
-        else:
-            client.flush()
 
 
 def options(image: Path, node: str, **more: Any) -> dict[str, Any]:
@@ -75,7 +37,7 @@ def test_random_operations_on_every_variant(
         place = tmp_path / name
         place.mkdir()
         made = VARIANTS[name](place)
-        model = Model(made, number)
+        model = Model(made.data, number)
         # Cache sizes fit every variant; slices as large as the smallest cluster.
         qmp.execute_raw("blockdev-add", options(made.path, f"n{number}", **caches))
         export = {"type": "nbd", "id": name, "node-name": f"n{number}", "name": name, "writable": True}
@@ -113,7 +75,7 @@ def unexport(qmp: Any) -> None:
 def test_reopened_images_go_on_as_they_are_told(daemon: Start, tmp_path: Path, variant: str) -> None:
     made = VARIANTS[variant](tmp_path)
     backing = {} if variant != "chain" else {"backing": made.path.name}
-    model = Model(made, 5)
+    model = Model(made.data, 5)
     qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
     qmp.execute_raw("blockdev-add", options(made.path, "n"))
     if backing:

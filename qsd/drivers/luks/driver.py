@@ -1,54 +1,28 @@
 """luks: the child's bytes, decrypted. The header is in front of the data, or in the child ``header``.
 
-Reads are decrypted where they are, in the buffer the request was lent; writes are encrypted into buffers of our
-own. All that comes with one batch, or is answered with one, goes through the cipher together. As in the reference a
-discard does nothing, zeroes are written as encrypted zeroes, and all of the volume is data.
+As in the reference a discard does nothing, zeroes are written as encrypted zeroes, and all of the volume is data.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections import deque
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import trio
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mode, limits_above
-from qsd.drivers.calls import call
 from qsd.drivers.filenames import tree_of
 from qsd.drivers.luks.amend import amend_volume
-from qsd.drivers.luks.volume import ChildArea, Volume, open_volume
+from qsd.drivers.luks.sealed import SealedChild, Sealer
+from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, volume_info
 from qsd.errors import QmpError, errno_text
-from qsd.host.memory import AlignedPool
-from qsd.messages import BlockState, Extent, Flag, Op, ReplyQueue, Request
+from qsd.messages import BlockState, Extent, Op, Request
 
-if TYPE_CHECKING:
-    from qsd.drivers.luks.sectors import Run
-
-READ = Op.READ.value
-WRITE = Op.WRITE.value
-_FUA = Flag.FUA.value
-_NO_FALLBACK = Flag.NO_FALLBACK.value
 _DATA = BlockState.DATA | BlockState.ALLOCATED
 MAX_LENGTH = (1 << 63) - 1
-# Zeroes are encrypted and written in pieces of this size.
-ZERO_CHUNK = 1 << 20
-# Free bounce buffers a node keeps: what one busy NBD client has under way.
-POOL_BYTES = 8 << 20
-
-
-class _Bounce:
-    """The encrypted bytes of a batch of writes; goes back to the pool when the last of them has ended."""
-
-    __slots__ = ("item", "users")
-
-    def __init__(self, item: tuple[memoryview, int], users: int) -> None:
-        self.item = item
-        self.users = users
 
 
 class LuksDriver(Driver):
@@ -68,12 +42,7 @@ class LuksDriver(Driver):
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
         self.limits = Limits(request_alignment=SECTOR)
-        self._replies = ReplyQueue(self._wake)
-        self._pool = AlignedPool(POOL_BYTES)
         self._amending = trio.Lock()
-        # Work for a slow cipher: one piece at a time on a thread.
-        self._crypting = False
-        self._waiting: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -89,6 +58,7 @@ class LuksDriver(Driver):
         self._offset = self._volume.header.payload_offset
         if self._offset > self._file.length:
             raise QmpError(f"Could not refresh total sector count: {errno_text(errno.EIO)}")
+        self._sealed = SealedChild(Sealer(self, self._volume.cipher), self._file, self._offset)
         self.refresh_length()
 
     @property
@@ -117,142 +87,22 @@ class LuksDriver(Driver):
     # -- data -------------------------------------------------------------------------------------------------
 
     def submit(self, batch: list[Request]) -> None:
-        """Pass reads on and decrypt what comes back; encrypt writes and pass them on."""
-        down: list[Request] = []
-        writes: list[Request] = []
-        offset, replies = self._offset, self._replies
+        """Answer what the file need not know, and pass on the rest."""
         for request in batch:
-            op = request.op
-            if op == READ:
-                # No loan (flags 0): the child's bytes are not the volume's.
-                where, length = request.offset + offset, request.length
-                down.append(Request(READ, where, length, request.buffer, replies, 0, request))
-            elif op == WRITE:
-                writes.append(request)
+            if request.op in _ANSWERED:
+                self._answer(batch)
+                return
+        self._sealed.submit(batch)
+
+    def _answer(self, batch: list[Request]) -> None:
+        rest = []
+        for request in batch:
+            if request.op in _ANSWERED:
+                _ANSWERED[request.op](request)
             else:
-                _SERVE[op](self, request)
-        replies.armed = False
-        if down:
-            self.in_flight += len(down)
-            self._file.submit(down)
-        if writes:
-            self.in_flight += len(writes)
-            self._write(writes)
-        self._collect()
-
-    def _wake(self) -> None:
-        # The child ends its requests one by one; together they cost a fraction.
-        self.host.aio.defer(self._collect)
-
-    def _collect(self) -> None:
-        """Finish what the child has finished; reads are decrypted first, all of them together."""
-        replies = self._replies
-        while replies.ready:
-            ready, replies.ready = replies.ready, []
-            reads: list[Request] = []
-            runs: list[Run] = []
-            ended: list[Request] = []
-            for inner in ready:
-                if inner.op == READ and not inner.error:
-                    buffer = inner.buffer
-                    assert buffer is not None
-                    runs.append((inner.tag.offset // SECTOR, buffer, buffer))
-                    reads.append(inner)
-                else:
-                    ended.append(inner)
-            self._finish(ended)
-            if reads:
-                self._crypt(partial(self._volume.cipher.decrypt, runs), partial(self._finish, reads))
-        replies.armed = True
-
-    def _finish(self, inners: list[Request]) -> None:
-        for inner in inners:
-            if inner.op == READ:
-                outer = inner.tag
-            else:
-                outer, bounce = inner.tag
-                bounce.users -= 1
-                if not bounce.users:
-                    self._pool.give_back(bounce.item)
-            self.finished()
-            outer.complete(inner.error)
-
-    def _write(self, writes: list[Request]) -> None:
-        total = sum(request.length for request in writes)
-        bounce = _Bounce(self._pool.take(total), len(writes))
-        down: list[Request] = []
-        runs: list[Run] = []
-        offset, replies, used, view = self._offset, self._replies, 0, bounce.item[0]
-        for request in writes:
-            buffer, length = request.buffer, request.length
-            assert buffer is not None
-            target = view[used : used + length]
-            used += length
-            runs.append((request.offset // SECTOR, buffer, target))
-            flags = request.flags & _FUA
-            down.append(Request(WRITE, request.offset + offset, length, target, replies, flags, (request, bounce)))
-        self._crypt(partial(self._volume.cipher.encrypt, runs), partial(self._file.submit, down))
-
-    def _crypt(self, work: Callable[[], None], then: Callable[[], None]) -> None:
-        """Do ``work``, here or on a thread, and ``then``."""
-        if self._volume.cipher.is_fast:
-            work()
-            then()
-            return
-        self._waiting.append((work, then))
-        if not self._crypting:
-            self._crypt_next()
-
-    def _crypt_next(self) -> None:
-        work, then = self._waiting.popleft()
-        self._crypting = True
-
-        def run() -> int:
-            work()
-            return 0
-
-        def done(_result: int) -> None:
-            self._crypting = False
-            if self._waiting:
-                self._crypt_next()
-            then()
-
-        self.host.aio.call(run, done)
-
-    def _forward(self, request: Request) -> None:
-        if request.op != Op.FLUSH:
-            request.offset += self._offset
-        self._file.submit([request])
-
-    def _discard(self, request: Request) -> None:
-        request.complete(0)
-
-    def _block_status(self, request: Request) -> None:
-        request.result = [Extent(request.length, _DATA)]
-        request.complete(0)
-
-    def _write_zeroes(self, request: Request) -> None:
-        if request.flags & _NO_FALLBACK:
-            request.complete(errno.EOPNOTSUPP)
-            return
-        self.started()
-        self.host.spawn(self._zero, request, name="luks write zeroes")
-
-    async def _zero(self, request: Request) -> None:
-        error = errno.EIO
-        try:
-            zeroes = memoryview(bytes(min(ZERO_CHUNK, request.length)))
-            flags = request.flags & _FUA
-            end = request.offset + request.length
-            for start in range(request.offset, end, ZERO_CHUNK):
-                length = min(ZERO_CHUNK, end - start)
-                await call(self, Op.WRITE, start, length, zeroes[:length], flags)
-            error = 0
-        except OSError as failure:
-            error = failure.errno or errno.EIO
-        finally:
-            self.finished()
-            request.complete(error)
+                rest.append(request)
+        if rest:
+            self._sealed.submit(rest)
 
     # -- change -----------------------------------------------------------------------------------------------
 
@@ -308,34 +158,16 @@ def driver_of(child: Child) -> Any:
     return edge.node.driver
 
 
-def volume_info(volume: Volume) -> dict[str, Any]:
-    """``QCryptoBlockInfoLUKS`` as JSON; qcow2 shows the same."""
-    header, spec = volume.header, volume.spec
-    info: dict[str, Any] = {
-        "cipher-alg": spec.algorithm.name,
-        "cipher-mode": spec.mode,
-        "ivgen-alg": spec.iv_generator,
-        "hash-alg": header.hash_name,
-        "detached-header": not header.payload_offset,
-        "payload-offset": header.payload_offset,
-        "master-key-iters": header.digest_iterations,
-        "uuid": header.uuid,
-        "slots": [
-            {"active": True, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": slot.offset}
-            if slot.is_active
-            else {"active": False, "key-offset": slot.offset}
-            for slot in header.slots
-        ],
-    }
-    if spec.iv_generator == "essiv":
-        info["ivgen-hash-alg"] = spec.iv_hash
-    return info
+def _discard(request: Request) -> None:
+    request.complete(0)
 
 
-_SERVE: dict[int, Callable[[LuksDriver, Request], None]] = {
-    Op.FLUSH.value: LuksDriver._forward,
-    Op.CACHE.value: LuksDriver._forward,
-    Op.DISCARD.value: LuksDriver._discard,
-    Op.BLOCK_STATUS.value: LuksDriver._block_status,
-    Op.WRITE_ZEROES.value: LuksDriver._write_zeroes,
+def _block_status(request: Request) -> None:
+    request.result = [Extent(request.length, _DATA)]
+    request.complete(0)
+
+
+_ANSWERED: dict[int, Callable[[Request], None]] = {
+    Op.DISCARD.value: _discard,
+    Op.BLOCK_STATUS.value: _block_status,
 }

@@ -45,20 +45,27 @@ class Area(Protocol):
 
 @attrs.frozen
 class ChildArea:
-    """The bytes of a child from ``start`` on."""
+    """The bytes of a child from ``start`` on, ``size`` of them."""
 
     child: Child
     start: int = 0
+    size: int | None = None
+
+    def _check(self, offset: int, length: int) -> None:
+        if self.size is not None and offset + length > self.size:
+            raise QmpError("Request for data outside of extension header")
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Read; what lies beyond the child's end is zero."""
+        """Read; what lies beyond the child's end is zero. Raises QmpError beyond ``size``."""
+        self._check(offset, length)
         offset += self.start
         inside = max(0, min(length, self.child.length - offset))
         data = await self.child.read(offset, inside) if inside else b""
         return data.ljust(length, b"\0")
 
     async def write(self, offset: int, data: bytes) -> None:
-        """Write."""
+        """Write. Raises QmpError beyond ``size``."""
+        self._check(offset, len(data))
         await self.child.write(self.start + offset, data)
 
     async def flush(self) -> None:
@@ -97,6 +104,14 @@ async def open_volume(
     return Volume(area, header, spec, SectorCipher(spec, master))
 
 
+async def read_again(volume: Volume, area: Area) -> Volume | None:
+    """The volume as its header is now; None when its master key is another. Raises QmpError, OSError."""
+    old = volume.header
+    new = parse_header(await area.read(0, layout.LENGTH), is_detached=not old.payload_offset)
+    keeps = attrs.evolve(new, slots=old.slots, payload_offset=old.payload_offset, uuid=old.uuid) == old
+    return attrs.evolve(volume, area=area, header=new) if keeps else None
+
+
 async def unlock(area: Area, header: Header, spec: CipherSpec, password: bytes, run: InThread = in_thread) -> bytes:
     """The master key. Raises QmpError when no active slot is opened by ``password``."""
     from qsd.drivers.luks.keys import check_work
@@ -117,6 +132,30 @@ async def _try_slot(
     material = await area.read(slot.offset, header.material_bytes)
     master: bytes | None = await run(open_slot, header, spec, slot, material, password)
     return master
+
+
+def volume_info(volume: Volume) -> dict[str, Any]:
+    """``QCryptoBlockInfoLUKS`` as JSON."""
+    header, spec = volume.header, volume.spec
+    info: dict[str, Any] = {
+        "cipher-alg": spec.algorithm.name,
+        "cipher-mode": spec.mode,
+        "ivgen-alg": spec.iv_generator,
+        "hash-alg": header.hash_name,
+        "detached-header": not header.payload_offset,
+        "payload-offset": header.payload_offset,
+        "master-key-iters": header.digest_iterations,
+        "uuid": header.uuid,
+        "slots": [
+            {"active": True, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": slot.offset}
+            if slot.is_active
+            else {"active": False, "key-offset": slot.offset}
+            for slot in header.slots
+        ],
+    }
+    if spec.iv_generator == "essiv":
+        info["ivgen-hash-alg"] = spec.iv_hash
+    return info
 
 
 # -- formatting -------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import attrs
 
 from qsd.drivers.base import Child
 from qsd.drivers.creating import CreateHost
+from qsd.drivers.luks.volume import FormatOptions, Formatted, format_volume
 from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.encryption import crypto_area
 from qsd.drivers.qcow2.extensions import Extension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import NewImage, Placement, header_cluster, metadata, place
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from qsd.qapi.schema.create import BlockdevCreateOptionsQcow2
 
 SECTOR: Final = 512
+_CRYPT_METHODS: Final = {"qcow": layout.CRYPT_AES, "luks": layout.CRYPT_LUKS}
 DEFAULT_CLUSTER: Final = 65536
 # Zero bytes are written, and space is reserved, in pieces of this size, between which progress is told.
 PIECE: Final = 16 << 20
@@ -39,9 +42,15 @@ async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) ->
             data = await stack.enter_async_context(host.node(options.data_file))
             name = _file_name(data).encode()
             image = attrs.evolve(image, header=image.header.with_extension(layout.EXT_DATA_FILE, name))
-        first = _header_cluster(image.header, options)
+        password = None if options.encrypt is None else _password(host, options)
+        if image.header.crypt_method == layout.CRYPT_LUKS:
+            image = attrs.evolve(image, crypto_bytes=FormatOptions.from_qapi(options.encrypt).area_bytes)
         placement = place(image)
+        _header_cluster(placement.header, options)
+        volume = await _volume(placement.header, options, password)
         await _write(host, placement, file, data, options)
+        if volume is not None:
+            await volume.write(crypto_area(placement.header, file))
         first = _header_cluster(placement.header, options)
         await file.write(0, first)
         await file.flush()
@@ -49,8 +58,6 @@ async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) ->
 
 def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
     """The image the options ask for. Raises QmpError when they do not go together, in the reference's order."""
-    if options.encrypt is not None:
-        raise QmpError("Encryption of new qcow2 images is not supported by this version")
     if options.size % SECTOR:
         raise QmpError("Image size must be a multiple of 512 bytes")
     is_v2 = options.version is not None and options.version.value == "v2"
@@ -79,6 +86,7 @@ def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
         header_length=layout.V2_LENGTH if is_v2 else layout.FULL_LENGTH,
         cluster_bits=cluster_bits,
         size=options.size,
+        crypt_method=layout.CRYPT_NONE if options.encrypt is None else _CRYPT_METHODS[options.encrypt.format.value],
         incompatible=incompatible,
         compatible=layout.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         autoclear=layout.DATA_FILE_RAW if options.data_file_raw else 0,
@@ -142,6 +150,21 @@ def _header_cluster(header: Header, options: BlockdevCreateOptionsQcow2) -> byte
         return header_cluster(header)
     except QmpError as error:
         raise error.prefixed(f"Could not assign backing file {shown}: ") if name else error from None
+
+
+def _password(host: CreateHost, options: BlockdevCreateOptionsQcow2) -> bytes:
+    encrypt: Any = options.encrypt
+    if encrypt.key_secret is None:
+        raise QmpError("Parameter 'encrypt.key-secret' is required for cipher")
+    return host.secret(encrypt.key_secret)
+
+
+async def _volume(header: Header, options: BlockdevCreateOptionsQcow2, password: bytes | None) -> Formatted | None:
+    """The LUKS header the image is to have."""
+    if header.crypt_method != layout.CRYPT_LUKS:
+        return None
+    assert password is not None
+    return await format_volume(FormatOptions.from_qapi(options.encrypt), password)
 
 
 def _file_name(child: Child) -> str:

@@ -13,17 +13,18 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from qsd.drivers.base import Child, ChildRole, Host, Mode, limits_above
+from qsd.drivers.base import SECTOR, Child, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.mapped import READ, MappedDriver
-from qsd.drivers.qcow2 import compressed, facts
+from qsd.drivers.qcow2 import compressed, encryption, facts
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.image import Image
 from qsd.drivers.qcow2.layout import (
     CORRUPT,
+    CRYPT_AES,
     CRYPT_NONE,
     DIRTY,
     EXT_BACKING_FORMAT,
@@ -69,6 +70,7 @@ class Qcow2Driver(MappedDriver):
         self._is_sparse: bool | None = None
         self.is_writable = False
         self._cleaning = trio.CancelScope()
+        self._amending = trio.Lock()
         # Found broken: nothing is served any more. And told once that something is wrong.
         self._is_broken = False
         self._has_told = False
@@ -79,6 +81,7 @@ class Qcow2Driver(MappedDriver):
         """Read the header and the L1 table; open the data file and the backing file the image names."""
         await self._load()
         await self._open_data_file()
+        await self._unlock(self.image, self.options)
         await self._open_backing()
         if not self.mode.read_only and self.mode.active:
             await self._prepare_writing(self.image)
@@ -93,15 +96,28 @@ class Qcow2Driver(MappedDriver):
     async def _read_image(self, options: Any, mode: Mode) -> Image:
         file = self.children["file"]
         header = await read_header(file)
-        self._check_openable(header, options, mode)
+        self._check_openable(header, mode)
         settings = settings_of(options, header, discard_unmap=mode.discard_unmap)
+        known = self.image if hasattr(self, "image") else None
+        encryption.check_format(header, options, is_reopening=known is not None)
+        unlocked = await encryption.unlock_luks(self, header, options, None if known is None else known.encryption)
         l1 = await read_table(file, header.l1_offset, header.l1_size, "Could not read L1 table")
-        return Image(self, header, settings, options, l1, file)
+        image = Image(self, header, settings, options, l1, file)
+        image.encryption = unlocked
+        return image
+
+    async def _unlock(self, image: Image, options: Any) -> None:
+        """Let the guest's data go through the cipher, now that all its files are open."""
+        if image.encryption is None and image.header.crypt_method == CRYPT_AES:
+            image.encryption = await encryption.unlock_aes(self, options)
+        if image.encryption is not None:
+            image.encryption.cover(image.map)
 
     def _take(self, image: Image) -> None:
         self.image = image
         self.length = image.header.size
-        self.limits = limits_above(image.file.limits)
+        alignment = SECTOR if image.header.crypt_method != CRYPT_NONE else 1
+        self.limits = limits_above(image.file.limits, request_alignment=alignment)
         self.limits.pwrite_zeroes_alignment = image.header.subcluster_size
         self.limits.pdiscard_alignment = image.header.cluster_size
 
@@ -111,6 +127,7 @@ class Qcow2Driver(MappedDriver):
             image = await self._read_image(options, mode)
             if image.header.has_data_file:
                 image.map.data = self.children["data-file"]
+            await self._unlock(image, options)
             if not mode.read_only and mode.active:
                 await self._prepare_writing(image)
         except OSError as error:
@@ -130,13 +147,7 @@ class Qcow2Driver(MappedDriver):
         self.is_writable = False
         self._go_on_with(await self._read_again(self.options, self.mode))
 
-    def _check_openable(self, header: Header, options: Any, mode: Mode) -> None:
-        if header.crypt_method != CRYPT_NONE:
-            raise QmpError("Encrypted images are not supported yet")
-        if options.encrypt is not None:
-            raise QmpError(
-                f"No encryption in image header, but options specified format '{options.encrypt.format.value}'"
-            )
+    def _check_openable(self, header: Header, mode: Mode) -> None:
         compressed.require(header.compression_type)
         if header.incompatible & CORRUPT and not mode.read_only:
             raise QmpError("qcow2: Image is corrupt; cannot be opened read/write")
@@ -207,6 +218,20 @@ class Qcow2Driver(MappedDriver):
         """Forget it."""
         del self._next
 
+    # -- amending ---------------------------------------------------------------------------------------------
+
+    can_amend: ClassVar[bool] = True
+
+    async def amend(self, options: Any, *, force: bool) -> None:
+        """Add or erase key slots of an encrypted image."""
+        if options.encrypt is None:
+            return
+        async with self._amending:
+            try:
+                await encryption.amend_encryption(self.image.encryption, options.encrypt, force=force, driver=self)
+            except OSError as error:
+                raise QmpError(f"Could not write encryption header: {errno_text(error.errno or 0)}") from None
+
     # -- caches -----------------------------------------------------------------------------------------------
 
     def _clean_caches(self) -> None:
@@ -275,7 +300,8 @@ class Qcow2Driver(MappedDriver):
             image = self.image
             used = facts.allocated_size({"file": image.file})
             is_sparse = used is not None and used < image.file.length * 9 // 10
-            self._is_sparse = is_sparse and not image.header.has_data_file
+            # What is encrypted is never known to be zeroes.
+            self._is_sparse = is_sparse and not image.header.has_data_file and not image.is_encrypted
         return self._is_sparse
 
     def locate(self, where: int) -> tuple[Child, int, int]:
@@ -328,7 +354,7 @@ class Qcow2Driver(MappedDriver):
         """Pass on what is one allocated cluster, or lies in the backing file; serve the rest the long way."""
         image = self.image
         geometry = image.geometry
-        if geometry.words == 2 or self._is_broken:
+        if not image.is_hot or self._is_broken:
             self._submit_slowly(batch)
             return
         bits = geometry.cluster_bits
@@ -342,7 +368,7 @@ class Qcow2Driver(MappedDriver):
         backing = self.children.get("backing")
         backing_end = backing.length if backing is not None else -1
         busy = self.writer.busy if self.is_writable else ()
-        guarded = image.metadata.clusters if data is image.file else ()
+        guarded = image.metadata.clusters if not geometry.has_data_file else ()
         lends = image.lends
         forward: list[Request] = []
         below: list[Request] = []
@@ -411,7 +437,7 @@ class Qcow2Driver(MappedDriver):
 
     def _flush_children(self, request: Request) -> None:
         image = self.image
-        if image.map.data is image.file:
+        if not image.geometry.has_data_file:
             self.post(image.file, request)
             return
         gather = Gather(self, request)
@@ -432,9 +458,9 @@ class Qcow2Driver(MappedDriver):
 
     def filename(self) -> str:
         """The file's name, unless another backing file makes it another disk."""
-        return (
-            facts.json_name(self.children) if self._is_backing_overridden else facts.name_of(self.children["file"])
-        )
+        if not self._is_backing_overridden and not self.image.is_encrypted:
+            return facts.name_of(self.children["file"])
+        return facts.json_name(self.children, self.options, has_other_backing=self._is_backing_overridden)
 
     def image_facts(self) -> dict[str, Any]:
         """Cluster size and what the header says about a backing file."""
@@ -443,7 +469,11 @@ class Qcow2Driver(MappedDriver):
     def format_specific(self) -> dict[str, Any] | None:
         """``ImageInfoSpecificQCow2``."""
         bitmaps = [] if self.bitmap_store is None else self.bitmap_store.facts()
-        return facts.format_specific(self.image.header, bitmaps)
+        return facts.format_specific(self.image.header, bitmaps, self.image.encryption)
+
+    def is_encrypted(self) -> bool:
+        """Whether the guest's data is."""
+        return self.image.is_encrypted
 
 
 def _overrides_backing(options: Any, header: Header) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.base import Child
 from qsd.drivers.filenames import tree_of
@@ -18,6 +18,9 @@ from qsd.drivers.qcow2.layout import (
     Header,
 )
 from qsd.errors import QmpError
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.encryption import Encryption
 
 
 def text(name: bytes) -> str:
@@ -45,12 +48,17 @@ def allocated_size(children: dict[str, Child]) -> int | None:
     return total
 
 
-def json_name(children: dict[str, Child]) -> str:
-    """The name of an image whose backing file is not the one its header says."""
+def json_name(children: dict[str, Child], options: Any, *, has_other_backing: bool) -> str:
+    """The name of an image that cannot be opened again by its file's name alone."""
+    shown: dict[str, Any] = {}
+    if has_other_backing:
+        backing: Any = children.get("backing")
+        shown["backing"] = None if backing is None else tree_of(backing.node.driver)
+    if options.encrypt is not None:
+        # The format is not told: the header says it. The password stays a name.
+        shown["encrypt.key-secret"] = options.encrypt.key_secret
     file: Any = children["file"]
-    backing: Any = children.get("backing")
-    below = None if backing is None else tree_of(backing.node.driver)
-    return "json:" + json.dumps({"backing": below, "driver": "qcow2", "file": tree_of(file.node.driver)})
+    return "json:" + json.dumps(shown | {"driver": "qcow2", "file": tree_of(file.node.driver)})
 
 
 def image_facts(header: Header, image_name: str) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def image_facts(header: Header, image_name: str) -> dict[str, Any]:
     return facts
 
 
-def format_specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+def format_specific(header: Header, bitmaps: list[dict[str, Any]], encryption: Encryption | None) -> dict[str, Any]:
     """``ImageInfoSpecificQCow2``."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.version < 3 else "1.1",
@@ -83,6 +91,8 @@ def format_specific(header: Header, bitmaps: list[dict[str, Any]]) -> dict[str, 
         if name:
             data["data-file"] = text(name)
         data["data-file-raw"] = header.is_data_file_raw
+    if encryption is not None:
+        data["encrypt"] = encryption.facts()
     if bitmaps:
         data["bitmaps"] = bitmaps
     return {"type": "qcow2", "data": data}

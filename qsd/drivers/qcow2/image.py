@@ -45,6 +45,7 @@ from qsd.messages import Op, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.encryption import Encryption
 
 # How far the file is grown ahead of what is allocated: an eighth of it, within these bounds.
 GROW_MIN: Final = 1 << 20
@@ -93,9 +94,20 @@ class Image:
         # A read may be answered with pages of the file, as long as no cluster has ever changed its owner.
         self.lends = True
         self._making: dict[int, Cold] = {}
+        self.encryption: Encryption | None = None
         self._header_lock = trio.Lock()
         # Held while tables are written or moved.
         self.tables_lock = trio.Lock()
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the guest's data goes through a cipher."""
+        return self.encryption is not None
+
+    @property
+    def is_hot(self) -> bool:
+        """Whether an entry alone says where a cluster is, and how to read it."""
+        return self.geometry.words == 1 and self.map.numbered is None
 
     # -- becoming writable ------------------------------------------------------------------------------------
 

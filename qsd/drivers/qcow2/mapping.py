@@ -37,7 +37,10 @@ class Fetch(Protocol):
 
 
 class ClusterMap:
-    """The mapping of one image. ``data`` is the child that holds guest clusters; the image file is ``file``."""
+    """The mapping of one image. ``data`` is the child that holds guest clusters; the image file is ``file``.
+
+    ``numbered`` gives ``data`` for a distance of guest and host offsets, where encryption goes by guest offsets.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class ClusterMap:
         self.cache = cache
         self.file = file
         self.data = file
+        self.numbered: Callable[[int], Child] | None = None
         self._fetch = fetch
         self._corrupt = corrupt
         self._cluster_bits = geometry.cluster_bits
@@ -61,6 +65,10 @@ class ClusterMap:
         self._slice_mask = (1 << geometry.slice_bits) - 1
         self._l1_shift = geometry.l2_bits - geometry.slice_bits
         self._words = geometry.words
+
+    def data_at(self, guest: int, host: int) -> Child:
+        """The child to use for the guest's bytes at ``guest``, which are stored at ``host``."""
+        return self.data if self.numbered is None else self.numbered(guest - host)
 
     # -- tables -----------------------------------------------------------------------------------------------
 
@@ -152,7 +160,8 @@ class ClusterMap:
                 break
             run += cluster_size
             following += 1
-        return kind, min(run, length), host + within, self.data if kind == DATA else None
+        child = self.data_at(cluster << self._cluster_bits, host) if kind == DATA else None
+        return kind, min(run, length), host + within, child
 
     def check_entry(self, entry: int, cluster: int, index: int) -> tuple[int, int]:
         """Kind and host offset of a cluster with a plain entry. Raises OSError for what must not be."""
@@ -209,7 +218,7 @@ class ClusterMap:
         if kind == DATA:
             if not host and not self.geometry.has_data_file:
                 self._broken(f"Invalid cluster entry found  (L2 offset: {self._l2(cluster)}, L2 index: {index:#x})")
-            return DATA, run, host + within, self.data
+            return DATA, run, host + within, self.data_at(cluster << self._cluster_bits, host)
         return kind, run, 0, None
 
     # -- block status -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The metadata of a new qcow2 image as a value: where everything stands, and the bytes of each part. Pure.
 
-Order in the file: header, refcount table, refcount blocks, L1 table, L2 tables and data (only when preallocated).
+Order in the file: header, refcount table, refcount blocks, L1 table, L2 tables and data (only when preallocated),
+encryption header.
 For small images that is the order qemu-img gives them, byte for byte.
 """
 
@@ -14,6 +15,7 @@ from typing import Final
 import attrs
 
 from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.extensions import CryptoExtension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.refcount_codec import encode, typecode
 from qsd.errors import QmpError
@@ -25,15 +27,22 @@ MAX_LENGTH: Final = 0x7FFF_FFFF_C000_0000
 
 @attrs.frozen(kw_only=True)
 class NewImage:
-    """What a new image is to be; ``allocates``: every cluster gets its place at once."""
+    """What a new image is to be; ``allocates``: every cluster gets its place at once.
+
+    ``crypto_bytes``: room for an encryption header.
+    """
 
     header: Header
     allocates: bool = False
+    crypto_bytes: int = 0
 
 
 @attrs.frozen
 class Placement:
-    """Clusters of the parts, by their first one; ``end`` is the first behind all of it."""
+    """Clusters of the parts, by their first one; ``end`` is the first behind all of it.
+
+    Where the encryption header is, the header says.
+    """
 
     header: Header
     refcount_blocks: int
@@ -57,7 +66,8 @@ def place(image: NewImage) -> Placement:
     l2_count = header.l1_needed if image.allocates else 0
     guest_clusters = -(-header.size // size)
     data_count = guest_clusters if image.allocates and not header.has_data_file else 0
-    rest = 1 + l1_clusters + l2_count + data_count
+    crypto_clusters = -(-image.crypto_bytes // size)
+    rest = 1 + l1_clusters + l2_count + data_count + crypto_clusters
     table_clusters, block_count = _refcounts(header, rest)
     blocks = 1 + table_clusters
     l1 = blocks + block_count
@@ -70,7 +80,11 @@ def place(image: NewImage) -> Placement:
         refcount_table_offset=size,
         refcount_table_clusters=table_clusters,
     )
-    return Placement(placed, blocks, block_count, l2, l2_count, data, data_count, data + data_count)
+    crypto = data + data_count
+    if image.crypto_bytes:
+        where = CryptoExtension(crypto * size, image.crypto_bytes)
+        placed = placed.with_extension(layout.EXT_CRYPTO, where.serialise())
+    return Placement(placed, blocks, block_count, l2, l2_count, data, data_count, crypto + crypto_clusters)
 
 
 def _refcounts(header: Header, others: int) -> tuple[int, int]:

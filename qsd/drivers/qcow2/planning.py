@@ -152,7 +152,8 @@ class Planner:
             elif kind != ZERO:
                 return CONTENT
             offset += run
-        return NOTHING if is_fresh else ZEROES
+        # Zero bytes of the file are no zeroes once they are decrypted.
+        return NOTHING if is_fresh and not self._image.is_encrypted else ZEROES
 
     def _plan_subclusters(self, table: array[int], first: int, last: int, offset: int, end: int) -> Plan:
         """The plan for clusters with extended entries. Raises Cold and OSError with nothing changed."""

@@ -121,7 +121,7 @@ class WriteBack:
 
     async def _sync(self) -> None:
         image = self._image
-        if image.map.data is not image.file:
+        if image.geometry.has_data_file:
             await image.map.data.flush()
         await image.file.flush()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from qsd.drivers.base import Child
 from qsd.drivers.gather import Gather
 from qsd.drivers.mapped import READ, fill_zeroes
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
@@ -38,8 +39,8 @@ ZERO_RANGE: Final = 256 << 10
 KEPT_BUFFERS: Final = 8
 KEPT_SIZE: Final = 128 << 10
 
-# Host offset, bytes, what is written there (None: zeroes).
-Part = tuple[int, int, memoryview | None]
+# Where to, host offset, bytes, what is written there (None: zeroes).
+Part = tuple[Child, int, int, memoryview | None]
 
 
 class Operation(ReplyQueue):
@@ -206,10 +207,11 @@ class Writer:
 
     def _pass_on(self, request: Request, plan: Plan) -> None:
         """Everything is in place."""
-        child = self._image.map.data
+        data_at = self._image.map.data_at
         if len(plan.runs) == 1:
-            request.offset = plan.runs[0][2]
-            self._driver.post(child, request)
+            start, _stop, host = plan.runs[0]
+            request.offset = host
+            self._driver.post(data_at(start, host), request)
             return
         buffer = request.buffer
         assert buffer is not None
@@ -217,7 +219,8 @@ class Writer:
         base = request.offset
         for start, stop, host in plan.runs:
             gather.left += 1
-            self._driver.post(child, Request(WRITE, host, stop - start, buffer[start - base : stop - base], gather))
+            part = Request(WRITE, host, stop - start, buffer[start - base : stop - base], gather)
+            self._driver.post(data_at(start, host), part)
         gather.end()
 
     # -- new clusters -----------------------------------------------------------------------------------------
@@ -234,9 +237,10 @@ class Writer:
             # The request itself is the one part.
             operation.is_writing = True
             operation.left = 1
-            request.offset = plan.runs[0][2]
+            start, _stop, host = plan.runs[0]
+            request.offset = host
             request.reply = operation
-            self._driver.post(self._image.map.data, request)
+            self._driver.post(self._image.map.data_at(start, host), request)
             return
         operation.left = 1
         if len(plan.runs) == 1 and plan.high - plan.low <= ASSEMBLE and (plan.head or plan.tail):
@@ -255,7 +259,8 @@ class Writer:
         view = memoryview(operation.buffer)[:size]
         head, tail = request.offset - plan.low, plan.high - request.offset - request.length
         operation.room = view[head : size - tail]
-        operation.parts.append((plan.runs[0][2], size, view))
+        start, _stop, host = plan.runs[0]
+        operation.parts.append((self._image.map.data_at(start, host), host, size, view))
         if plan.head == plan.tail == CONTENT and size <= READ_THROUGH:
             self._fill(operation, CONTENT, plan.low, view)
         else:
@@ -272,17 +277,18 @@ class Writer:
             if start < low:
                 self._lay_filling(operation, plan.head, start, low, host)
             first, last = max(start, low), min(stop, high)
-            operation.parts.append((host + first - start, last - first, buffer[first - low : last - low]))
+            child = self._image.map.data_at(start, host)
+            operation.parts.append((child, host + first - start, last - first, buffer[first - low : last - low]))
             if stop > high:
                 self._lay_filling(operation, plan.tail, high, stop, host + high - start)
 
     def _lay_filling(self, operation: Operation, kind: int, start: int, stop: int, host: int) -> None:
-        size = stop - start
+        size, child = stop - start, self._image.map.data_at(start, host)
         if kind != CONTENT and size >= ZERO_RANGE:
-            operation.parts.append((host, size, None))
+            operation.parts.append((child, host, size, None))
             return
         view = memoryview(bytearray(size))
-        operation.parts.append((host, size, view))
+        operation.parts.append((child, host, size, view))
         if kind == CONTENT:
             self._fill(operation, kind, start, view)
 
@@ -303,9 +309,8 @@ class Writer:
         if operation.room is not None:
             assert operation.request.buffer is not None
             operation.room[:] = operation.request.buffer
-        child = self._image.map.data
         operation.left = len(operation.parts)
-        for host, size, view in operation.parts:
+        for child, host, size, view in operation.parts:
             op = WRITE if view is not None else WRITE_ZEROES
             self._driver.post(child, Request(op, host, size, view, operation))
         self._driver.send()

@@ -257,7 +257,14 @@ class Zeroer:
         data = self._image.map.data
         offset = first << self._bits
         length = min(last << self._bits, data.length) - offset
-        if not self._image.geometry.has_data_file or not self._image.settings.discard_request or length <= 0:
+        # Holes in a file of encrypted data read as noise; only an entry that says zero hides them.
+        keeps = self._is_raw and self._image.is_encrypted
+        if (
+            not self._image.geometry.has_data_file
+            or not self._image.settings.discard_request
+            or keeps
+            or length <= 0
+        ):
             request.complete()
             return
         request.offset, request.length = offset, length

@@ -51,6 +51,7 @@ class Qcow2CompressionType(str, Enum):
 
 @enum("QCryptoBlockFormat")
 class QCryptoBlockFormat(str, Enum):
+    QCOW = "qcow"
     LUKS = "luks"
 
 
@@ -92,6 +93,18 @@ class BlockdevAmendOptions:
     """What is to change in an image; a format adds its branch."""
 
     driver: BlockdevDriver
+
+
+@union("QCryptoBlockAmendOptions", tag="format")
+class QCryptoBlockAmendOptions:
+    """What is to change in how an image is encrypted; a format of encryption adds its branch."""
+
+    format: QCryptoBlockFormat
+
+
+@branch(BlockdevAmendOptions, BlockdevDriver.QCOW2, name="BlockdevAmendOptionsQcow2")
+class BlockdevAmendOptionsQcow2(BlockdevAmendOptions):
+    encrypt: QCryptoBlockAmendOptions | None = None
 
 
 @struct("x-blockdev-amend-arg")

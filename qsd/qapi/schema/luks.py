@@ -6,7 +6,14 @@ from enum import Enum
 
 from qsd.qapi.core import Size, branch, enum, struct
 from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptions, BlockdevRef
-from qsd.qapi.schema.create import BlockdevAmendOptions, BlockdevCreateOptions, PreallocMode
+from qsd.qapi.schema.create import (
+    BlockdevAmendOptions,
+    BlockdevCreateOptions,
+    PreallocMode,
+    QCryptoBlockAmendOptions,
+    QCryptoBlockCreateOptions,
+    QCryptoBlockFormat,
+)
 
 
 @enum("QCryptoCipherAlgo")
@@ -90,9 +97,9 @@ class QCryptoBlockInfoLUKS:
     slots: tuple[QCryptoBlockInfoLUKSSlot, ...]
 
 
-@branch(BlockdevCreateOptions, BlockdevDriver.LUKS, name="BlockdevCreateOptionsLUKS")
-class BlockdevCreateOptionsLUKS(BlockdevCreateOptions):
-    """``size`` in bytes, ``iter_time`` in milliseconds."""
+@struct("QCryptoBlockCreateOptionsLUKS")
+class QCryptoBlockCreateOptionsLUKS:
+    """``iter_time`` in milliseconds."""
 
     key_secret: str | None = None
     cipher_alg: QCryptoCipherAlgo | None = None
@@ -101,10 +108,28 @@ class BlockdevCreateOptionsLUKS(BlockdevCreateOptions):
     ivgen_hash_alg: QCryptoHashAlgo | None = None
     hash_alg: QCryptoHashAlgo | None = None
     iter_time: int | None = None
+
+
+@branch(BlockdevCreateOptions, BlockdevDriver.LUKS, name="BlockdevCreateOptionsLUKS")
+class BlockdevCreateOptionsLUKS(BlockdevCreateOptions, QCryptoBlockCreateOptionsLUKS):
+    """``size`` in bytes."""
+
     file: BlockdevRef | None = None
     header: BlockdevRef | None = None
     size: Size
     preallocation: PreallocMode | None = None
+
+
+@branch(QCryptoBlockCreateOptions, QCryptoBlockFormat.LUKS, name="QCryptoBlockCreateOptionsLUKS")
+class QCryptoBlockCreateOptionsLUKSBranch(QCryptoBlockCreateOptions, QCryptoBlockCreateOptionsLUKS):
+    """A LUKS header in the image."""
+
+
+@branch(QCryptoBlockCreateOptions, QCryptoBlockFormat.QCOW, name="QCryptoBlockOptionsQCow")
+class QCryptoBlockOptionsQCow(QCryptoBlockCreateOptions):
+    """AES with the password itself as the key."""
+
+    key_secret: str | None = None
 
 
 @enum("QCryptoBlockLUKSKeyslotState")
@@ -113,8 +138,8 @@ class QCryptoBlockLUKSKeyslotState(str, Enum):
     INACTIVE = "inactive"
 
 
-@branch(BlockdevAmendOptions, BlockdevDriver.LUKS, name="BlockdevAmendOptionsLUKS")
-class BlockdevAmendOptionsLUKS(BlockdevAmendOptions):
+@struct("QCryptoBlockAmendOptionsLUKS")
+class QCryptoBlockAmendOptionsLUKS:
     """``iter_time`` in milliseconds."""
 
     state: QCryptoBlockLUKSKeyslotState
@@ -123,3 +148,13 @@ class BlockdevAmendOptionsLUKS(BlockdevAmendOptions):
     keyslot: int | None = None
     iter_time: int | None = None
     secret: str | None = None
+
+
+@branch(BlockdevAmendOptions, BlockdevDriver.LUKS, name="BlockdevAmendOptionsLUKS")
+class BlockdevAmendOptionsLUKS(BlockdevAmendOptions, QCryptoBlockAmendOptionsLUKS):
+    """Key slots of a volume."""
+
+
+@branch(QCryptoBlockAmendOptions, QCryptoBlockFormat.LUKS, name="QCryptoBlockAmendOptionsLUKS")
+class QCryptoBlockAmendOptionsLUKSBranch(QCryptoBlockAmendOptions, QCryptoBlockAmendOptionsLUKS):
+    """Key slots of the volume in an image."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from qsd.qapi.core import Alternate, branch, enum, struct, union
 from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptions, BlockdevRef, BlockdevRefOrNull
+from qsd.qapi.schema.luks import QCryptoBlockInfoLUKS
 
 
 @enum("Qcow2OverlapCheckMode")
@@ -39,6 +40,7 @@ Qcow2OverlapChecks = Annotated[Qcow2OverlapCheckMode | Qcow2OverlapCheckFlags, A
 @enum("BlockdevQcow2EncryptionFormat")
 class BlockdevQcow2EncryptionFormat(str, Enum):
     AES = "aes"
+    LUKS = "luks"
 
 
 @union("BlockdevQcow2Encryption", tag="format")
@@ -48,6 +50,11 @@ class BlockdevQcow2Encryption:
 
 @branch(BlockdevQcow2Encryption, BlockdevQcow2EncryptionFormat.AES, name="QCryptoBlockOptionsQCow")
 class BlockdevQcow2EncryptionAes(BlockdevQcow2Encryption):
+    key_secret: str | None = None
+
+
+@branch(BlockdevQcow2Encryption, BlockdevQcow2EncryptionFormat.LUKS, name="QCryptoBlockOptionsLUKS")
+class BlockdevQcow2EncryptionLuks(BlockdevQcow2Encryption):
     key_secret: str | None = None
 
 
@@ -88,6 +95,11 @@ class ImageInfoSpecificQCow2Encryption:
 )
 class ImageInfoSpecificQCow2EncryptionAes(ImageInfoSpecificQCow2Encryption):
     """Nothing is told about it."""
+
+
+@branch(ImageInfoSpecificQCow2Encryption, BlockdevQcow2EncryptionFormat.LUKS, name="QCryptoBlockInfoLUKS")
+class ImageInfoSpecificQCow2EncryptionLuks(ImageInfoSpecificQCow2Encryption, QCryptoBlockInfoLUKS):
+    """The LUKS header in the image."""
 
 
 @enum("Qcow2BitmapInfoFlags")
