@@ -96,6 +96,7 @@ class Image:
         self._making: dict[int, Cold] = {}
         self.encryption: Encryption | None = None
         self._header_lock = trio.Lock()
+        self._extending = trio.Lock()
         # Held while tables are written or moved.
         self.tables_lock = trio.Lock()
 
@@ -153,10 +154,8 @@ class Image:
         if kind is not None:
             self.overlap(kind, first << bits, count << bits)
         end = first + count << bits
-        if end > self.virgin:
-            if end > self.file.length:
-                self._reach(end)
-            self.virgin = end
+        self.reach(self.file, end)
+        self.virgin = max(self.virgin, end)
 
     def overlap(self, kind: str, offset: int, length: int) -> None:
         """Refuse a write that would destroy metadata. Raises OSError."""
@@ -164,32 +163,47 @@ class Image:
         self.driver.corrupt(text, offset=offset, size=length)
         raise OSError(errno.EIO, text)
 
-    def _reach(self, end: int) -> None:
-        """Let the file be at least ``end`` bytes long."""
+    def reach(self, child: Child, end: int) -> None:
+        """Let a child that is written to be at least ``end`` bytes long. Raises Cold, OSError.
+
+        An image may end in the middle of a cluster: its last one was never written to the end.
+        """
+        if end <= child.length:
+            return
         if end > 1 << 56:
             raise OSError(errno.EFBIG, "host offset beyond what L2 entries can hold")
-        file = self.file
-        ahead = min(max(file.length >> 3, GROW_MIN), GROW_MAX)
-        wanted = -(-(end + ahead) // GROW_MIN) * GROW_MIN
+        wanted = end
+        if child is self.file:
+            self.has_grown = True
+            ahead = min(max(child.length >> 3, GROW_MIN), GROW_MAX)
+            wanted = -(-(end + ahead) // GROW_MIN) * GROW_MIN
         try:
-            has_grown = file.grow(wanted)
+            has_grown = child.grow(wanted)
         except OSError:
             wanted = end
-            has_grown = file.grow(end)
-        self.has_grown = True
+            has_grown = child.grow(end)
         if not has_grown:
-            raise Cold("file length", partial(self._reach_later, wanted))
+            raise Cold(("length", child), partial(self._reach_later, child, wanted))
 
-    def _reach_later(self, size: int, done: Callable[[int], None]) -> None:
-        async def truncate() -> None:
+    def _reach_later(self, child: Child, size: int, done: Callable[[int], None]) -> None:
+        async def grow() -> None:
             error = 0
             try:
-                await self.file.truncate(size, exact=False)
-            except QmpError:
-                error = errno.ENOSPC
+                await self.extend(child, size)
+            except OSError as problem:
+                error = problem.errno or errno.ENOSPC
             done(error)
 
-        self.driver.host.spawn(truncate, name="grow the file")
+        self.driver.host.spawn(grow, name="grow the file")
+
+    async def extend(self, child: Child, end: int) -> None:
+        """Let a child be at least ``end`` bytes long; one at a time, so that no one shrinks it. Raises OSError."""
+        async with self._extending:
+            if end > child.length and not child.grow(end):
+                try:
+                    await child.truncate(end, exact=False)
+                except QmpError:
+                    raise OSError(errno.ENOSPC, "the file cannot grow") from None
 
     def _set_dirty(self, done: Callable[[int], None]) -> None:
         async def set_dirty() -> None:
@@ -295,6 +309,10 @@ class Image:
 
     async def write_refcounts(self) -> None:
         """Write changed refcounts. Raises OSError."""
+        refs = self.refs
+        await self.extend(
+            self.file, max(map(refs.block_offset, refs.dirty), default=0) + self.geometry.cluster_size
+        )
         await write_refcounts(self.refs, self.file, self.header.refcount_table_offset)
 
     # -- L2 tables --------------------------------------------------------------------------------------------

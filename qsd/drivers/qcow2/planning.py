@@ -90,10 +90,10 @@ class Planner:
                 guest_end = min(end, cluster + count << bits)
                 _append(plan.runs, guest, guest_end, host + (guest - (cluster << bits)))
                 guest = guest_end
+            self._complete(plan)
         except Exception:
             self.give_back(plan)
             raise
-        _widen(plan)
         return plan
 
     def _target(self, plan: Plan, table: array[int], index: int, stop: int, cluster: int) -> tuple[int, int, bool]:
@@ -195,11 +195,18 @@ class Planner:
                     self._fill_tail(plan, guest_end + tail, is_fresh)
                 _append(plan.runs, guest, guest_end, host + guest - base)
                 guest = guest_end
+            self._complete(plan)
         except Exception:
             self.give_back(plan)
             raise
-        _widen(plan)
         return plan
+
+    def _complete(self, plan: Plan) -> None:
+        """Take the fillings into the runs, and let the file reach as far as they do. Raises Cold, OSError."""
+        _widen(plan)
+        data = self._image.map.data
+        for start, stop, host in plan.runs:
+            self._image.reach(data, host + stop - start)
 
     def give_back(self, plan: Plan) -> None:
         """Free the clusters of a plan that was not carried out."""

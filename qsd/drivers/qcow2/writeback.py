@@ -135,6 +135,8 @@ class WriteBack:
             pieces.append((offset + first * 8, frozen.words(first, last)))
         for sector, words in image.dirty.frozen_l1.items():
             pieces.append((image.header.l1_offset + sector * L1_SECTOR * 8, words))
+        # A table may be cut short by the end of the file.
+        await image.extend(image.file, max(offset + len(words) for offset, words in pieces))
         await write_all(image.file, pieces)
 
     # -- freed clusters ---------------------------------------------------------------------------------------
