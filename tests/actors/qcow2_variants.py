@@ -1,0 +1,109 @@
+"""Worlds with one image each: every variant of the format that changes how an image is written."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Final
+
+import attrs
+from qcow2_builder import DATA, NOTHING, Built, build
+from qcow2_world import Habits, World
+
+from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.layout import Header
+
+
+@attrs.frozen(kw_only=True)
+class Variant:
+    """Which image, what lies below it, and the options of the node."""
+
+    clusters: int = 20
+    cluster_bits: int = 16
+    header: dict[str, Any] = attrs.field(factory=dict)
+    has_snapshot: bool = False
+    has_backing: bool = False
+    is_empty: bool = False
+    kinds: tuple[str, ...] | None = None
+    options: dict[str, Any] = attrs.field(factory=dict)
+    unit: int = 0
+
+
+_EXTENDED: Final = {"incompatible": layout.EXTENDED_L2}
+_DATA_FILE: Final = {"incompatible": layout.DATA_FILE}
+_DATA_FILE_RAW: Final = _DATA_FILE | {"autoclear": layout.DATA_FILE_RAW}
+# The smallest caches there are: tables are written back all the time.
+_TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_size": 1}
+
+VARIANTS: Final[dict[str, Variant]] = {
+    "new": Variant(is_empty=True),
+    "plain": Variant(),
+    "v2": Variant(header={"version": 2}),
+    "v2-backing": Variant(header={"version": 2}, has_backing=True),
+    "snapshot": Variant(has_snapshot=True),
+    "backing": Variant(has_backing=True),
+    "backing-snapshot": Variant(has_backing=True, has_snapshot=True),
+    "cluster-512": Variant(cluster_bits=9, clusters=400),
+    "cluster-512-snapshot": Variant(cluster_bits=9, clusters=400, has_snapshot=True, options=_TINY),
+    "cluster-512-new": Variant(cluster_bits=9, clusters=700, is_empty=True, header={"refcount_order": 6}),
+    # So many clusters that the refcount table has to grow.
+    "refcount-table": Variant(
+        cluster_bits=9, clusters=3700, unit=2048, kinds=(DATA,), has_snapshot=True, header={"refcount_order": 6}
+    ),
+    "cluster-4k-backing": Variant(cluster_bits=12, clusters=100, has_backing=True, options=_TINY),
+    "cluster-2M": Variant(cluster_bits=21, clusters=3),
+    "refcount-1": Variant(cluster_bits=12, clusters=60, header={"refcount_order": 0}),
+    "refcount-2-snapshot": Variant(cluster_bits=12, clusters=60, header={"refcount_order": 1}, has_snapshot=True),
+    "refcount-8": Variant(cluster_bits=12, clusters=60, header={"refcount_order": 3}, has_snapshot=True),
+    "refcount-32": Variant(cluster_bits=12, clusters=60, header={"refcount_order": 5}, has_backing=True),
+    "refcount-64": Variant(cluster_bits=12, clusters=60, header={"refcount_order": 6}, has_snapshot=True),
+    "extended": Variant(header=_EXTENDED, cluster_bits=14, clusters=30),
+    "extended-new": Variant(header=_EXTENDED, cluster_bits=14, clusters=30, is_empty=True),
+    "extended-snapshot": Variant(header=_EXTENDED, cluster_bits=14, clusters=30, has_snapshot=True),
+    "extended-backing": Variant(header=_EXTENDED, cluster_bits=14, clusters=30, has_backing=True, options=_TINY),
+    "extended-64k": Variant(header=_EXTENDED, has_backing=True, has_snapshot=True, clusters=12),
+    "data-file": Variant(header=_DATA_FILE, cluster_bits=12, clusters=60),
+    "data-file-backing": Variant(header=_DATA_FILE, cluster_bits=12, clusters=60, has_backing=True),
+    "data-file-raw": Variant(header=_DATA_FILE_RAW, cluster_bits=12, clusters=60),
+    "data-file-extended": Variant(
+        header={"incompatible": layout.DATA_FILE | layout.EXTENDED_L2}, cluster_bits=14, clusters=20
+    ),
+    "data-file-new": Variant(header=_DATA_FILE, cluster_bits=12, clusters=60, is_empty=True),
+    "lazy": Variant(header={"compatible": layout.LAZY_REFCOUNTS}, cluster_bits=12, clusters=60),
+    "lazy-snapshot": Variant(
+        header={"compatible": layout.LAZY_REFCOUNTS}, cluster_bits=12, clusters=60, has_snapshot=True
+    ),
+    "no-unref": Variant(options={"discard_no_unref": True}, cluster_bits=12, clusters=60, has_backing=True),
+    "no-discard": Variant(options={"pass_discard_request": False}, cluster_bits=12, clusters=60),
+}
+
+
+def make_world(variant: Variant, rng: random.Random, habits: Habits) -> tuple[World, Built]:
+    """A world with that image on its disks, not open yet."""
+    size = 1 << variant.cluster_bits
+    unit = variant.unit or (max(512, size // 16) if size > 512 else 128)
+    unit = min(unit, 1 << 15)
+    # The last cluster of the disk is not whole.
+    length = variant.clusters * size - unit
+    header = Header(cluster_bits=variant.cluster_bits, size=length, **variant.header)
+    kinds = (NOTHING,) if variant.is_empty or header.is_data_file_raw else variant.kinds
+    built = build(header, rng, kinds=kinds, has_snapshot=variant.has_snapshot)
+    # A backing file that is shorter than the image.
+    below = rng.randbytes(length * 3 // 4 // 512 * 512) if variant.has_backing else b""
+    seen = bytearray(below.ljust(length, b"\0"))
+    for cluster, content in enumerate(built.guest):
+        if content is None:
+            continue
+        piece = bytearray(content)
+        for at in built.holes.get(cluster, ()):
+            part = size // 32
+            start = cluster * size + at * part
+            piece[at * part : (at + 1) * part] = seen[start : start + part].ljust(part, b"\0")
+        seen[cluster * size : (cluster + 1) * size] = piece
+    world = World(rng, unit, bytes(seen[:length]), habits)
+    world.disk("file", built.image)
+    if header.has_data_file:
+        # As long as the disk, or not there yet.
+        world.disk("data-file", b"" if variant.is_empty else built.data[:length])
+    if variant.has_backing:
+        world.disk("backing", below)
+    return world, built
