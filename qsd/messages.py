@@ -37,6 +37,7 @@ class Flag(IntFlag):
     FUA = 1  # reach stable storage before the reply
     MAY_UNMAP = 2  # WRITE_ZEROES may deallocate
     NO_FALLBACK = 4  # WRITE_ZEROES must fail with ENOTSUP rather than write zero bytes (NBD's fast zero)
+    COMPRESSED = 16  # WRITE is stored compressed: whole clusters, or up to the disk's end
     MAY_LEND = 8  # READ may end with a Loan in ``result`` instead of bytes in the buffer
 
 

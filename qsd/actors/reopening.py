@@ -121,6 +121,10 @@ def _refer(
 
 def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
     """What no reopen changes."""
+    if not node.driver.can_reopen:
+        raise QmpError(
+            f"Block format '{node.driver.name}' used by node '{node.name}' does not support reopening files"
+        )
     before: Any = info_of(node).options
     driver = node.driver
     for name in driver.lasting:

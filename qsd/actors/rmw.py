@@ -20,11 +20,11 @@ from qsd.drivers.calls import call
 from qsd.messages import Extent, Flag, Op, ReplyQueue, Request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from qsd.actors.node import Node
 
-# How much of an unaligned request is moved through memory at a time.
+# How much of an unaligned request is moved through memory at a time, but never less than the alignment.
 BOUNCE = 1 << 20
 
 
@@ -123,11 +123,16 @@ def _rounded(node: Node, request: Request) -> tuple[int, int]:
     return request.offset // align * align, -(-(request.offset + request.length) // align) * align
 
 
+def _pieces(node: Node, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut an aligned range into aligned pieces, (start, end) each."""
+    step = max(BOUNCE, node.limits.request_alignment)
+    return ((low, min(end, low + step)) for low in range(start, end, step))
+
+
 async def _read(node: Node, request: Request) -> None:
     assert request.buffer is not None
     start, end = _rounded(node, request)
-    for low in range(start, end, BOUNCE):
-        high = min(end, low + BOUNCE)
+    for low, high in _pieces(node, start, end):
         data = await _read_blocks(node, low, high - low)
         first, last = max(low, request.offset), min(high, request.offset + request.length)
         request.buffer[first - request.offset : last - request.offset] = data[first - low : last - low]
@@ -145,8 +150,7 @@ async def _write(node: Node, request: Request) -> None:
     align = node.limits.request_alignment
     await node.track_writes()
     async with node.serialiser.exclusive(start, end):
-        for low in range(start, end, BOUNCE):
-            high = min(end, low + BOUNCE)
+        for low, high in _pieces(node, start, end):
             first, last = max(low, request.offset), min(high, request.offset + request.length)
             data = memoryview(bytearray(high - low))
             if first > low:

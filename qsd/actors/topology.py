@@ -139,7 +139,8 @@ class Topology:
 
 def facts_of(node: Node) -> NodeFacts:
     """A node as a snapshot shows it."""
-    return NodeFacts(node.name, node.mode.read_only, node.active)
+    ragged = bool(node.length % node.limits.request_alignment)
+    return NodeFacts(node.name, node.mode.read_only, node.active, ragged=ragged)
 
 
 def edge_facts(edge: Edge) -> EdgeFacts:

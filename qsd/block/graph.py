@@ -18,12 +18,15 @@ UNNAMED = "an unnamed block device"
 
 @attrs.frozen
 class NodeFacts:
-    """A node. ``changing`` says that the planned change gives it a new mode."""
+    """A node. ``changing``: the planned change gives it a new mode. ``ragged``: its length is no multiple of its
+    request alignment.
+    """
 
     name: str
     read_only: bool = False
     active: bool = True
     changing: bool = False
+    ragged: bool = False
 
 
 @attrs.frozen

@@ -87,5 +87,9 @@ def _check_mode(facts: NodeFacts, rights: Rights) -> None:
         if facts.changing:
             raise QmpError(f"Read-only block node '{facts.name}' cannot support read-write users")
         raise QmpError("Block node is read-only")
+    if facts.ragged and rights.perm & WRITING and not rights.perm & Perm.RESIZE:
+        raise QmpError(
+            "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
+        )
     if not facts.active and rights.perm & NOT_WHEN_INACTIVE:
         raise QmpError(f"Permission '{perm_text(rights.perm & NOT_WHEN_INACTIVE)}' unavailable on inactive node")

@@ -95,12 +95,17 @@ def _newest_first(node: Node) -> list[tuple[str, Edge]]:
     return list(reversed(_children(node).items()))
 
 
+def _below(node: Node) -> Edge | None:
+    """The edge to what a filter filters, or to the backing file."""
+    return _children(node).get("file" if node.driver.is_filter else "backing")
+
+
 def _backing_chain(node: Node) -> list[Node]:
     chain: list[Node] = []
-    edge = _children(node).get("backing")
+    edge = _below(node)
     while edge is not None:
         chain.append(edge.node)
-        edge = _children(edge.node).get("backing")
+        edge = _below(edge.node)
     return chain
 
 

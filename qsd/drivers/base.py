@@ -282,6 +282,10 @@ class Driver(ABC):
                 self._idle = trio.Event()
             await self._idle.wait()
 
+    def can_compress(self) -> bool:
+        """Whether WRITE may be ``COMPRESSED``."""
+        return False
+
     # -- permissions ------------------------------------------------------------------------------------------
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
@@ -306,6 +310,8 @@ class Driver(ABC):
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
         """Get ready to live with new options, which keep to ``lasting`` and ``fixed``. Raises QmpError."""
         return
+
+    can_reopen: ClassVar[bool] = True
 
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """Take the new options."""

@@ -1,14 +1,15 @@
-"""Filters that jobs put above the nodes they work on: everything passes through, and users see them there."""
+"""The base of filters, and those that jobs put above the nodes they work on, where users see them."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from qsd.drivers.base import ChildRole, Driver, Mode
+from qsd.drivers.base import ChildRole, Mode, limits_above
+from qsd.drivers.passing import PassingDriver
 from qsd.messages import Request
 
 
-class FilterDriver(Driver):
+class FilterDriver(PassingDriver):
     """Passes everything to its child, and is what its child is."""
 
     is_filter: ClassVar[bool] = True
@@ -29,33 +30,18 @@ class FilterDriver(Driver):
         self.refresh_length()
 
     def refresh_length(self) -> None:
-        """The child's length, and its limits."""
+        """The child's length; limits above it."""
         self.length = self.children["file"].length
-        self.limits = self.children["file"].limits
+        self.limits = limits_above(self.children["file"].limits)
 
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """The child may be another."""
         super().commit_reopen(options, mode)
         self.refresh_length()
 
-    @property
-    def below(self) -> Driver:
-        """The child's driver."""
-        child: Any = self.children["file"]
-        driver: Driver = child.node.driver
-        return driver
-
-    def allocated_size(self) -> int | None:
-        """The child's."""
-        return self.below.allocated_size()
-
-    def filename(self) -> str:
-        """The child's."""
-        return self.below.filename()
-
-    def dirty_flag(self) -> bool | None:
-        """The child's."""
-        return self.below.dirty_flag()
+    def can_compress(self) -> bool:
+        """As the child."""
+        return self.below.can_compress()
 
 
 class StreamFilter(FilterDriver):

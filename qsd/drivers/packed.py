@@ -31,6 +31,7 @@ class Unpacker:
         self._unpack = unpack
         self._cache: dict[int, bytes | bytearray] = {}
         self._size = 0
+        # The unpacking under way of what is stored there, and who waits for it.
         self._waiting: dict[int, list[Waiter]] = {}
 
     @property
@@ -49,33 +50,35 @@ class Unpacker:
         if waiting is not None:
             waiting.append((skip, view, gather))
             return
-        self._waiting[where] = [(skip, view, gather)]
+        self._waiting[where] = waiters = [(skip, view, gather)]
         child, offset, length = self._driver.locate(where)
-        self._fetch(where, child, offset, length)
+        self._fetch(where, waiters, child, offset, length)
 
     def forget(self, where: int) -> None:
-        """What is stored there will be something else. No read of it is under way."""
+        """What is stored there will be something else. Reads under way get what it was, and later ones do not."""
+        self._waiting.pop(where, None)
         data = self._cache.pop(where, None)
         if data is not None:
             self._size -= len(data)
 
     def clear(self) -> None:
         """Forget everything."""
+        self._waiting.clear()
         self._cache.clear()
         self._size = 0
 
-    def _fetch(self, where: int, child: Child, offset: int, length: int) -> None:
+    def _fetch(self, where: int, waiters: list[Waiter], child: Child, offset: int, length: int) -> None:
         packed = bytearray(length)
 
         def fetched(error: int) -> None:
             if error:
-                self._ended(where, error, None)
+                self._ended(where, waiters, error, None)
             else:
-                self._begin(where, packed)
+                self._begin(where, waiters, packed)
 
         self._driver.fetch(child, offset, memoryview(packed), fetched)
 
-    def _begin(self, where: int, packed: bytearray) -> None:
+    def _begin(self, where: int, waiters: list[Waiter], packed: bytearray) -> None:
         result: list[bytes | bytearray] = []
 
         def work() -> int:
@@ -83,14 +86,16 @@ class Unpacker:
             return 0
 
         def done(error: int) -> None:
-            self._ended(where, -error, result[0] if result else None)
+            self._ended(where, waiters, -error, result[0] if result else None)
 
         self._driver.host.aio.call(work, done)
 
-    def _ended(self, where: int, error: int, data: bytes | bytearray | None) -> None:
-        if data is not None:
-            self._keep(where, data)
-        for skip, view, gather in self._waiting.pop(where):
+    def _ended(self, where: int, waiters: list[Waiter], error: int, data: bytes | bytearray | None) -> None:
+        if self._waiting.get(where) is waiters:
+            del self._waiting[where]
+            if data is not None:
+                self._keep(where, data)
+        for skip, view, gather in waiters:
             if data is not None:
                 view[:] = memoryview(data)[skip : skip + len(view)]
             gather.end(error)

@@ -6,14 +6,14 @@ import errno
 from typing import Any, ClassVar
 
 from qsd.block.permissions import Perm
-from qsd.drivers.base import SECTOR, ChildRole, Driver, limits_above
+from qsd.drivers.base import SECTOR, ChildRole, limits_above
 from qsd.drivers.filenames import name_above_file
-from qsd.drivers.snapshots import InternalSnapshot
+from qsd.drivers.passing import PassingDriver
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
 
 
-class RawDriver(Driver):
+class RawDriver(PassingDriver):
     """See the module."""
 
     name: ClassVar[str] = "raw"
@@ -100,45 +100,3 @@ class RawDriver(Driver):
         """The child's, unless a window makes it another disk."""
         shown = {name: value for name in ("offset", "size") if (value := getattr(self.options, name)) is not None}
         return name_above_file(self, shown)
-
-    def dirty_flag(self) -> bool | None:
-        """The child's."""
-        child: Any = self.children["file"]
-        flag: bool | None = child.node.driver.dirty_flag()
-        return flag
-
-    def image_facts(self) -> dict[str, Any]:
-        """The child's cluster size."""
-        child: Any = self.children["file"]
-        facts = child.node.driver.image_facts()
-        return {name: facts[name] for name in ("cluster-size",) if name in facts}
-
-    # A snapshot of the child is one of the disk, window or not.
-
-    @property
-    def _below(self) -> Driver:
-        child: Any = self.children["file"]
-        driver: Driver = child.node.driver
-        return driver
-
-    def can_snapshot(self) -> bool:
-        """As the child."""
-        return self._below.can_snapshot()
-
-    def snapshots(self) -> list[InternalSnapshot]:
-        """The child's."""
-        return self._below.snapshots()
-
-    async def create_snapshot(self, name: str, now_ns: int) -> str:
-        """In the child."""
-        return await self._below.create_snapshot(name, now_ns)
-
-    async def delete_snapshot(self, snapshot_id: str) -> None:
-        """In the child."""
-        await self._below.delete_snapshot(snapshot_id)
-
-    def allocated_size(self) -> int | None:
-        """The child's."""
-        child: Any = self.children["file"]
-        size: int | None = child.node.driver.allocated_size()
-        return size

@@ -36,6 +36,7 @@ class Imported(Mapping[str, T], Generic[T]):
 
 DRIVERS: Imported[type[Driver]] = Imported(
     {
+        "compress": "compress:CompressDriver",
         "file": "file:FileDriver",
         "host_device": "file:HostDeviceDriver",
         "luks": "luks.driver:LuksDriver",

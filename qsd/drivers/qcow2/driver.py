@@ -33,23 +33,26 @@ from qsd.drivers.qcow2.layout import (
     Header,
 )
 from qsd.drivers.qcow2.loading import read_header, read_table
+from qsd.drivers.qcow2.packing import Packer
 from qsd.drivers.qcow2.settings import settings_of
 from qsd.drivers.qcow2.writeback import WriteBack
 from qsd.drivers.qcow2.writing import WRITE, Writer
 from qsd.drivers.qcow2.zeroing import Zeroer
 from qsd.drivers.runs import Run
 from qsd.errors import QmpError, errno_text
-from qsd.messages import Op, Request
+from qsd.messages import Flag, Op, Request
 from qsd.qapi.core import NULL
 
 log = logging.getLogger("qsd.qcow2")
+
+COMPRESSED: Final = Flag.COMPRESSED.value
 
 # What a plain entry has none of, apart from its offset and COPIED: then it is an ordinary cluster.
 _ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 
 
 class Qcow2Driver(MappedDriver):
-    """See the module. ``writer``, ``zeroer`` and ``writeback`` exist while the image can be written."""
+    """See the module. ``writer``, ``zeroer``, ``packer`` and ``writeback`` exist while the image can be written."""
 
     name: ClassVar[str] = "qcow2"
     child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = (
@@ -62,6 +65,7 @@ class Qcow2Driver(MappedDriver):
     _next: Image
     writer: Writer
     zeroer: Zeroer
+    packer: Packer
     writeback: WriteBack
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
@@ -197,6 +201,7 @@ class Qcow2Driver(MappedDriver):
         image = self.image
         self.writer = Writer(self, image)
         self.zeroer = Zeroer(self, image, self.writer)
+        self.packer = Packer(self, image, self.writer)
         self.writeback = WriteBack(image)
         self.is_writable = True
 
@@ -419,7 +424,14 @@ class Qcow2Driver(MappedDriver):
             super().submit(batch)
 
     def _write(self, request: Request) -> None:
-        self.writer.write(request)
+        if request.flags & COMPRESSED:
+            self.packer.write(request)
+        else:
+            self.writer.write(request)
+
+    def can_compress(self) -> bool:
+        """Yes; with an external data file every write is refused instead, as by the reference."""
+        return True
 
     def _write_zeroes(self, request: Request) -> None:
         self.zeroer.write_zeroes(request)

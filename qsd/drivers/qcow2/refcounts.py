@@ -68,6 +68,8 @@ class Refcounts:
         self.cache = SliceCache(
             self.entries * itemsize, limit, lambda index: index in self.dirty or index in self.writing
         )
+        # Where the last bytes allocated end: the rest of that host cluster is free for more. 0: there is none.
+        self.tail = 0
         # The lowest cluster that may be free, and blocks known to have none.
         self.first_free = 0
         self._full: set[int] = set()
@@ -157,6 +159,30 @@ class Refcounts:
         self.add(cluster, count, 1)
         return cluster
 
+    def allocate_bytes(self, size: int) -> int:
+        """Room for ``size`` bytes, at most a cluster: its host offset. It shares clusters with its neighbours.
+
+        Each cluster it reaches into is counted once for it. Raises Cold, OSError (ENOSPC, EFBIG).
+        """
+        tail, mask = self.tail, self._cluster_size - 1
+        if tail & mask:
+            cluster = tail >> self._cluster_bits
+            reaches = (tail + size - 1 >> self._cluster_bits) - cluster
+            if self.get(cluster) < self.highest and (not reaches or self._is_free(cluster + 1)):
+                if reaches:
+                    self._host.claim(cluster + 1, 1)
+                self.add(cluster, 1 + reaches, 1)
+                self.tail = tail + size
+                return tail
+        offset = self.allocate(1)[0] << self._cluster_bits
+        self.tail = offset + size
+        return offset
+
+    def _is_free(self, cluster: int) -> bool:
+        """Whether a cluster can be taken; not where that needs a new refcount block. Raises Cold, OSError."""
+        block = self.block(cluster >> self.block_bits)
+        return block is not None and not block[cluster & (self.entries - 1)]
+
     def _find_free(self, block: array[int], start: int) -> int:
         """The first entry from ``start`` on that is 0, or -1."""
         size = self._itemsize
@@ -226,6 +252,10 @@ class Refcounts:
             self._full.discard(index)
         if freed:
             self.first_free = min(self.first_free, freed[0][0])
+            last = self.tail >> self._cluster_bits
+            if any(cluster <= last < cluster + length for cluster, length in freed):
+                # Somebody else's before long.
+                self.tail = 0
         return freed
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from qsd.drivers.base import Child
 from qsd.drivers.gather import Gather
@@ -41,6 +41,12 @@ KEPT_SIZE: Final = 128 << 10
 
 # Where to, host offset, bytes, what is written there (None: zeroes).
 Part = tuple[Child, int, int, memoryview | None]
+
+
+class Changing(Protocol):
+    """Something that is going to change entries; others who want to, wait for it."""
+
+    waiting: list[Callable[[], None]]
 
 
 class Operation(ReplyQueue):
@@ -128,8 +134,8 @@ class Writer:
         self._slice_mask = (1 << geometry.slice_bits) - 1
         self._planner = Planner(driver, image)
         self._link = self._link_plain if geometry.words == 1 else self._link_extended
-        # Guest cluster -> the operation that is going to change its entry.
-        self.busy: dict[int, Operation] = {}
+        # Guest cluster -> what is going to change its entry.
+        self.busy: dict[int, Changing] = {}
         self._buffers: list[bytearray] = []
 
     # -- the beginning ----------------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ class Writer:
             waiting = operation.waiting
             raise Cold(("cluster", operation), lambda done: waiting.append(partial(done, 0)))
 
-    def _operation_on(self, first: int, last: int) -> Operation | None:
+    def _operation_on(self, first: int, last: int) -> Changing | None:
         busy = self.busy
         if not busy:
             return None

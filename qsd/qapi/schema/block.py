@@ -10,6 +10,7 @@ from qsd.qapi.core import SCHEMA, Alternate, Command, Event, NullType, Uint64, b
 
 @enum("BlockdevDriver")
 class BlockdevDriver(str, Enum):
+    COMPRESS = "compress"
     FILE = "file"
     HOST_DEVICE = "host_device"
     LUKS = "luks"
@@ -98,6 +99,13 @@ class BlockdevOptionsNull(BlockdevOptions):
     size: int | None = None
     latency_ns: Uint64 | None = None
     read_zeroes: bool | None = None
+
+
+@branch(BlockdevOptions, BlockdevDriver.COMPRESS, name="BlockdevOptionsGenericFormat")
+class BlockdevOptionsGenericFormat(BlockdevOptions):
+    """Nothing but what the node lies on."""
+
+    file: BlockdevRef
 
 
 @branch(BlockdevOptions, BlockdevDriver.RAW, name="BlockdevOptionsRaw")

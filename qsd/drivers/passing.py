@@ -1,0 +1,54 @@
+"""What nodes have in common that are what their child ``file`` is: facts and internal snapshots are the child's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsd.drivers.base import Driver
+from qsd.drivers.snapshots import InternalSnapshot
+
+
+class PassingDriver(Driver):
+    """See the module."""
+
+    @property
+    def below(self) -> Driver:
+        """The child's driver."""
+        child: Any = self.children["file"]
+        driver: Driver = child.node.driver
+        return driver
+
+    def filename(self) -> str:
+        """The child's."""
+        return self.below.filename()
+
+    def allocated_size(self) -> int | None:
+        """The child's."""
+        return self.below.allocated_size()
+
+    def dirty_flag(self) -> bool | None:
+        """The child's."""
+        return self.below.dirty_flag()
+
+    def image_facts(self) -> dict[str, Any]:
+        """The child's cluster size."""
+        facts = self.below.image_facts()
+        return {name: facts[name] for name in ("cluster-size",) if name in facts}
+
+    # A snapshot of the child is one of the disk.
+
+    def can_snapshot(self) -> bool:
+        """As the child."""
+        return self.below.can_snapshot()
+
+    def snapshots(self) -> list[InternalSnapshot]:
+        """The child's."""
+        return self.below.snapshots()
+
+    async def create_snapshot(self, name: str, now_ns: int) -> str:
+        """In the child."""
+        return await self.below.create_snapshot(name, now_ns)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """In the child."""
+        await self.below.delete_snapshot(snapshot_id)
