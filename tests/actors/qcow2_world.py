@@ -218,9 +218,11 @@ class World:
         self.finished: list[GuestOp] = []
         self.reading: list[GuestOp] = []
         self.numbers = 0
-        self.is_failing = False
+        # Whether requests of the disks fail at all, and at present; which one does, and how.
+        self.fails = self.is_failing = False
         self.fail_at = -1
         self.fail_with = errno.EIO
+        self.fails_writing_only = False
         self.failures = 0
         self.warnings: list[str] = []
 
@@ -281,7 +283,8 @@ class World:
 
     def _end(self, disk: Disk, request: Request, change: Change) -> None:
         op = Op(request.op)
-        error = self._error() if disk.name != "backing" else 0
+        is_immune = disk.name == "backing" or (self.fails_writing_only and op in (Op.READ, Op.FLUSH))
+        error = 0 if is_immune else self._error()
         if op == Op.READ:
             assert request.buffer is not None
             if not error:
@@ -291,8 +294,9 @@ class World:
             if op == Op.WRITE:
                 assert bytes(request.buffer or b"") == change.data, "a buffer was changed while it was lent"
             if error:
-                # Some of it may have been done.
-                change.data = change.data[: self.rng.randrange(len(change.data) + 1)] if change.data else b""
+                # Some of its sectors may have been written.
+                stop = change.offset + self.rng.randrange(len(change.data) + 1)
+                change.data = change.data[: max(0, stop // SECTOR * SECTOR - change.offset)]
             if op in CHANGES:
                 disk.apply(change)
             self.events.append(("failed" if error else "done", change))

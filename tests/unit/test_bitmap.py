@@ -98,7 +98,7 @@ def test_mark_marks_the_writes_of_a_batch(shift: int, given: list[tuple[int, int
     agree(bitmap, model(2 << 20, shift, [(offset, length) for offset, length, op in given if op is Op.WRITE]))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @example(1, 9, 24, [], [(0, 1)])
 @given(sizes, st.integers(9, 24), st.integers(9, 24), ranges, ranges)
 def test_merge_across_granularities(

@@ -1,0 +1,129 @@
+"""Many requests at once on the same clusters of a qcow2 image, their parts ending in any order, or failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import attrs
+import pytest
+import trio
+from qcow2_variants import VARIANTS, make_world
+from qcow2_world import Habits, World, check, make_driver, run_seeded
+
+from qsd.drivers.qcow2.layout import DIRTY, parse_header
+
+# More of everything when somebody has the time (make soak).
+EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+CROWD: Final = Habits(requests=120, depth=16, writes=6, zeroes=2, discards=3, reads=5, flushes=1, slow=0.3)
+FEW: Final = Habits(requests=14, depth=4, flushes=2)
+
+
+@contextmanager
+def noted(name: str, seed: int) -> Iterator[None]:
+    """Tell which of many runs failed."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"variant {name}, seed {seed}")
+        raise
+
+
+async def use(world: World, options: dict[str, Any]) -> None:
+    """Open, do what the guest likes, with errors if the world is so; then without; close, and open again."""
+    async with trio.open_nursery() as nursery:
+        driver = make_driver(world, nursery, **options)
+        await world.finish(driver.open)
+        is_failing, world.is_failing = world.fails, world.fails
+        await world.run(driver)
+        world.is_failing = False
+        if is_failing:
+            await world.run(driver)
+        seen = await world.whole(driver)
+        world.compare(seen, 0, world.live.units)
+        await world.finish(driver.close)
+        assert not driver.in_flight
+        again = make_driver(world, nursery, read_only=True, **options)
+        await world.finish(again.open)
+        assert await world.whole(again) == seen, "what is seen after closing is what was seen before"
+        nursery.cancel_scope.cancel()
+    assert not world.warnings
+
+
+def judge(world: World) -> None:
+    """The image is as it has to be after an orderly end."""
+    image = world.disks["file"].data
+    found = check(image)
+    assert not found.corruptions, found.problems
+    assert not found.leaks, found.problems
+    assert not parse_header(bytes(image[: 1 << 21])).incompatible & DIRTY
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_overlapping_requests_in_any_order(name: str) -> None:
+    for seed in range(EFFORT):
+        with noted(name, seed):
+            world, _built = make_world(VARIANTS[name], random.Random(seed), CROWD)
+            run_seeded(seed, use, world, VARIANTS[name].options)
+            judge(world)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "cluster-2M"])
+def test_requests_of_the_file_that_fail(name: str) -> None:
+    for seed in range(EFFORT):
+        with noted(name, seed):
+            rng = random.Random(seed)
+            rate = rng.choice((0.01, 0.05, 0.3))
+            world, _built = make_world(VARIANTS[name], rng, attrs.evolve(CROWD, failing=rate, requests=50))
+            world.fails, world.fail_with = True, rng.choice((errno.EIO, errno.ENOSPC))
+            run_seeded(seed, use, world, VARIANTS[name].options)
+            judge(world)
+
+
+@pytest.mark.parametrize("name", ["new", "backing-snapshot", "refcount-2-snapshot", "extended-backing", "lazy"])
+def test_any_one_request_that_fails(name: str) -> None:
+    points = 40 * EFFORT
+    for point in range(1, points):
+        with noted(name, point):
+            world, _built = make_world(VARIANTS[name], random.Random(7), attrs.evolve(FEW, slow=0.1))
+            world.fails, world.fail_at, world.fail_with = True, point, (errno.EIO, errno.ENOSPC)[point % 2]
+            run_seeded(7, use, world, VARIANTS[name].options)
+            judge(world)
+        if not world.failures:
+            return
+
+
+@pytest.mark.parametrize("name", ["plain", "backing", "extended-new", "cluster-512", "data-file"])
+def test_disk_that_is_full_goes_on_when_it_has_room_again(name: str) -> None:
+    for seed in range(EFFORT):
+        with noted(name, seed):
+            world, _built = make_world(VARIANTS[name], random.Random(seed), attrs.evolve(CROWD, failing=1.0))
+            world.fails, world.fail_with = True, errno.ENOSPC
+            world.fails_writing_only = True
+            run_seeded(seed, use, world, VARIANTS[name].options)
+            judge(world)
+
+
+@pytest.mark.parametrize("name", ["plain", "cluster-512-snapshot", "extended"])
+def test_image_whose_close_fails_is_consistent(name: str) -> None:
+    async def close_badly(world: World, options: dict[str, Any], point: int) -> None:
+        async with trio.open_nursery() as nursery:
+            driver = make_driver(world, nursery, **options)
+            await world.finish(driver.open)
+            await world.run(driver)
+            world.is_failing, world.fail_at = True, point
+            await world.finish(driver.close)
+            world.is_failing = False
+            nursery.cancel_scope.cancel()
+
+    for point in range(1, 20):
+        with noted(name, point):
+            world, _built = make_world(VARIANTS[name], random.Random(point), FEW)
+            run_seeded(point, close_badly, world, VARIANTS[name].options, point)
+            assert not check(world.disks["file"].data).corruptions
+        if not world.failures:
+            break
