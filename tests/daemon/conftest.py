@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RunningDaemon
+from harness import Qmp, RunningDaemon, run
 
 MONITOR = ("--chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "--monitor", "qmp")
 
@@ -37,3 +38,16 @@ def daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
         except AssertionError as error:
             errors.append(str(error))
     assert not errors, "\n".join(errors)
+
+
+@pytest.fixture
+def reference_qmp(reference: Path, tmp_path: Path) -> Iterator[Qmp]:
+    """A monitor of a reference daemon; it is ready when its foreground process has ended."""
+    words = ("--daemonize", "--pidfile", "theirs.pid", *MONITOR)
+    assert run(*words, program=(str(reference),), cwd=tmp_path).returncode == 0
+    qmp = Qmp(tmp_path / "qmp.sock")
+    yield qmp
+    qmp.execute("quit")
+    with contextlib.suppress(ConnectionResetError):
+        qmp.rest()
+    qmp.close()

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from harness import Qmp, run
+from harness import Qmp
 
 RECORDED: dict[str, Any] = json.loads(
     (Path(__file__).parent.parent / "data" / "qcow2_header_reference.json").read_text(encoding="utf-8")
 )
-MONITOR = ("--chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "--monitor", "qmp")
 EVERY = 8  # of so many cases one is asked; all of them take 3 seconds
-
-
-@pytest.fixture
-def reference_qmp(reference: Path, tmp_path: Path) -> Iterator[Qmp]:
-    """A monitor of a reference daemon; it is ready when its foreground process has ended."""
-    words = ("--daemonize", "--pidfile", "theirs.pid", *MONITOR)
-    assert run(*words, program=(str(reference),), cwd=tmp_path).returncode == 0
-    qmp = Qmp(tmp_path / "qmp.sock")
-    yield qmp
-    qmp.execute("quit")
-    with contextlib.suppress(ConnectionResetError):
-        qmp.rest()
-    qmp.close()
 
 
 def test_recorded_answers_about_edited_headers(reference_qmp: Qmp, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import trio
 from qsd.drivers.base import SECTOR, Child, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
-from qsd.drivers.mapped import READ, MappedDriver
+from qsd.drivers.mapped import READ
 from qsd.drivers.qcow2 import compressed, encryption, facts
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
@@ -34,7 +34,9 @@ from qsd.drivers.qcow2.layout import (
 )
 from qsd.drivers.qcow2.loading import read_header, read_table
 from qsd.drivers.qcow2.packing import Packer
+from qsd.drivers.qcow2.resizing import resize
 from qsd.drivers.qcow2.settings import settings_of
+from qsd.drivers.qcow2.telling import TellingDriver
 from qsd.drivers.qcow2.writeback import WriteBack
 from qsd.drivers.qcow2.writing import WRITE, Writer
 from qsd.drivers.qcow2.zeroing import Zeroer
@@ -51,7 +53,7 @@ COMPRESSED: Final = Flag.COMPRESSED.value
 _ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 
 
-class Qcow2Driver(MappedDriver):
+class Qcow2Driver(TellingDriver):
     """See the module. ``writer``, ``zeroer``, ``packer`` and ``writeback`` exist while the image can be written."""
 
     name: ClassVar[str] = "qcow2"
@@ -70,7 +72,6 @@ class Qcow2Driver(MappedDriver):
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
-        self._is_backing_overridden = False
         self._is_sparse: bool | None = None
         self.is_writable = False
         self._cleaning = trio.CancelScope()
@@ -223,6 +224,14 @@ class Qcow2Driver(MappedDriver):
         """Forget it."""
         del self._next
 
+    can_truncate: ClassVar[bool] = True
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        """Change the disk's length: see ``resizing``."""
+        if self._is_broken:
+            raise QmpError(errno_text(errno.EIO))
+        await resize(self, size, exact=exact)
+
     # -- amending ---------------------------------------------------------------------------------------------
 
     can_amend: ClassVar[bool] = True
@@ -277,8 +286,7 @@ class Qcow2Driver(MappedDriver):
     async def _finish(self) -> None:
         """Write everything; then the image is clean, and needs no room ahead. Raises OSError, QmpError."""
         image = self.image
-        while not self.writeback.is_clean:
-            await self.writeback.settle()
+        await self.writeback.finish()
         if image.header.incompatible & DIRTY:
             await image.write_refcounts()
             await image.file.flush()
@@ -457,35 +465,6 @@ class Qcow2Driver(MappedDriver):
             gather.left += 1
             self.post(child, Request(Op.FLUSH.value, 0, 0, None, gather))
         gather.end()
-
-    # -- facts ------------------------------------------------------------------------------------------------
-
-    def allocated_size(self) -> int | None:
-        """Bytes used on the host, by the image and its data file."""
-        return facts.allocated_size(self.children)
-
-    def dirty_flag(self) -> bool | None:
-        """True when refcounts may be out of date."""
-        return bool(self.image.header.incompatible & DIRTY)
-
-    def filename(self) -> str:
-        """The file's name, unless another backing file makes it another disk."""
-        if not self._is_backing_overridden and not self.image.is_encrypted:
-            return facts.name_of(self.children["file"])
-        return facts.json_name(self.children, self.options, has_other_backing=self._is_backing_overridden)
-
-    def image_facts(self) -> dict[str, Any]:
-        """Cluster size and what the header says about a backing file."""
-        return facts.image_facts(self.image.header, facts.name_of(self.children["file"]))
-
-    def format_specific(self) -> dict[str, Any] | None:
-        """``ImageInfoSpecificQCow2``."""
-        bitmaps = [] if self.bitmap_store is None else self.bitmap_store.facts()
-        return facts.format_specific(self.image.header, bitmaps, self.image.encryption)
-
-    def is_encrypted(self) -> bool:
-        """Whether the guest's data is."""
-        return self.image.is_encrypted
 
 
 def _overrides_backing(options: Any, header: Header) -> bool:

@@ -60,6 +60,7 @@ class Freeing(Enum):
     REQUEST = "request"
     SNAPSHOT = "snapshot"
     OTHER = "other"
+    ALWAYS = "always"
 
 
 class Freed(NamedTuple):
@@ -283,6 +284,7 @@ class Image:
             Freeing.REQUEST: settings.discard_request,
             Freeing.SNAPSHOT: settings.discard_snapshot,
             Freeing.OTHER: settings.discard_other,
+            Freeing.ALWAYS: True,
         }[why]
 
     def pressure(self) -> None:
@@ -324,9 +326,7 @@ class Image:
         entry = self.map.l1[index]
         if not entry & COPIED or not entry & OFFSET_MASK:
             self._own_table(index, number)
-        table = self.cache.find(number)
-        if table is None:
-            raise self.map.cold(number, self.map.slice_offset(number))
+        table = self.map.slice_at(number)
         dirty = self.dirty
         if not dirty.is_pinned(number):
             if dirty.pinned >= self.cache.limit:

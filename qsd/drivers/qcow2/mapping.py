@@ -86,6 +86,13 @@ class ClusterMap:
         """What brings slice ``number``, which stands at ``offset``, into memory."""
         return Cold(("l2", number), partial(self._load, number, offset))
 
+    def slice_at(self, number: int) -> array[int]:
+        """Slice ``number`` of a table that exists. Raises Cold, OSError."""
+        table = self.cache.find(number)
+        if table is None:
+            raise self.cold(number, self.slice_offset(number))
+        return table
+
     def _load(self, number: int, offset: int, done: Callable[[int], None]) -> None:
         table = empty_table(self.cache.slice_bytes)
 

@@ -65,8 +65,14 @@ class Refcounts:
         self._itemsize = itemsize
         # Blocks whose bytes are on their way to the file.
         self.writing: set[int] = set()
+        # A search for clusters in a row goes on where it was when a block had to be fetched: where the row begins,
+        # and the blocks it reaches into, all of which have to be in memory at the end.
+        self._row_start = 0
+        self._searched: set[int] = set()
         self.cache = SliceCache(
-            self.entries * itemsize, limit, lambda index: index in self.dirty or index in self.writing
+            self.entries * itemsize,
+            limit,
+            lambda index: index in self.dirty or index in self.writing or index in self._searched,
         )
         # Where the last bytes allocated end: the rest of that host cluster is free for more. 0: there is none.
         self.tail = 0
@@ -142,22 +148,48 @@ class Refcounts:
         return first, end - at
 
     def allocate_contiguous(self, count: int) -> int:
-        """``count`` free clusters in a row: the first. For tables; raises Cold, OSError."""
-        cluster = self.first_free
+        """``count`` free clusters in a row: the first. For tables; raises Cold, OSError.
+
+        Blocks that do not exist yet are made behind the row: in the first cluster they count they would break it.
+        """
+        try:
+            first, missing = self._search(count)
+            self._host.claim(first, count + len(missing))
+            for position, index in enumerate(missing, first + count):
+                self._put_block(index, position)
+            self.add(first, count + len(missing), 1)
+        except OSError:
+            self._end_search()
+            raise
+        self._end_search()
+        return first
+
+    def _end_search(self) -> None:
+        self._row_start = 0
+        self._searched.clear()
+
+    def _search(self, count: int) -> tuple[int, list[int]]:
+        """The first of ``count`` free clusters in a row, and the blocks that are missing to count them."""
+        cluster = max(self.first_free, self._row_start)
         length = 0
-        while length < count:
-            index = (cluster + length) >> self.block_bits
+        missing: list[int] = []
+        while length < count + len(missing):
+            index, at = divmod(cluster + length, self.entries)
+            self._searched.add(index)
             block = self.block(index)
             if block is None:
-                block = self._make_block(index)
-            if block[(cluster + length) & (self.entries - 1)]:
-                cluster += length + 1
+                if index >= len(self.table):
+                    raise Cold("refcount table", self._host.grow_refcount_table)
+                missing.append(index)
+                length = min(length + self.entries - at, count + len(missing))
+            elif block[at]:
+                cluster = self._row_start = cluster + length + 1
                 length = 0
+                missing.clear()
+                self._searched.clear()
             else:
                 length += 1
-        self._host.claim(cluster, count)
-        self.add(cluster, count, 1)
-        return cluster
+        return cluster, missing
 
     def allocate_bytes(self, size: int) -> int:
         """Room for ``size`` bytes, at most a cluster: its host offset. It shares clusters with its neighbours.
@@ -204,9 +236,14 @@ class Refcounts:
             raise Cold("refcount table", self._host.grow_refcount_table)
         first = index << self.block_bits
         self._host.claim(first, 1)
-        block = codec.zeroes(self.entries, self.order)
+        block = self._put_block(index, first)
         block[0] = 1
-        self.table[index] = first << self._cluster_bits
+        return block
+
+    def _put_block(self, index: int, cluster: int) -> array[int]:
+        """Let block ``index``, which does not exist, be in a cluster."""
+        block = codec.zeroes(self.entries, self.order)
+        self.table[index] = cluster << self._cluster_bits
         self.dirty_table.add(index // TABLE_SECTOR)
         self.new_blocks.add(index)
         self.dirty[index] = (0, self.entries)

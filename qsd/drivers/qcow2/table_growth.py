@@ -83,16 +83,21 @@ async def grow_l1_table(image: Image, entries: int) -> None:
     l1, bits = image.map.l1, image.geometry.cluster_bits
     if entries <= len(l1):
         return
+    clusters = -(-entries * 8 >> bits)
+    # Before the lock is taken: the refcount table may have to grow for it.
+    first = await image.driver.settled(image.refs.allocate_contiguous, clusters)
     async with image.tables_lock:
-        clusters = -(-entries * 8 >> bits)
-        first = await image.driver.settled(image.refs.allocate_contiguous, clusters)
         old_offset, old_bytes = image.header.l1_offset, len(l1) * 8
         table = empty_table(entries * 8)
         table[: len(l1)] = l1
         content = big_endian(table)
-        await image.file.write(first << bits, content + bytes((clusters << bits) - len(content)))
-        await image.write_refcounts()
-        await image.file.flush()
+        try:
+            await image.file.write(first << bits, content + bytes((clusters << bits) - len(content)))
+            await image.write_refcounts()
+            await image.file.flush()
+        except OSError:
+            image.give_back(first << bits, clusters)
+            raise
         await image.change_header(l1_offset=first << bits, l1_size=entries)
         await image.file.flush()
         l1.extend(table[len(l1) :])

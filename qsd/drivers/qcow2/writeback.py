@@ -15,6 +15,7 @@ is left out while the image is marked dirty.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from collections.abc import Callable
@@ -44,6 +45,8 @@ class WriteBack:
         self._waiting: list[Done] = []
         self._is_wanted = False
         self._is_running = False
+        # How often freed clusters could not be given up.
+        self._failures = 0
 
     @property
     def is_clean(self) -> bool:
@@ -71,6 +74,15 @@ class WriteBack:
         await done.wait()
         if errors[0]:
             raise OSError(errors[0], errno_text(errors[0]))
+
+    async def finish(self) -> None:
+        """Return when the file has everything and nothing waits to be given up. Raises OSError."""
+        failures = self._failures
+        while not self.is_clean:
+            await self.settle()
+            # What has failed is tried once more.
+            if self._failures > failures + 1:
+                raise OSError(errno.EIO, "clusters could not be given up")
 
     def start(self) -> None:
         """Write what is dirty, soon."""
@@ -155,6 +167,7 @@ class WriteBack:
                     log.error("%s: %s", self._driver.node_name, error)
                     continue
                 # They stay counted until the next cycle.
+                self._failures += 1
                 image.pending[:0] = freed[number:]
                 return
 
@@ -171,8 +184,10 @@ class WriteBack:
                     run += 1
                 if is_last:
                     bits = image.geometry.cluster_bits
-                    await image.file.discard(
-                        cluster << bits, min(run << bits, image.file.length - (cluster << bits))
-                    )
+                    # It is advice: where it fails, the clusters are free all the same.
+                    with contextlib.suppress(OSError):
+                        await image.file.discard(
+                            cluster << bits, min(run << bits, image.file.length - (cluster << bits))
+                        )
                 cluster += run
         await self._driver.settled(image.refs.add, first, count, -1)

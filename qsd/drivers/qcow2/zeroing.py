@@ -226,20 +226,31 @@ class Zeroer:
     async def _walk(self, request: Request, first: int, last: int, change: Callable[[int, int], None]) -> bool:
         """Change clusters slice by slice, with chances for others to run; False when the request ended in error."""
         try:
-            cluster = first
-            while cluster < last:
-                stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
-                cluster = await self._driver.settled(self._change_slice, cluster, stop, last, change)
-                await trio.lowlevel.checkpoint()
+            await self.walk(first, last, change, skips_unmapped=self._image.driver.backing is None)
         except OSError as problem:
             self._ended(request, problem.errno or errno.EIO)
             return False
         self._driver.finished()
         return True
 
-    def _change_slice(self, cluster: int, stop: int, last: int, change: Callable[[int, int], None]) -> int:
+    async def walk(
+        self, first: int, last: int, change: Callable[[int, int], None], *, skips_unmapped: bool = True
+    ) -> None:
+        """Call ``change(first, stop)`` for the clusters ``first`` to ``last`` (excluded), slice by slice.
+
+        ``skips_unmapped``: not for those that no L2 table describes. Others run in between. Raises OSError.
+        """
+        cluster = first
+        while cluster < last:
+            stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
+            cluster = await self._driver.settled(self._change_slice, cluster, stop, last, change, skips_unmapped)
+            await trio.lowlevel.checkpoint()
+
+    def _change_slice(
+        self, cluster: int, stop: int, last: int, change: Callable[[int, int], None], skips_unmapped: bool
+    ) -> int:
         """Change clusters of one slice; the cluster to go on with. Raises Cold, OSError."""
-        if self._image.driver.backing is None:
+        if skips_unmapped:
             missing = self._image.map.unmapped(cluster, last - cluster)
             if missing:
                 return cluster + missing
@@ -318,7 +329,9 @@ class Zeroer:
                 table[word] = 0
             table[word + 1] = ALL_ZERO
 
-    def discard_clusters(self, first: int, last: int, *, uncovers: bool = False) -> None:
+    def discard_clusters(
+        self, first: int, last: int, *, uncovers: bool = False, why: Freeing = Freeing.REQUEST
+    ) -> None:
         """Give up the clusters ``first`` to ``last`` (excluded) of one slice. Raises Cold, OSError.
 
         They read as zeroes afterwards; with ``uncovers`` as nothing this layer has.
@@ -342,7 +355,7 @@ class Zeroer:
             if keeps and entry & COPIED and not entry & COMPRESSED:
                 table[word] = entry | zero
             else:
-                image.release_entry(entry, Freeing.REQUEST)
+                image.release_entry(entry, why)
                 table[word] = zero
             if words == 2:
                 table[word + 1] = 0 if uncovers else ALL_ZERO

@@ -1,0 +1,205 @@
+"""Another size of the disk: what is new reads as zeroes, what is cut off is given up.
+
+Growing makes room in the L1 table and hides what would be seen in the new range (the backing file, or clusters that
+something left there) before the header says the new size. Shrinking gives up clusters and whole L2 tables first,
+the header follows, and the file is cut behind the last cluster in use. Interrupted anywhere, the image has one of
+the two sizes and is consistent; after a shrink that was interrupted, what was to be cut off may be gone already.
+
+The node is drained: nothing else changes the tables meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from qsd.drivers.calls import call
+from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
+from qsd.drivers.qcow2.image import MANY_FREED, Freeing
+from qsd.drivers.qcow2.layout import MAX_L1_BYTES
+from qsd.drivers.qcow2.settings import settings_of
+from qsd.drivers.qcow2.table_growth import grow_l1_table
+from qsd.errors import QmpError, errno_text
+from qsd.messages import Flag, Op
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.image import Image
+
+log = logging.getLogger("qsd.qcow2")
+
+SECTOR: Final = 512
+MAY_UNMAP: Final = Flag.MAY_UNMAP.value
+
+
+async def resize(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
+    """Let the disk have ``size`` bytes; ``exact``: as ``Driver.truncate`` means it. Raises QmpError."""
+    header = driver.image.header
+    if size % SECTOR:
+        raise QmpError(f"The new size must be a multiple of {SECTOR}")
+    if header.version < 3 and header.snapshot_count:
+        raise QmpError("Can't resize a v2 image which has snapshots")
+    if size > driver.length:
+        await _grow(driver, size, exact=exact)
+    elif size < driver.length:
+        await _shrink(driver, size, exact=exact)
+
+
+@contextmanager
+def _failing(text: str) -> Iterator[None]:
+    """Name the step that failed."""
+    try:
+        yield
+    except OSError as error:
+        raise QmpError(f"{text}: {errno_text(error.errno or 0)}") from None
+
+
+# -- growing ------------------------------------------------------------------------------------------------------
+
+
+async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
+    image, old = driver.image, driver.length
+    geometry = image.geometry
+    bits, cluster = geometry.cluster_bits, geometry.cluster_size
+    first, last = -(-old >> bits), -(-size >> bits)
+    backing = driver.backing
+    hidden = first if backing is None else max(first, min(last, -(-backing.length >> bits)))
+    entries = attrs.evolve(image.header, size=size).l1_needed
+    if entries * 8 > MAX_L1_BYTES:
+        raise QmpError("Failed to grow the L1 table: File too large")
+    if hidden > first and geometry.version < 3:
+        raise QmpError("Failed to zero out new clusters: Operation not supported")
+    with _failing("Failed to grow the L1 table"):
+        await grow_l1_table(image, entries)
+    if geometry.has_data_file:
+        await driver.children["data-file"].truncate(size, exact=exact)
+    with _failing("Failed to zero out new clusters"):
+        if old % cluster:
+            await call(driver, Op.WRITE_ZEROES, old, min(size, first << bits) - old)
+        zeroer = driver.zeroer
+        if image.header.is_data_file_raw:
+            await zeroer.walk(first, last, partial(_map_raw, image), skips_unmapped=False)
+        else:
+            hide = partial(zeroer.zero_clusters, flags=MAY_UNMAP)
+            await zeroer.walk(first, hidden, hide, skips_unmapped=False)
+            await zeroer.walk(hidden, last, partial(zeroer.discard_clusters, uncovers=True))
+    await _take_size(driver, size)
+
+
+def _map_raw(image: Image, first: int, last: int) -> None:
+    """Let clusters of one slice lie in a raw data file where the guest has them. Raises Cold, OSError."""
+    geometry = image.geometry
+    number = first >> geometry.slice_bits
+    table = image.writable_slice(number)
+    words, mask = geometry.words, (1 << geometry.slice_bits) - 1
+    low, high = (first & mask) * words, ((last - 1 & mask) + 1) * words
+    image.dirty.touch(number, table, low, high)
+    size = geometry.cluster_size
+    table[low:high:words] = array("Q", range(first * size | COPIED, last * size | COPIED, size))
+
+
+# -- shrinking ----------------------------------------------------------------------------------------------------
+
+
+async def _shrink(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
+    image = driver.image
+    geometry = image.geometry
+    first, last = -(-size >> geometry.cluster_bits), -(-driver.length >> geometry.cluster_bits)
+    # L2 tables from this one on describe nothing that is left.
+    tables = -(-first >> geometry.l2_bits)
+    with _failing("Failed to discard cropped clusters"):
+        give_up = partial(driver.zeroer.discard_clusters, uncovers=True, why=Freeing.ALWAYS)
+        await driver.zeroer.walk(first, min(last, tables << geometry.l2_bits), give_up)
+    with _failing("Failed to reduce the number of L2 tables"):
+        for index in range(tables, len(image.map.l1)):
+            if image.map.l1[index] & OFFSET_MASK:
+                await _drop_table(driver, index)
+    await _settle(driver)
+    if geometry.has_data_file:
+        await driver.children["data-file"].truncate(size, exact=exact)
+    await _take_size(driver, size)
+    await _cut_file(driver)
+
+
+async def _drop_table(driver: Qcow2Driver, index: int) -> None:
+    """Give up an L2 table with everything that its entries lead to. Raises OSError."""
+    image = driver.image
+    geometry = image.geometry
+    slices = 1 << geometry.l2_bits - geometry.slice_bits
+    numbers = range(index * slices, (index + 1) * slices)
+    entries: array[int] = array("Q")
+    for number in numbers:
+        entries.extend((await driver.settled(image.map.slice_at, number))[:: geometry.words])
+    # From here on nothing waits: the entries and the table go together.
+    for entry in entries:
+        if entry:
+            image.release_entry(entry, Freeing.ALWAYS)
+    for number in numbers:
+        image.cache.drop(number)
+        image.dirty.drop(number)
+    table = image.map.l1[index] & OFFSET_MASK
+    image.map.l1[index] = 0
+    image.dirty.touch_l1(index)
+    image.metadata.remove(table, 1)
+    image.release(table, 1, Freeing.ALWAYS)
+    if len(image.pending) >= MANY_FREED:
+        await _settle(driver)
+
+
+async def _cut_file(driver: Qcow2Driver) -> None:
+    """Let the file end behind the last cluster in use; one that stays longer is no harm."""
+    image = driver.image
+    try:
+        end = await _end_of_use(driver) << image.geometry.cluster_bits
+        if end < image.file.length:
+            await image.file.truncate(end, exact=False)
+            image.virgin = end
+            image.has_grown = False
+    except (OSError, QmpError) as error:
+        log.warning("%s: the image file stays longer than it has to be: %s", driver.node_name, error)
+
+
+async def _end_of_use(driver: Qcow2Driver) -> int:
+    """The cluster behind the last that is counted, inside the file. Raises OSError."""
+    image = driver.image
+    refs = image.refs
+    end = -(-image.file.length >> image.geometry.cluster_bits)
+    while end:
+        index = end - 1 >> refs.block_bits
+        first = index << refs.block_bits
+        block = await driver.settled(refs.block, index)
+        if block is not None:
+            for position in range(end - first - 1, -1, -1):
+                if block[position]:
+                    return first + position + 1
+        end = first
+    return 0
+
+
+# -- both ---------------------------------------------------------------------------------------------------------
+
+
+async def _settle(driver: Qcow2Driver) -> None:
+    """Return when the file has everything and nothing waits to become free. Raises QmpError."""
+    with _failing("Failed to write the tables of the image"):
+        await driver.writeback.finish()
+
+
+async def _take_size(driver: Qcow2Driver, size: int) -> None:
+    """Write the size into the header and go on with it. Raises QmpError."""
+    await _settle(driver)
+    image = driver.image
+    with _failing("Failed to update the image size"):
+        await image.change_header(size=size)
+        await image.file.flush()
+    driver.length = size
+    # How much the caches may take depends on the size.
+    image.settings = settings_of(driver.options, image.header, discard_unmap=driver.mode.discard_unmap)
+    image.cache.set_limit(image.settings.l2_cache)
+    image.refs.cache.set_limit(image.settings.refcount_cache)

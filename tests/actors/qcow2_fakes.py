@@ -1,0 +1,192 @@
+"""A qcow2 node's driver on files in memory, which can be cut off at any write."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from qsd.drivers.base import ChildRole, Limits, Mode
+from qsd.drivers.calls import SlowPath, call
+from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.driver import Qcow2Driver
+from qsd.drivers.qcow2.layout import Header, parse_header
+from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
+from qsd.messages import Op, Request
+from qsd.qapi.schema.block import BlockdevDriver
+from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
+
+CLUSTER = 1 << 16
+
+
+class MemoryFile(SlowPath):
+    """A child that does everything on the spot. ``fails`` makes flushes fail.
+
+    ``log`` has what was changed since it was last cleared: (offset, bytes), a new length, or None for a flush.
+    ``room`` counts down to the write that fails with ENOSPC.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = bytearray(data)
+        self.limits = Limits()
+        self.name, self.node_name = "file", "file"
+        self.fails = False
+        self.room = -1
+        self.node: Any = None
+        self.log: list[tuple[int, bytes] | int | None] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            place = slice(request.offset, request.offset + request.length)
+            error = 0
+            if request.op == Op.READ:
+                assert request.buffer is not None
+                assert place.stop <= self.length
+                request.buffer[:] = self.data[place]
+            elif request.op in (Op.WRITE, Op.WRITE_ZEROES):
+                self.room -= 1
+                if self.room == 0:
+                    error = errno.ENOSPC
+                else:
+                    self._put(request.offset, bytes(request.buffer or bytes(request.length)))
+            elif request.op == Op.DISCARD:
+                self._put(request.offset, bytes(request.length))
+            elif request.op == Op.FLUSH:
+                self.log.append(None)
+                error = errno.EIO if self.fails else 0
+            request.complete(error)
+
+    def _put(self, offset: int, data: bytes) -> None:
+        self.log.append((offset, data))
+        self.grow(offset + len(data))
+        self.data[offset : offset + len(data)] = data
+
+    def grow(self, size: int) -> bool:
+        if size > self.length:
+            self.log.append(size)
+            self.data.extend(bytes(size - self.length))
+        return True
+
+    async def quiesce(self) -> None:
+        """Nothing is ever in flight."""
+
+    async def truncate(self, size: int, *, exact: bool = True) -> None:
+        if size < self.length:
+            self.log.append(size)
+        del self.data[size:]
+        self.grow(size)
+
+
+def cut(before: bytes, log: list[tuple[int, bytes] | int | None]) -> Iterator[bytes]:
+    """What is on the disk when the power fails at any point of ``log``.
+
+    The writes since the last flush all, or every second of them, or none: what no flush has ordered comes in any
+    order.
+    """
+    on_disk = bytearray(before)
+    since: list[tuple[int, bytes] | int] = []
+    for step in [*log, None]:
+        if step is not None:
+            since.append(step)
+            yield bytes(_applied(on_disk, since))
+            continue
+        for kept in (since[::2], since[1::2], [], since[-1:]):
+            yield bytes(_applied(on_disk, kept))
+        on_disk = _applied(on_disk, since)
+        since = []
+
+
+def _applied(data: bytearray, steps: list[tuple[int, bytes] | int]) -> bytearray:
+    data = bytearray(data)
+    for step in steps:
+        if isinstance(step, int):
+            del data[step:]
+            data.extend(bytes(step - len(data)))
+        else:
+            offset, piece = step
+            data.extend(bytes(max(0, offset + len(piece) - len(data))))
+            data[offset : offset + len(piece)] = piece
+    return data
+
+
+class FakeHost:
+    """Starts tasks in a nursery of the test's."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:
+        self._nursery.start_soon(function, *args, name=name)
+
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        raise AssertionError((name, data))
+
+
+def new_image(header: Header, *, allocates: bool = False) -> bytes:
+    """The bytes of a new image."""
+    placement = place(NewImage(header=header, allocates=allocates))
+    data = bytearray(placement.end * header.cluster_size)
+    for offset, part in [(0, header_cluster(placement.header)), *metadata(placement)]:
+        data[offset : offset + len(part)] = part
+    return bytes(data)
+
+
+@asynccontextmanager
+async def opened_on(
+    file: MemoryFile, *, backing: MemoryFile | None = None, data_file: MemoryFile | None = None, **options: Any
+) -> AsyncIterator[Qcow2Driver]:
+    """A writable driver on an image; what it does later ends with the scope."""
+    async with trio.open_nursery() as nursery:
+        host: Any = FakeHost(nursery)
+        children: dict[str, Any] = {"file": file, "backing": backing, "data-file": data_file}
+        named = {name.replace("-", "_"): name for name, child in children.items() if child is not None}
+        asked = BlockdevOptionsQcow2(driver=BlockdevDriver.QCOW2, **named, **options)
+        driver = Qcow2Driver("n", asked, Mode(discard_unmap=True), host)
+        driver.children.update((name, child) for name, child in children.items() if child is not None)
+        assert driver.child_specs[0] == ("file", ChildRole.DATA)
+        await driver.open()
+        yield driver
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def opened(**options: Any) -> AsyncIterator[tuple[Qcow2Driver, MemoryFile]]:
+    """A writable driver on a new image of 64 MiB, whose clusters exist already."""
+    file = MemoryFile(new_image(Header(size=64 << 20), allocates=True))
+    async with opened_on(file, **options) as driver:
+        yield driver, file
+
+
+async def write(driver: Qcow2Driver, offset: int, data: bytes) -> None:
+    await call(driver, Op.WRITE, offset, len(data), memoryview(bytearray(data)))
+
+
+async def read(driver: Qcow2Driver, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    await call(driver, Op.READ, offset, length, memoryview(buffer))
+    return bytes(buffer)
+
+
+def examine(data: bytes | bytearray) -> Findings:
+    """What the check finds in an image."""
+
+    def look(offset: int, length: int) -> bytes:
+        return bytes(data[offset : offset + length]).ljust(length, b"\0")
+
+    return Checker(parse_header(bytes(data[: 1 << 21])), look, len(data)).run()
+
+
+def check(file: MemoryFile) -> tuple[int, int]:
+    """Corruptions and leaks of what is in the file."""
+    found = examine(file.data)
+    return found.corruptions, found.leaks
