@@ -162,7 +162,7 @@ class Node(Actor, SlowPath):
             op = request.op
             size = request.length
             end = request.offset + size
-            if end > length or (request.offset | size) & mask:
+            if end > length or (request.offset | size) & mask or not size:
                 self._sort(batch)
                 return
             if op == READ:
@@ -247,7 +247,8 @@ class Node(Actor, SlowPath):
                 return 0
         elif op == Op.BLOCK_STATUS and not request.length:
             return errno.EINVAL
-        return None
+        # pwrite(2) of nothing would look like a full disk, fallocate(2) of nothing is an error.
+        return None if request.length else 0
 
     def _mark(self, request: Request) -> None:
         # An unaligned write changes whole blocks, if only by writing again what was there.

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR, ChildRole, limits_above
 from qsd.drivers.filenames import name_above_file
+from qsd.drivers.gather import Callback
 from qsd.drivers.passing import PassingDriver
 from qsd.errors import QmpError
-from qsd.messages import Op, Request
+from qsd.messages import BlockState, Extent, Flag, Op, Request
 
 
 class RawDriver(PassingDriver):
@@ -27,7 +28,11 @@ class RawDriver(PassingDriver):
         self._bind()
 
     def _bind(self) -> None:
-        self.limits = limits_above(self.children["file"].limits)
+        child = self.children["file"]
+        self.limits = limits_above(child.limits)
+        # Nodes are as long as whole sectors. Behind an odd offset the last of them is not whole in the child.
+        self._inside = child.length - self._offset
+        self._is_torn = -(-self.length // SECTOR) * SECTOR > self._inside
 
     def _window(self, options: Any) -> tuple[int, int]:
         offset, size = options.offset or 0, options.size
@@ -50,12 +55,43 @@ class RawDriver(PassingDriver):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass on, shifted."""
+        if self._is_torn:
+            batch = [request for request in batch if not self._reaches_over(request)]
         offset = self._offset
         if offset:
             for request in batch:
                 if request.op != Op.FLUSH:
                     request.offset += offset
         self.children["file"].submit(batch)
+
+    def _reaches_over(self, request: Request) -> bool:
+        """Serve a request that reaches over the child's end: there it reads as zeroes, and takes no data."""
+        inside = max(0, self._inside - request.offset)
+        if request.length <= inside or request.op == Op.FLUSH:
+            return False
+        buffer = request.buffer
+        if request.op == Op.WRITE:
+            request.complete(errno.ENOSPC)
+            return True
+        if buffer is not None:
+            buffer[inside:] = bytes(request.length - inside)
+            buffer = buffer[:inside]
+        if not inside:
+            request.result = [Extent(request.length, BlockState.ZERO | BlockState.ALLOCATED)]
+            request.complete()
+            return True
+
+        def ended(part: Request) -> None:
+            self.finished()
+            request.result = part.result
+            request.complete(part.error)
+
+        self.started()
+        flags = request.flags & ~Flag.MAY_LEND
+        part = Request(request.op, request.offset + self._offset, inside, buffer, Callback(ended), flags)
+        part.extents_wanted = request.extents_wanted
+        self.children["file"].submit([part])
+        return True
 
     async def prepare_reopen(self, options: Any, mode: Any) -> None:
         """The window may change."""
@@ -92,9 +128,9 @@ class RawDriver(PassingDriver):
 
     def refresh_length(self) -> None:
         """The child has another length, or other limits."""
-        self._bind()
         if self.options.size is None:
             self.length = max(0, self.children["file"].length - self._offset)
+        self._bind()
 
     def filename(self) -> str:
         """The child's, unless a window makes it another disk."""
