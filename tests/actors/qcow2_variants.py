@@ -31,6 +31,7 @@ class Variant:
 _EXTENDED: Final = {"incompatible": layout.EXTENDED_L2}
 _DATA_FILE: Final = {"incompatible": layout.DATA_FILE}
 _DATA_FILE_RAW: Final = _DATA_FILE | {"autoclear": layout.DATA_FILE_RAW}
+_AES: Final = {"crypt_method": layout.CRYPT_AES}
 # The smallest caches there are: tables are written back all the time.
 _TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_size": 1}
 
@@ -73,6 +74,9 @@ VARIANTS: Final[dict[str, Variant]] = {
         header={"compatible": layout.LAZY_REFCOUNTS}, cluster_bits=12, clusters=60, has_snapshot=True
     ),
     "no-unref": Variant(options={"discard_no_unref": True}, cluster_bits=12, clusters=60, has_backing=True),
+    "aes": Variant(header=_AES, cluster_bits=14, clusters=30, is_empty=True),
+    "aes-backing": Variant(header=_AES, cluster_bits=16, has_backing=True, is_empty=True),
+    "aes-extended": Variant(header=_AES | _EXTENDED, cluster_bits=14, clusters=30, has_backing=True, is_empty=True),
     "no-discard": Variant(options={"pass_discard_request": False}, cluster_bits=12, clusters=60),
 }
 

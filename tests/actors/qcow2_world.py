@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import attrs
+import pytest
 import trio
 import trio.testing
 
@@ -27,7 +28,7 @@ from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
 from qsd.qapi.core import NULL
 from qsd.qapi.schema.block import BlockdevDriver
-from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
+from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2, BlockdevQcow2EncryptionAes, BlockdevQcow2EncryptionFormat
 
 SECTOR: Final = 512
 NEVER: Final = 1 << 60
@@ -478,6 +479,9 @@ class OnTheSpot:
             result = -(error.errno or errno.EIO)
         done(result)
 
+    def defer(self, function: Callable[[], None]) -> None:
+        function()
+
 
 class WorldHost:
     """Lends a driver what it needs; it opens no child for the image."""
@@ -497,6 +501,9 @@ class WorldHost:
     def emit(self, name: str, data: dict[str, Any]) -> None:
         self.events.append((name, data))
 
+    def secret(self, name: str) -> bytes:
+        return name.encode()
+
     async def open_child(self, name: str, role: ChildRole, options: Any, /) -> Any:
         raise AssertionError(f"the image opens {options}")
 
@@ -507,6 +514,11 @@ def make_driver(world: World, nursery: trio.Nursery, *, read_only: bool = False,
     options = {"cache_clean_interval": 0, "backing": "backing" if has_backing else NULL, **options}
     if "data-file" in world.disks:
         options["data_file"] = "data-file"
+    if parse_header(bytes(world.disks["file"].data[: 1 << 21])).crypt_method:
+        pytest.importorskip("numpy")
+        pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+        kind = BlockdevQcow2EncryptionFormat.AES
+        options["encrypt"] = BlockdevQcow2EncryptionAes(format=kind, key_secret="s")
     asked = BlockdevOptionsQcow2(driver=BlockdevDriver.QCOW2, file="file", **options)
     host: Any = WorldHost(world, nursery)
     driver = Qcow2Driver("n", asked, Mode(read_only=read_only, discard_unmap=True), host)

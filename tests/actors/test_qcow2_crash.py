@@ -141,7 +141,7 @@ def agree(image: bytearray, path: Path) -> None:
     """The reference's check finds leaks at most, too."""
     program = shutil.which("/opt/qsd-reference/bin/qemu-img") or shutil.which("qemu-img")
     header = parse_header(bytes(image[: 1 << 21]))
-    if program is None or header.has_data_file:
+    if program is None or header.has_data_file or header.crypt_method:
         return
     path.write_bytes(image)
     done = subprocess.run([program, "check", path], capture_output=True, text=True, timeout=60, check=False)

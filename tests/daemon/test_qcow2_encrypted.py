@@ -438,3 +438,29 @@ def test_own_check_knows_the_encryption_header(theirs: dict[str, bytes], tmp_pat
         command = [sys.executable, "-m", "qsd", "check", str(tmp_path / kind)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compressed_clusters(house: tuple[Qmp, Path], theirs: dict[str, bytes], tmp_path: Path) -> None:
+    """The reference's lie open in the file and are read; ours are encrypted, and not compressed."""
+    qmp, place = house
+    image = tmp_path / "i"
+    image.write_bytes(theirs["luks"])
+    above = f"driver=compress,{image_options(image, 'luks').replace('driver=', 'file.driver=', 1)}"
+    above = above.replace(",file.filename", ",file.file.filename").replace(",encrypt", ",file.encrypt")
+    tool("qemu-io", "-c", "write -P 120 64k 128k", "--image-opts", above)
+    data = bytearray(1 << 20)
+    data[65536:196608] = b"x" * 131072
+    options = node_options(image, "luks", node="below")
+    qmp.execute_raw("blockdev-add", {"driver": "compress", "node-name": "n", "file": options})
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
+    with NbdReader(place / "nbd.sock", "d") as client:
+        assert client.read(0, len(data)) == data
+        for offset in (0, 100_000, 300_000):
+            client.write(offset, b"secret " * 20_000)
+            data[offset : offset + 140_000] = b"secret " * 20_000
+        assert client.read(0, len(data)) == data
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+    qmp.execute("blockdev-del", node_name="n")
+    assert_holds(tmp_path, image, "luks", bytes(data))
+    assert b"secret" not in image.read_bytes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -146,10 +147,18 @@ def check_spec(spec: CipherSpec) -> None:
         spec.essiv_algorithm()
 
 
+_LIBRARY: Final = ("cryptography.hazmat.primitives.ciphers", "numpy")
+
+
+def is_library_loaded() -> bool:
+    """Whether ``load_library`` has nothing to do any more."""
+    return all(name in sys.modules for name in _LIBRARY)
+
+
 def load_library() -> None:
     """Import what encryption needs (takes 100 ms and more, once). Raises QmpError when the extra is missing."""
     try:
-        for name in ("cryptography.hazmat.primitives.ciphers", "numpy"):
+        for name in _LIBRARY:
             importlib.import_module(name)
     except ImportError:
         raise QmpError("Encryption needs the extra qsd[crypto], which is not installed") from None

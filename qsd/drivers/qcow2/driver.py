@@ -433,9 +433,12 @@ class Qcow2Driver(TellingDriver):
 
     def _write(self, request: Request) -> None:
         if request.flags & COMPRESSED:
-            self.packer.write(request)
-        else:
-            self.writer.write(request)
+            if not self.image.is_encrypted:
+                self.packer.write(request)
+                return
+            # Compressed clusters are not encrypted: what was to be kept secret would lie open in the file.
+            request.flags &= ~COMPRESSED
+        self.writer.write(request)
 
     def can_compress(self) -> bool:
         """Yes; with an external data file every write is refused instead, as by the reference."""

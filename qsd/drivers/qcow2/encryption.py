@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from qsd.drivers.base import Child, Driver
-from qsd.drivers.luks.algorithms import load_library
+from qsd.drivers.luks.algorithms import is_library_loaded, load_library
 from qsd.drivers.luks.amend import amend_volume
 from qsd.drivers.luks.sealed import SealedChild, Sealer
 from qsd.drivers.luks.volume import ChildArea, Volume, in_thread, open_volume, read_again, volume_info
@@ -101,7 +101,8 @@ async def _look_again(known: Encryption, header: Header, file: Child) -> Encrypt
 async def unlock_aes(driver: Driver, options: Any) -> Encryption:
     """Take the password for the key: no password is wrong. Raises QmpError."""
     password = driver.host.secret(_secret_name(options))
-    await in_thread(load_library)
+    if not is_library_loaded():
+        await in_thread(load_library)
     from qsd.drivers.luks.sectors import legacy_aes_cipher
 
     return Encryption("aes", Sealer(driver, legacy_aes_cipher(password)))

@@ -174,7 +174,7 @@ class Image:
         if end > 1 << 56:
             raise OSError(errno.EFBIG, "host offset beyond what L2 entries can hold")
         wanted = end
-        if child is self.file:
+        if child is self.file or not self.geometry.has_data_file:
             self.has_grown = True
             ahead = min(max(child.length >> 3, GROW_MIN), GROW_MAX)
             wanted = -(-(end + ahead) // GROW_MIN) * GROW_MIN
