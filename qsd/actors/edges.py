@@ -195,7 +195,8 @@ class RootOptions:
 
     ``allow_inactive``: take the node as it is, and let it be inactivated while in use; without it an inactive node
     is activated, and a writing user keeps it active. ``on_resize`` is called (between awaits) after the length or
-    the limits have changed, ``on_swap`` after the edge leads to another node.
+    the limits have changed, ``on_swap`` after the edge leads to another node. ``amends``: while the edge is
+    there, the node's driver asks its children for what amending the image takes.
     """
 
     perm: Perm
@@ -206,6 +207,7 @@ class RootOptions:
     on_swap: Callable[[], None] | None = None
     name: str = "root"
     job: JobUse | None = None
+    amends: bool = False
 
 
 class RootEdge(Edge):

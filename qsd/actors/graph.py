@@ -301,7 +301,12 @@ class Graph(Actor):
                     change.activate(below, active=True)
         edge = self._make_root(node, options)
         change.attach(edge)
-        await change.run()
+        node.driver.amending += options.amends
+        try:
+            await change.run()
+        except BaseException:
+            node.driver.amending -= options.amends
+            raise
         return edge
 
     def _make_root(self, node: Node, options: RootOptions) -> RootEdge:
@@ -325,6 +330,7 @@ class Graph(Actor):
                 return
             change = Change(self.topology, [edge.node], Firmness.MUST_SUCCEED)
             change.detach(edge)
+            edge.node.driver.amending -= edge.options.amends
             await change.run()
             left = change.left_alone
         await shielded(self._opener.close_unwanted, left)

@@ -11,7 +11,7 @@ from qsd.commands.registry import command
 from qsd.drivers.registry import CREATORS
 from qsd.errors import QmpError
 from qsd.qapi.schema.create import BlockdevAmendArgs, BlockdevCreateArgs
-from qsd.qapi.schema.jobs import JobArgs, JobInfo
+from qsd.qapi.schema.jobs import JobArgs, JobInfo, JobStatus
 
 
 def _verb_command(verb: Verb, value: object = None) -> Callable[[Context, JobArgs], Awaitable[None]]:
@@ -54,5 +54,16 @@ async def x_blockdev_amend(context: Context, args: BlockdevAmendArgs) -> None:
         raise QmpError("x-blockdev-amend doesn't support changing the block driver")
     if not node.driver.can_amend:
         raise QmpError("Driver does not support x-blockdev-amend")
-    job = AmendJob(args.job_id, node.name, args.options, services.creating, force=bool(args.force))
-    await services.jobs.start(job)
+    job = AmendJob(args.job_id, node, args.options, services.creating, force=bool(args.force))
+    await services.jobs.create(job)
+    try:
+        await job.take_node()
+    except BaseException:
+        if job.status is JobStatus.CREATED:
+            services.jobs.discard(job)
+        raise
+    if job.status is JobStatus.CREATED:
+        job.start()
+    else:
+        # Cancelled meanwhile, by somebody else.
+        await job.clean()

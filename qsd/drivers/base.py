@@ -248,6 +248,8 @@ class Driver(ABC):
         # Requests this driver has started and not completed yet, and who waits for none.
         self.in_flight = 0
         self._idle: trio.Event | None = None
+        # How many amend jobs are at work; ``child_permissions`` may depend on it.
+        self.amending = 0
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -351,6 +353,8 @@ class Driver(ABC):
         raise NotImplementedError
 
     can_amend: ClassVar[bool] = False
+    # A driver that asks its children for what amending takes, whatever the node's own mode is.
+    amends_read_only: ClassVar[bool] = False
 
     # -- snapshots and backing files ----------------------------------------------------------------------------
 

@@ -406,6 +406,47 @@ def test_key_slots(volume: Volume, theirs: dict[str, bytes], tmp_path: Path) -> 
     qmp.execute("blockdev-del", node_name="f")
 
 
+def test_amending_needs_the_header_for_itself(volume: Volume, theirs: dict[str, bytes], tmp_path: Path) -> None:
+    """Readers of the volume do not matter, nor that it is read-only; readers of the file do."""
+    qmp, place = volume
+    image = tmp_path / "image"
+    image.write_bytes(theirs["xts"])
+    add(qmp, image, read_only=True)
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="l", name="disk")
+    with NbdReader(place / "nbd.sock", "disk") as client:
+        assert amend(qmp, state="active", new_secret="t", iter_time=0) is None
+        assert client.read(0, SIZE) == DATA
+    asked = {"job_id": "j", "node_name": "l"}
+    options = {"driver": "luks", "state": "active", "new-secret": "t", "iter-time": 0}
+    qmp.execute("block-export-add", type="nbd", id="f", node_name="f", name="file")
+    assert qmp.refusal("x-blockdev-amend", **asked, options=options) == (
+        "Permission conflict on node 'f': permissions 'consistent read' are both required by an unnamed block "
+        "device (uses node 'f' as 'root' child) and unshared by node 'l' (uses node 'f' as 'file' child)."
+    )
+    assert qmp.execute("query-jobs") == []
+    qmp.execute("block-export-del", id="f")
+    qmp.wait_event("BLOCK_EXPORT_DELETED", lambda data: data["id"] == "f")
+    command = [find("qemu-io"), "-r", "-f", "raw", "-U", image]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        print("read 0 512", file=other.stdin, flush=True)
+        assert "read 512/512" in other.stdout.readline()
+        assert qmp.refusal("x-blockdev-amend", **asked, options=options) == (
+            'Failed to get shared "consistent read" lock'
+        )
+        other.stdin.close()
+    assert amend(qmp, state="active", new_secret="t", iter_time=0) is None
+    assert slots(qmp) == [0, 1, 2]
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED", lambda data: data["id"] == "e")
+    remove(qmp)
+    qmp.execute("blockdev-add", driver="file", node_name="f", filename=str(image), read_only=True)
+    qmp.execute("blockdev-add", driver="luks", node_name="l", file="f", key_secret="s", read_only=True)
+    assert qmp.refusal("x-blockdev-amend", **asked, options=options) == "Block node is read-only"
+    remove(qmp)
+
+
 def test_eight_slots_are_all_there_are(volume: Volume, theirs: dict[str, bytes], tmp_path: Path) -> None:
     qmp, _place = volume
     image = tmp_path / "image"

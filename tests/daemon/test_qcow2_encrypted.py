@@ -389,6 +389,12 @@ def test_key_slots(house: tuple[Qmp, Path], theirs: dict[str, bytes], tmp_path: 
     assert qmp.command("blockdev-add", node_options(image, "luks"))["error"]["desc"] == (
         "Invalid password, cannot unlock any keyslot"
     )
+    # The reference dies of this one (11.1: an assertion about write permission).
+    qmp.execute_raw("blockdev-add", node_options(image, "luks", "t") | {"read-only": True})
+    options = {"driver": "qcow2", "encrypt": {"format": "luks", "state": "active", "new-secret": "s"}}
+    refusal = qmp.refusal("x-blockdev-amend", job_id="j", node_name="n", options=options)
+    assert refusal == "Block node is read-only"
+    qmp.execute("blockdev-del", node_name="n")
     refusals = {
         "aes": "Only LUKS encryption options can be amended for qcow2 with blockdev-amend",
         "plain": "image is not encrypted, can't amend",

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import attrs
 import trio
 
-from qsd.actors.edges import RootOptions
+from qsd.actors.edges import RootEdge, RootOptions
 from qsd.actors.graph import Graph
 from qsd.actors.jobs.job import Job, JobOptions
+from qsd.actors.node import Node
 from qsd.actors.opening import shielded
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Child
@@ -21,7 +22,8 @@ from qsd.qapi.schema.jobs import JobType
 # How an image is written into: its old contents are nobody's any more, but who uses it may go on.
 _WRITE = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE)
 # The same for an image that is changed in place, which goes on being exported and keeps its length.
-_AMEND = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE)
+_AMEND = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE, amends=True)
+_AMEND_READ_ONLY = RootOptions(Perm.CONSISTENT_READ, amends=True)
 
 
 @attrs.frozen
@@ -106,17 +108,27 @@ class AmendJob(_OneStep):
 
     type: ClassVar[JobType] = JobType.AMEND
 
-    def __init__(self, name: str, node_name: str, options: Any, services: CreateServices, *, force: bool) -> None:
+    def __init__(self, name: str, node: Node, options: Any, services: CreateServices, *, force: bool) -> None:
         super().__init__(JobOptions(name, auto_dismiss=False))
-        self._node_name = node_name
+        self._node = node
         self._changes = options
         self._services = services
         self._force = force
+        self._edge: RootEdge | None = None
+
+    async def take_node(self) -> None:
+        """Get the right to change the image; before ``start``. Raises QmpError."""
+        driver = self._node.driver
+        rights = _AMEND_READ_ONLY if driver.amends_read_only and driver.mode.read_only else _AMEND
+        self._edge = await self._services.graph.attach(self._node.name, rights)
 
     async def work(self) -> None:
         """Let the driver change its image."""
-        edge = await self._services.graph.attach(self._node_name, _AMEND)
-        try:
-            await edge.node.driver.amend(self._changes, force=self._force)
-        finally:
-            await shielded(edge.detach)
+        assert self._edge is not None
+        await self._edge.node.driver.amend(self._changes, force=self._force)
+
+    async def clean(self) -> None:
+        """Let go of the node."""
+        edge, self._edge = self._edge, None
+        if edge is not None:
+            await edge.detach()

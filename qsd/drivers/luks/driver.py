@@ -36,6 +36,7 @@ class LuksDriver(Driver):
     )
     can_truncate: ClassVar[bool] = True
     can_amend: ClassVar[bool] = True
+    amends_read_only: ClassVar[bool] = True
     lasting: ClassVar[tuple[str, ...]] = ("key_secret",)
     fixed: ClassVar[frozenset[str]] = frozenset(lasting)
 
@@ -76,7 +77,9 @@ class LuksDriver(Driver):
         self.length = max(0, self._file.length - self._offset)
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """What the parents need, and always reading."""
+        """What the parents need, and always reading; while key slots change, nobody else may look at them."""
+        if self.amending:
+            return perm | Perm.CONSISTENT_READ | Perm.WRITE, shared & ~(Perm.CONSISTENT_READ | Perm.WRITE)
         return perm | Perm.CONSISTENT_READ, shared
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
