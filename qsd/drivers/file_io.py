@@ -1,6 +1,7 @@
 """The data plane of ``file`` and ``host_device``: requests against one descriptor.
 
-Buffered reads are tried on the spot with RWF_NOWAIT and go to the aio engine when the page cache lacks them.
+Buffered reads are tried on the spot with RWF_NOWAIT and go to the aio engine when the page cache lacks them; all of
+them do where the file system knows no such flag, unless it is memory itself (tmpfs).
 Buffered writes are done on the spot while the kernel takes them quickly; when it starts to throttle
 (a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes through
 the engine, with a bounce buffer where the request's own is not aligned. What may block otherwise
@@ -71,6 +72,8 @@ class FileIo:
         self.direct = False
         self.writable = False
         self.aio_mode = "threads"
+        # How reads are tried on the spot: flags of preadv2, None for not at all. Found out by the first read.
+        self._spot: int | None = _NOWAIT
         self._slow_until = 0
         self._write_ns = 0  # moving average of small writes done on the spot
         self._offload = 0  # batches that still go through the engine
@@ -99,6 +102,7 @@ class FileIo:
         fd = self.fd
         file_end = self._driver.length
         preadv = os.preadv
+        spot = self._spot
         started = False
         for request in batch:
             op = request.op
@@ -107,15 +111,17 @@ class FileIo:
                     continue
                 buffer = request.buffer
                 length = request.length
-                try:
-                    count = preadv(fd, (buffer,), request.offset, _NOWAIT)  # type: ignore[arg-type]  # lent
-                except BlockingIOError:
-                    count = 0
-                except OSError as error:
-                    if error.errno != errno.EOPNOTSUPP:
-                        request.complete(error.errno or errno.EIO)
-                        continue
-                    count = 0
+                count = 0
+                if spot is not None:
+                    try:
+                        count = preadv(fd, (buffer,), request.offset, spot)  # type: ignore[arg-type]  # lent
+                    except BlockingIOError:
+                        count = 0
+                    except OSError as error:
+                        if error.errno != errno.EOPNOTSUPP or not spot:
+                            request.complete(error.errno or errno.EIO)
+                            continue
+                        self._spot = spot = 0 if files.is_memory(fd) else None
                 if count == length:
                     reply = request.reply
                     reply.ready.append(request)

@@ -168,6 +168,19 @@ _cache_counts_at = ctypes.byref(_cache_counts)
 _last_byte = bytearray(1)
 
 
+_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+# f_type of tmpfs and ramfs (<linux/magic.h>).
+_MEMORY = frozenset({0x01021994, 0x858458F6})
+
+
+def is_memory(fd: int) -> bool:
+    """Whether a file's data is nowhere but in memory, so that reading it does not wait. Raises OSError."""
+    facts = (ctypes.c_long * 32)()  # struct statfs begins with f_type and is shorter than this
+    if _libc.fstatfs(fd, facts):
+        raise OSError(ctypes.get_errno(), "fstatfs")
+    return facts[0] in _MEMORY
+
+
 def is_cached(fd: int, offset: int, length: int) -> bool:
     """Whether every page of the range is in the page cache and its last byte can be read without waiting.
 
