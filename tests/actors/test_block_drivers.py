@@ -63,11 +63,14 @@ async def external(whole: Whole) -> None:
     await whole.run("blockdev-del", node_name="data-file")
 
 
-async def encrypted(whole: Whole) -> None:
-    pytest.importorskip("numpy")
-    pytest.importorskip("cryptography")
-    await whole.run("object-add", qom_type="secret", id="s", data="word")
-    await create(whole, {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "s", "iter-time": 1}})
+def encrypted(**encrypt: Any) -> Callable[[Whole], Awaitable[None]]:
+    async def prepare(whole: Whole) -> None:
+        pytest.importorskip("numpy")
+        pytest.importorskip("cryptography")
+        await whole.run("object-add", qom_type="secret", id="s", data="word")
+        await create(whole, {"driver": "qcow2", "encrypt": {"key-secret": "s", **encrypt}})
+
+    return prepare
 
 
 async def luks(whole: Whole) -> None:
@@ -113,7 +116,12 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "qcow2, encrypted": Subject(
         lambda place: on(place, "qcow2", encrypt={"format": "luks", "key-secret": "s"}),
-        encrypted,
+        encrypted(**{"format": "luks", "iter-time": 1}),
+        alignment=512,
+    ),
+    "qcow2, encrypted the old way": Subject(
+        lambda place: on(place, "qcow2", encrypt={"format": "aes", "key-secret": "s"}),
+        encrypted(format="qcow"),
         alignment=512,
     ),
     "qcow2 overlay": Subject(

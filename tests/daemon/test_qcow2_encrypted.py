@@ -437,6 +437,28 @@ def test_reopened_images_keep_their_key(house: tuple[Qmp, Path], theirs: dict[st
         assert_holds(tmp_path, image, kind, bytes(1000) + b"after all" + bytes((1 << 20) - 1009))
 
 
+@pytest.mark.parametrize("name", ["luks", "luks-raw-data-file", "aes-extended"])
+def test_new_space_reads_as_zeroes(house: tuple[Qmp, Path], tmp_path: Path, name: str) -> None:
+    """Also in a data file, where the reference shows what zero bytes decrypt to."""
+    qmp, place = house
+    data = content(9, SIZE)
+    image = make(qmp, tmp_path, VARIANTS[name], data)
+    qmp.execute_raw("blockdev-add", node_options(image, VARIANTS[name].kind))
+    for size in (SIZE - 66_048, SIZE + 300_032):
+        qmp.execute("block_resize", node_name="n", size=size)
+        data = data[:size].ljust(size, b"\0")
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
+    with NbdReader(place / "nbd.sock", "d") as client:
+        assert client.read(0, len(data)) == data
+        client.write(SIZE + 1000, b"new")
+        data = data[: SIZE + 1000] + b"new" + data[SIZE + 1003 :]
+        assert client.read(0, len(data)) == data
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+    qmp.execute("blockdev-del", node_name="n")
+    assert_holds(tmp_path, image, VARIANTS[name].kind, data)
+
+
 def test_own_check_knows_the_encryption_header(theirs: dict[str, bytes], tmp_path: Path) -> None:
     """No password is needed: what is checked is not encrypted."""
     for kind in ("luks", "aes"):

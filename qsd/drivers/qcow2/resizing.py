@@ -83,7 +83,7 @@ async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
         if old % cluster:
             await call(driver, Op.WRITE_ZEROES, old, min(size, first << bits) - old)
         zeroer = driver.zeroer
-        if image.header.is_data_file_raw:
+        if image.header.is_data_file_raw and not image.is_encrypted:
             await zeroer.walk(first, last, partial(_map_raw, image), skips_unmapped=False)
         else:
             hide = partial(zeroer.zero_clusters, flags=MAY_UNMAP)
