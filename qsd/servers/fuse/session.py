@@ -178,7 +178,7 @@ class Session:
         self._replies.armed = True
         self._throttle()
 
-    def _round(self, _events: int = 0) -> None:
+    def _round(self, _events: int = 0) -> bool:
         replies = self._replies
         replies.armed = False
         batch = self._receive()
@@ -190,6 +190,8 @@ class Session:
         replies.armed = True
         if self._submitted or self._tasks:
             self._throttle()
+            return False
+        return len(batch) == 1
 
     def _throttle(self) -> None:
         if self._stopped:

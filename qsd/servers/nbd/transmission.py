@@ -146,15 +146,17 @@ class Transmission:
 
     # -- events -----------------------------------------------------------------------------------------------
 
-    def _ready(self, events: int) -> None:
+    def _ready(self, events: int) -> bool:
         if events & EPOLLOUT:
             self._send()
         if self._gone:
-            return
+            return False
+        before = self.stats.requests
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
             self._receive()
         else:
             self._work()
+        return self.stats.requests == before + 1 and not self._out.requests and not self._gone
 
     def _receive(self) -> None:
         limit = self._make_room()

@@ -1,0 +1,140 @@
+"""The reactor stays with a lonely client for a while, and never longer than it may."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from qsd.host import reactor as module
+from qsd.host.reactor import EPOLLIN, LINGER_NS, PATIENCE_NS, PollPolicy, Reactor
+
+STEP = 1_000
+
+
+class Clock:
+    """Each look at it takes a microsecond."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def perf_counter_ns(self) -> int:
+        self.now += STEP
+        return self.now
+
+
+class Client:
+    """One byte is one request; ``ready`` returns what ``answers`` say, then False."""
+
+    def __init__(self, reactor: Reactor, answers: list[Any]) -> None:
+        self.theirs, self.ours = socket.socketpair()
+        self.reactor = reactor
+        self.answers = answers
+        self.calls = 0
+        self.crashes: list[Exception] = []
+        self.registration = reactor.register(self.ours.fileno(), self.ready, self.crashes.append)
+
+    def ready(self, _events: int) -> bool:
+        self.calls += 1
+        answer = self.answers.pop(0) if self.answers else False
+        if isinstance(answer, Exception):
+            raise answer
+        if callable(answer):
+            answer()
+            return True
+        return bool(answer)
+
+    def close(self) -> None:
+        self.reactor.unregister(self.registration)
+        self.theirs.close()
+        self.ours.close()
+
+
+@pytest.fixture
+def reactor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reactor]:
+    monkeypatch.setattr(module, "time", Clock())
+    monkeypatch.setattr(os, "sched_yield", lambda: None)
+    made = Reactor()
+    made._window = PATIENCE_NS
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(reactor: Reactor) -> Iterator[Callable[..., Client]]:
+    made: list[Client] = []
+
+    def make(*answers: Any) -> Client:
+        made.append(Client(reactor, list(answers)))
+        made[-1].theirs.send(b"x")
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def serve(reactor: Reactor, client: Client) -> None:
+    """One slice of the loop, in which the socket is found ready once."""
+    events = reactor._epoll.poll(0, 8)
+    assert (client.ours.fileno(), EPOLLIN) in events
+    if reactor._round(events) and len(events) == 1 and reactor._window:
+        reactor._linger(events[0][0])
+
+
+def test_a_lonely_client_is_served_again_until_it_stays_away(
+    reactor: Reactor, client: Callable[..., Client]
+) -> None:
+    one = client(True, True, False, True)
+    serve(reactor, one)
+    assert one.calls == 4 + PATIENCE_NS // STEP
+    assert reactor.rounds == 1
+
+
+def test_it_is_left_for_others_in_time(reactor: Reactor, client: Callable[..., Client]) -> None:
+    one = client(*[True] * 10 * (LINGER_NS // STEP))
+    serve(reactor, one)
+    assert one.calls == 1 + LINGER_NS // STEP
+
+
+@pytest.mark.parametrize("window", [0, PATIENCE_NS])
+def test_nobody_is_waited_for_without_polling_or_when_not_lonely(
+    reactor: Reactor, client: Callable[..., Client], window: int
+) -> None:
+    reactor.use_policy(None, PollPolicy(max_ns=window))
+    one = client(not window, True)
+    serve(reactor, one)
+    assert one.calls == 1
+
+
+def test_nobody_is_waited_for_while_others_are_ready(reactor: Reactor, client: Callable[..., Client]) -> None:
+    one, other = client(True, True), client(False)
+    serve(reactor, one)
+    assert (one.calls, other.calls) == (1, 1)
+
+
+def test_who_ends_meanwhile_is_not_called_again(reactor: Reactor, client: Callable[..., Client]) -> None:
+    one = client(True)
+    one.answers.append(lambda: reactor.unregister(one.registration))
+    serve(reactor, one)
+    assert one.calls == 2
+
+
+def test_who_wants_no_events_is_not_called_again(reactor: Reactor, client: Callable[..., Client]) -> None:
+    one = client(True)
+    one.answers.append(lambda: reactor.set_events(one.registration, 0))
+    serve(reactor, one)
+    assert one.calls == 2
+
+
+def test_a_crash_is_told_once_and_what_was_put_off_runs(reactor: Reactor, client: Callable[..., Client]) -> None:
+    ran = []
+    one = client(True, ValueError("x"), True)
+    one.answers.insert(1, lambda: reactor.defer(lambda: ran.append(one.calls), one.crashes.append))
+    serve(reactor, one)
+    assert ran == [2]
+    assert one.calls == 3
+    assert [str(error) for error in one.crashes] == ["x"]
