@@ -26,6 +26,7 @@ class Variant:
     kinds: tuple[str, ...] | None = None
     options: dict[str, Any] = attrs.field(factory=dict)
     unit: int = 0
+    is_packed: bool = False
 
 
 _EXTENDED: Final = {"incompatible": layout.EXTENDED_L2}
@@ -77,6 +78,22 @@ VARIANTS: Final[dict[str, Variant]] = {
     "aes": Variant(header=_AES, cluster_bits=14, clusters=30, is_empty=True),
     "aes-backing": Variant(header=_AES, cluster_bits=16, has_backing=True, is_empty=True),
     "aes-extended": Variant(header=_AES | _EXTENDED, cluster_bits=14, clusters=30, has_backing=True, is_empty=True),
+    "packed": Variant(is_packed=True),
+    "packed-new": Variant(is_packed=True, is_empty=True, options=_TINY),
+    "packed-512": Variant(is_packed=True, cluster_bits=9, clusters=400, is_empty=True),
+    "packed-2M": Variant(is_packed=True, cluster_bits=21, clusters=3, is_empty=True),
+    "packed-refcount-1": Variant(
+        is_packed=True, cluster_bits=12, clusters=60, is_empty=True, header={"refcount_order": 0}
+    ),
+    "packed-refcount-2": Variant(
+        is_packed=True, cluster_bits=12, clusters=60, is_empty=True, header={"refcount_order": 1}
+    ),
+    "packed-snapshot": Variant(is_packed=True, cluster_bits=12, clusters=60, has_snapshot=True),
+    "packed-backing": Variant(is_packed=True, cluster_bits=12, clusters=60, has_backing=True),
+    "packed-extended": Variant(is_packed=True, header=_EXTENDED, cluster_bits=14, clusters=30, has_backing=True),
+    "packed-lazy": Variant(
+        is_packed=True, header={"compatible": layout.LAZY_REFCOUNTS}, cluster_bits=12, clusters=60, is_empty=True
+    ),
     "no-discard": Variant(options={"pass_discard_request": False}, cluster_bits=12, clusters=60),
 }
 
@@ -104,6 +121,7 @@ def make_world(variant: Variant, rng: random.Random, habits: Habits) -> tuple[Wo
             piece[at * part : (at + 1) * part] = seen[start : start + part].ljust(part, b"\0")
         seen[cluster * size : (cluster + 1) * size] = piece
     world = World(rng, unit, bytes(seen[:length]), habits)
+    world.packing = size // unit if variant.is_packed else 0
     world.disk("file", built.image)
     if header.has_data_file:
         # As long as the disk, or not there yet.

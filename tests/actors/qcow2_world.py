@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -192,6 +193,7 @@ class Habits:
     discards: int = 2
     reads: int = 1
     flushes: int = 1
+    packed: int = 3
     longest: float = 0.15
     # How likely a child's request ends on the spot, and how likely it fails.
     on_the_spot: float = 0.3
@@ -213,6 +215,8 @@ class World:
         self.pending: list[tuple[Disk, Request, Change]] = []
         # Requests that end long after others.
         self.slow: list[tuple[Disk, Request, Change]] = []
+        # Work on threads.
+        self.jobs: list[Callable[[], None]] = []
         self.under_way = 0
         self.origin = GuestOp(0, Op.WRITE, 0, self.units, done=-1)
         self.live = Allowed(self.units, self.origin)
@@ -226,6 +230,9 @@ class World:
         self.fails_writing_only = False
         self.failures = 0
         self.warnings: list[str] = []
+        # Units in a cluster that may be written compressed; 0: none may. And requests whose data does not compress.
+        self.packing = 0
+        self.noisy: set[int] = set()
 
     def disk(self, name: str, data: bytes) -> Disk:
         """A new disk."""
@@ -307,10 +314,13 @@ class World:
     @property
     def is_busy(self) -> bool:
         """Whether something is under way on a disk."""
-        return bool(self.pending or self.slow)
+        return bool(self.pending or self.slow or self.jobs)
 
     def end_one(self) -> None:
-        """Let one of the disks' requests end."""
+        """Let one of the disks' requests, or of the threads' jobs, end."""
+        if self.jobs and (not (self.pending or self.slow) or self.rng.random() < 0.3):
+            self.jobs.pop(self.rng.randrange(len(self.jobs)))()
+            return
         some = self.pending if self.pending and (not self.slow or self.rng.random() < 0.95) else self.slow
         at = self.rng.randrange(len(some))
         some[at], some[-1] = some[-1], some[at]
@@ -320,6 +330,8 @@ class World:
 
     def pattern(self, number: int, unit: int) -> bytes:
         """What unit ``unit`` holds after the request ``number`` has written it."""
+        if number in self.noisy:
+            return random.Random(number << 32 | unit).randbytes(self.unit)
         return b"%06d/%08d;" % (number, unit) * (self.unit // 16)
 
     def value(self, op: GuestOp, unit: int) -> bytes:
@@ -357,7 +369,7 @@ class World:
         op.done = len(self.events)
         op.has_failed = bool(request.error)
         if request.error:
-            assert self.failures, f"{request} failed"
+            assert self.failures or op.flags & Flag.COMPRESSED, f"{request} failed"
         if op.kind == Op.READ:
             self.reading.remove(op)
             if not request.error:
@@ -392,9 +404,13 @@ class World:
     def random_request(self, driver: Qcow2Driver) -> None:
         """One request of the guest's kind."""
         rng, habits = self.rng, self.habits
-        kinds = (Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD, Op.READ, Op.FLUSH)
-        weights = (habits.writes, habits.zeroes, habits.discards, habits.reads, habits.flushes)
+        kinds = (Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD, Op.READ, Op.FLUSH, None)
+        packed = habits.packed if self.packing else 0
+        weights = (habits.writes, habits.zeroes, habits.discards, habits.reads, habits.flushes, packed)
         (kind,) = rng.choices(kinds, weights)
+        if kind is None:
+            self._write_packed(driver)
+            return
         if kind == Op.FLUSH:
             self.request(driver, kind)
             return
@@ -409,6 +425,18 @@ class World:
         if kind == Op.WRITE_ZEROES and rng.random() < 0.5:
             flags |= Flag.MAY_UNMAP
         self.request(driver, kind, first, count, int(flags))
+
+    def _write_packed(self, driver: Qcow2Driver) -> None:
+        """Write clusters compressed. Where there is data already that is refused, as one that is not compressed."""
+        rng, size = self.rng, self.packing
+        clusters = -(-self.units // size)
+        first = rng.randrange(clusters)
+        count = min(clusters - first, rng.choice((1, 1, 2, 5)))
+        if rng.random() < 0.2:
+            self.noisy.add(self.numbers + 1)
+        flags = Flag.COMPRESSED | (Flag.FUA if rng.random() < 0.1 else 0)
+        end = min(self.units, (first + count) * size)
+        self.request(driver, Op.WRITE, first * size, end - first * size, int(flags))
 
     async def run(self, driver: Qcow2Driver) -> None:
         """Make all requests, and let all of them end."""
@@ -469,10 +497,17 @@ class SlowRead(SlowPath):
 # -- a driver ---------------------------------------------------------------------------------------------------
 
 
-class OnTheSpot:
-    """An aio engine that does everything at once."""
+class Threads:
+    """An aio engine whose work is done when the world says so."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
 
     def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
+        self._world.jobs.append(partial(self._work, function, done))
+
+    @staticmethod
+    def _work(function: Callable[[], int], done: Callable[[int], None]) -> None:
         try:
             result = function()
         except OSError as error:
@@ -489,7 +524,7 @@ class WorldHost:
     def __init__(self, world: World, nursery: trio.Nursery) -> None:
         self._world = world
         self._nursery = nursery
-        self.aio = OnTheSpot()
+        self.aio = Threads(world)
         self.events: list[tuple[str, dict[str, Any]]] = []
 
     def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:

@@ -58,6 +58,7 @@ async def look_into(
     for name, data in disks.items():
         after.disk(name, bytes(data))
     after.live = world.live
+    after.packing = world.packing
     async with trio.open_nursery() as nursery:
         driver = make_driver(after, nursery, read_only=not is_usable)
         await driver.open()

@@ -13,6 +13,7 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.gather import Gather
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
     from qsd.drivers.qcow2.writing import Writer
 
-# Clusters of one image that are deflated at the same time.
+# Bytes that are deflated in one go: a thread is not worth it for less.
+BATCH: Final = 64 << 10
+# As many of these at the same time, per image.
 AT_ONCE: Final = max(2, min(os.cpu_count() or 1, 8))
 
 
@@ -64,6 +67,7 @@ class Packer:
         self._slice_mask = (1 << geometry.slice_bits) - 1
         self._words = geometry.words
         self._type = image.header.compression_type
+        self._batch = max(1, BATCH // self._size)
         self._queue: deque[Request] = deque()
         self._running = 0
 
@@ -87,35 +91,39 @@ class Packer:
         gather.end()
 
     def _deflate_more(self) -> None:
-        while self._queue and self._running < AT_ONCE:
+        queue = self._queue
+        while queue and self._running < AT_ONCE:
             self._running += 1
-            self._deflate(self._queue.popleft())
+            self._deflate([queue.popleft() for _ in range(min(len(queue), self._batch))])
 
-    def _deflate(self, part: Request) -> None:
-        result: list[bytes | None] = []
-        data = part.buffer
-        assert data is not None
+    def _deflate(self, parts: list[Request]) -> None:
+        results: list[bytes | None] = []
 
         def work() -> int:
-            whole = data if len(data) == self._size else bytes(data).ljust(self._size, b"\0")
-            result.append(compressed.deflate(whole, self._type))
+            results.extend(self._deflated(part.buffer) for part in parts)
             return 0
 
         def done(error: int) -> None:
             self._running -= 1
+            for part, packed in zip(parts, results or [None] * len(parts), strict=True):
+                if error:
+                    part.complete(-error)
+                elif packed is None:
+                    self._driver.serve(part)
+                else:
+                    self._driver.serve_with(partial(self._store, packed), part)
             self._deflate_more()
-            if error:
-                part.complete(-error)
-            elif result[0] is None:
-                self._driver.serve(part)
-            else:
-                packed = result[0]
-                self._driver.serve_with(lambda _driver, part: self._store(part, packed), part)
             self._driver.send()
 
         self._driver.host.aio.call(work, done)
 
-    def _store(self, part: Request, packed: bytes) -> None:
+    def _deflated(self, data: memoryview | None) -> bytes | None:
+        """On a thread: the bytes to store for a cluster, whose end is zeroes where the disk ends inside of it."""
+        assert data is not None
+        whole = data if len(data) == self._size else bytes(data).ljust(self._size, b"\0")
+        return compressed.deflate(whole, self._type)
+
+    def _store(self, packed: bytes, _driver: Qcow2Driver, part: Request) -> None:
         """Find room and write. Raises Cold and OSError with nothing changed."""
         image = self._image
         cluster = part.offset >> self._bits
