@@ -81,7 +81,9 @@ def make_compressed(image: Request) -> None:
     raw = image.path.with_suffix(".filling")
     chance = random.Random(1)
     words = [chance.randbytes(chance.randrange(2, 6)).hex().encode() for _ in range(4000)]
-    blocks = [b" ".join(chance.choices(words, k=KIB))[: 4 * KIB] for _ in range(4000)]
+    # As in a language, a few words are most of it.
+    shares = [1 / rank for rank in range(1, len(words) + 1)]
+    blocks = [b" ".join(chance.choices(words, shares, k=KIB))[: 4 * KIB] for _ in range(4000)]
     with raw.open("xb") as file:
         for _ in range(image.size // (4 * KIB)):
             file.write(chance.choice(blocks))

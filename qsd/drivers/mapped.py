@@ -71,7 +71,7 @@ class MappedDriver(Driver):
         """Child, offset and length (an upper bound) of the packed bytes ``where`` stands for."""
         raise NotImplementedError
 
-    def unpack(self, where: int, data: bytearray) -> bytes | bytearray:
+    def unpack(self, where: int, data: memoryview) -> bytes | bytearray:
         """The bytes packed in ``data``; runs on a thread. Raises OSError."""
         raise NotImplementedError
 

@@ -1,13 +1,18 @@
-"""Compressed clusters: fetched once, unpacked beside the loop, and kept for whoever reads on.
+"""Compressed clusters: fetched many at a time, unpacked beside the loop, and kept for whoever reads on.
 
-Unpacking lets go of the interpreter's lock, so several clusters are unpacked at once on the aio engine's threads
-while the loop goes on. The last clusters stay in memory (``BUDGET`` bytes), because a reader of 4 KiB would
-otherwise unpack each cluster many times over.
+Unpacking lets go of the interpreter's lock, so as many threads as there are processors unpack while the loop goes
+on; each takes several clusters, because a thread takes as long to wake up as to unpack one. Clusters that lie side
+by side in the file are fetched with one request. The last clusters stay in memory (``BUDGET`` bytes), because a
+reader of 4 KiB would otherwise unpack each cluster many times over.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
@@ -18,9 +23,32 @@ if TYPE_CHECKING:
 
 # Bytes of unpacked clusters one node keeps.
 BUDGET: Final = 4 << 20
+# Packed bytes fetched with one request, and what may lie between two clusters fetched together.
+FETCH: Final = 512 << 10
+GAP: Final = 4096
+# Threads of one node that unpack, and the packed bytes one of them takes at a time (a millisecond or less).
+LANES: Final = max(1, min(len(os.sched_getaffinity(0)), 8))
+PORTION: Final = 256 << 10
+# So little is unpacked at once: with one processor a thread would only add its wake-up.
+AT_ONCE: Final = 64 << 10 if LANES == 1 else 0
 
-Unpack = Callable[[int, bytearray], bytes | bytearray]
-Waiter = tuple[int, memoryview, Gather]
+Unpack = Callable[[int, memoryview], bytes | bytearray]
+
+
+class Cluster:
+    """One that is being unpacked. ``waiting``: where its bytes go, from which of them on, as a part of what."""
+
+    __slots__ = ("child", "data", "error", "length", "offset", "packed", "waiting", "where")
+
+    def __init__(self, where: int, child: Child, offset: int, length: int) -> None:
+        self.where = where
+        self.child = child
+        self.offset = offset
+        self.length = length
+        self.waiting: list[tuple[int, memoryview, Gather]] = []
+        self.packed: memoryview | None = None
+        self.data: bytes | bytearray | None = None
+        self.error = 0
 
 
 class Unpacker:
@@ -31,8 +59,11 @@ class Unpacker:
         self._unpack = unpack
         self._cache: dict[int, bytes | bytearray] = {}
         self._size = 0
-        # The unpacking under way of what is stored there, and who waits for it.
-        self._waiting: dict[int, list[Waiter]] = {}
+        # What is being unpacked, what is to be fetched with the next batch, what has been fetched.
+        self._clusters: dict[int, Cluster] = {}
+        self._wanted: list[Cluster] = []
+        self._fetched: deque[Cluster] = deque()
+        self._running = 0
 
     @property
     def size(self) -> int:
@@ -46,59 +77,111 @@ class Unpacker:
             view[:] = memoryview(data)[skip : skip + len(view)]
             return
         gather.left += 1
-        waiting = self._waiting.get(where)
-        if waiting is not None:
-            waiting.append((skip, view, gather))
-            return
-        self._waiting[where] = waiters = [(skip, view, gather)]
-        child, offset, length = self._driver.locate(where)
-        self._fetch(where, waiters, child, offset, length)
+        cluster = self._clusters.get(where)
+        if cluster is None:
+            cluster = self._clusters[where] = Cluster(where, *self._driver.locate(where))
+            if not self._wanted:
+                self._driver.resume(self._fetch_wanted)
+            self._wanted.append(cluster)
+        cluster.waiting.append((skip, view, gather))
 
     def forget(self, where: int) -> None:
         """What is stored there will be something else. Reads under way get what it was, and later ones do not."""
-        self._waiting.pop(where, None)
+        self._clusters.pop(where, None)
         data = self._cache.pop(where, None)
         if data is not None:
             self._size -= len(data)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._waiting.clear()
+        self._clusters.clear()
         self._cache.clear()
         self._size = 0
 
-    def _fetch(self, where: int, waiters: list[Waiter], child: Child, offset: int, length: int) -> None:
-        packed = bytearray(length)
+    # -- fetching ---------------------------------------------------------------------------------------------
+
+    def _fetch_wanted(self) -> None:
+        wanted, self._wanted = self._wanted, []
+        group: list[Cluster] = []
+        for cluster in wanted:
+            if group and not _joins(group, cluster):
+                self._fetch(group)
+                group = []
+            group.append(cluster)
+        self._fetch(group)
+
+    def _fetch(self, group: list[Cluster]) -> None:
+        first, last = group[0], group[-1]
+        base = first.offset
+        packed = memoryview(bytearray(last.offset + last.length - base))
 
         def fetched(error: int) -> None:
-            if error:
-                self._ended(where, waiters, error, None)
+            if error and len(group) > 1:
+                # Only those whose own bytes cannot be read fail.
+                for cluster in group:
+                    self._fetch([cluster])
+                return
+            for cluster in group:
+                if error:
+                    cluster.error = error
+                    self._ended(cluster)
+                else:
+                    start = cluster.offset - base
+                    cluster.packed = packed[start : start + cluster.length]
+                    self._fetched.append(cluster)
+            self._unpack_more()
+
+        self._driver.fetch(first.child, base, packed, fetched)
+
+    # -- unpacking --------------------------------------------------------------------------------------------
+
+    def _unpack_more(self) -> None:
+        fetched = self._fetched
+        while fetched and self._running < LANES:
+            # Every lane gets something.
+            most = -(-len(fetched) // (LANES - self._running))
+            size = 0
+            portion: list[Cluster] = []
+            while fetched and len(portion) < most and size < PORTION:
+                size += fetched[0].length
+                portion.append(fetched.popleft())
+            if size <= AT_ONCE:
+                self._unpack_all(portion)
+                self._tell(portion)
             else:
-                self._begin(where, waiters, packed)
+                self._running += 1
+                self._driver.host.aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
 
-        self._driver.fetch(child, offset, memoryview(packed), fetched)
+    def _unpack_all(self, portion: list[Cluster]) -> int:
+        """Unpack; on a thread, or on the loop."""
+        for cluster in portion:
+            assert cluster.packed is not None
+            try:
+                cluster.data = self._unpack(cluster.where, cluster.packed)
+            except OSError as error:
+                cluster.error = error.errno or errno.EIO
+        return 0
 
-    def _begin(self, where: int, waiters: list[Waiter], packed: bytearray) -> None:
-        result: list[bytes | bytearray] = []
+    def _unpacked(self, portion: list[Cluster], _result: int) -> None:
+        self._running -= 1
+        self._unpack_more()
+        self._tell(portion)
 
-        def work() -> int:
-            result.append(self._unpack(where, packed))
-            return 0
+    def _tell(self, portion: list[Cluster]) -> None:
+        for cluster in portion:
+            self._ended(cluster)
 
-        def done(error: int) -> None:
-            self._ended(where, waiters, -error, result[0] if result else None)
-
-        self._driver.host.aio.call(work, done)
-
-    def _ended(self, where: int, waiters: list[Waiter], error: int, data: bytes | bytearray | None) -> None:
-        if self._waiting.get(where) is waiters:
-            del self._waiting[where]
+    def _ended(self, cluster: Cluster) -> None:
+        data = cluster.data
+        if self._clusters.get(cluster.where) is cluster:
+            del self._clusters[cluster.where]
             if data is not None:
-                self._keep(where, data)
-        for skip, view, gather in waiters:
-            if data is not None:
-                view[:] = memoryview(data)[skip : skip + len(view)]
-            gather.end(error)
+                self._keep(cluster.where, data)
+        whole = None if data is None else memoryview(data)
+        for skip, view, gather in cluster.waiting:
+            if whole is not None:
+                view[:] = whole[skip : skip + len(view)]
+            gather.end(cluster.error)
 
     def _keep(self, where: int, data: bytes | bytearray) -> None:
         cache = self._cache
@@ -108,3 +191,14 @@ class Unpacker:
         while self._size > BUDGET and len(cache) > 2:
             oldest = next(iter(cache))
             self._size -= len(cache.pop(oldest))
+
+
+def _joins(group: list[Cluster], cluster: Cluster) -> bool:
+    """Whether a cluster is fetched along with those of ``group``: it lies behind them, close by."""
+    first, last = group[0], group[-1]
+    return (
+        cluster.child is first.child
+        and last.offset < cluster.offset <= last.offset + last.length + GAP
+        and last.offset + last.length <= cluster.offset + cluster.length
+        and cluster.offset + cluster.length - first.offset <= FETCH
+    )

@@ -45,7 +45,7 @@ if isal_zlib is not None:
 
 
 class _Inflater(Protocol):
-    def decompress(self, data: bytes, max_length: int = ..., /) -> bytes: ...
+    def decompress(self, data: bytes | memoryview, max_length: int = ..., /) -> bytes: ...
 
 
 class _Deflater(Protocol):
@@ -81,7 +81,9 @@ def require(compression_type: int) -> None:
         raise QmpError("qcow2: compression type zstd needs the Python package zstandard (extra qsd[compress])")
 
 
-def inflate(data: bytes, cluster_size: int, compression_type: int = COMPRESSION_ZLIB) -> bytes | bytearray:
+def inflate(
+    data: bytes | memoryview, cluster_size: int, compression_type: int = COMPRESSION_ZLIB
+) -> bytes | bytearray:
     """The cluster that ``data`` begins with; raises OSError(EIO) for anything else than a whole cluster."""
     if compression_type == COMPRESSION_ZSTD:
         return _inflate_zstd(data, cluster_size)
@@ -95,7 +97,7 @@ def inflate(data: bytes, cluster_size: int, compression_type: int = COMPRESSION_
     return cluster
 
 
-def _inflate_zstd(data: bytes, cluster_size: int) -> bytearray:
+def _inflate_zstd(data: bytes | memoryview, cluster_size: int) -> bytearray:
     require(COMPRESSION_ZSTD)
     cluster = bytearray(cluster_size)
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)

@@ -322,10 +322,10 @@ class Qcow2Driver(TellingDriver):
         offset, length = compressed.decode_entry(where, self.image.geometry.cluster_bits)
         return self.image.file, offset, length
 
-    def unpack(self, where: int, data: bytearray) -> bytes | bytearray:
+    def unpack(self, where: int, data: memoryview) -> bytes | bytearray:
         """Inflate a cluster."""
         header = self.image.header
-        return compressed.inflate(bytes(data), header.cluster_size, header.compression_type)
+        return compressed.inflate(data, header.cluster_size, header.compression_type)
 
     def packed_skip(self, offset: int) -> int:
         """How far into its cluster an offset is."""

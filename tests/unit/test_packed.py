@@ -1,0 +1,195 @@
+"""Packed clusters on their way into memory: what is fetched together, what is kept, who gets which error."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qsd.drivers import packed
+from qsd.drivers.gather import Gather
+from qsd.drivers.packed import Unpacker
+from qsd.messages import Op, ReplyQueue, Request
+
+SIZE = 1000
+
+
+class Driver:
+    """A file of packed clusters, 100 bytes each, one for every number. Everything waits to be told."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.resumed: list[Callable[[], None]] = []
+        self.fetches: list[tuple[int, memoryview, Callable[[int], None]]] = []
+        self.jobs: list[tuple[Callable[[], int], Callable[[int], None]]] = []
+        self.host = SimpleNamespace(aio=SimpleNamespace(call=lambda *job: self.jobs.append(job)))
+        self.child = object()
+        self.content = {number: bytes([number]) * 100 for number in range(100)}
+        this: Any = self
+        self.unpacker = Unpacker(this, self.unpack)
+
+    def finished(self, count: int = 1) -> None:
+        self.in_flight -= count
+
+    def resume(self, go_on: Callable[[], None]) -> None:
+        self.resumed.append(go_on)
+
+    def locate(self, where: int) -> tuple[Any, int, int]:
+        return self.child, where * 100, 100
+
+    def fetch(self, _child: Any, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
+        self.fetches.append((offset, buffer, done))
+
+    def unpack(self, _where: int, data: memoryview) -> bytes:
+        if data[0] == 0xFF:
+            raise OSError(errno.EIO, "broken")
+        return bytes(data) * 10
+
+    def read(self, where: int, skip: int = 0, length: int = SIZE) -> Request:
+        """Read from one cluster, as a request of its own."""
+        replies = ReplyQueue(lambda: None)
+        request = Request(Op.READ.value, 0, length, memoryview(bytearray(length)), replies)
+        this: Any = self
+        gather = Gather(this, request)
+        assert request.buffer is not None
+        self.unpacker.read(where, skip, request.buffer, gather)
+        gather.end()
+        return request
+
+    def send(self) -> None:
+        resumed, self.resumed = self.resumed, []
+        for go_on in resumed:
+            go_on()
+
+    def end_fetch(self, error: int = 0) -> None:
+        offset, buffer, done = self.fetches.pop(0)
+        if not error:
+            for at in range(0, len(buffer), 100):
+                buffer[at : at + 100] = self.content[(offset + at) // 100][: len(buffer) - at]
+        done(error)
+
+    def end_job(self) -> None:
+        work, done = self.jobs.pop(0)
+        done(work())
+
+    def end_all(self) -> None:
+        self.send()
+        while self.fetches or self.jobs:
+            while self.fetches:
+                self.end_fetch()
+            while self.jobs:
+                self.end_job()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    monkeypatch.setattr(packed, "LANES", 2)
+    monkeypatch.setattr(packed, "AT_ONCE", 0)
+    return Driver()
+
+
+def is_done(request: Request) -> bool:
+    return request.reply.ready == [request]
+
+
+def test_neighbours_are_fetched_with_one_request(driver: Driver) -> None:
+    requests = [driver.read(where) for where in (3, 4, 5, 90, 2)]
+    driver.send()
+    assert [(offset, len(buffer)) for offset, buffer, _ in driver.fetches] == [(300, 300), (9000, 100), (200, 100)]
+    driver.end_all()
+    assert all(is_done(request) and not request.error for request in requests)
+    assert [request.buffer[0] for request in requests if request.buffer] == [3, 4, 5, 90, 2]
+    assert not driver.in_flight
+
+
+def test_clusters_of_one_fetch_are_shared_out_among_the_threads(driver: Driver) -> None:
+    for where in range(8):
+        driver.read(where)
+    driver.send()
+    driver.end_fetch()
+    assert len(driver.jobs) == 2
+    driver.end_all()
+    assert driver.unpacker.size == 8 * SIZE
+
+
+def test_who_wants_the_same_waits_for_it(driver: Driver) -> None:
+    first = driver.read(7, 0, 10)
+    driver.send()
+    second = driver.read(7, 500, 20)
+    driver.send()
+    assert len(driver.fetches) == 1
+    driver.end_all()
+    assert first.buffer == bytes([7]) * 10
+    assert second.buffer == bytes([7]) * 20
+    third = driver.read(7)
+    assert is_done(third), "it is in memory"
+
+
+@pytest.mark.parametrize("moment", ["wanted", "fetching", "unpacking"])
+def test_cluster_forgotten_on_its_way_is_not_kept(driver: Driver, moment: str) -> None:
+    before = driver.read(7)
+    if moment != "wanted":
+        driver.send()
+    if moment == "unpacking":
+        driver.end_fetch()
+    driver.unpacker.forget(7)
+    if moment == "wanted":
+        driver.send()
+    if moment != "unpacking":
+        driver.end_fetch()
+    driver.content[7] = bytes([70]) * 100
+    after = driver.read(7)
+    driver.end_all()
+    assert before.buffer == bytes([7]) * SIZE, "its reader gets what was there"
+    assert after.buffer == bytes([70]) * SIZE
+    again = driver.read(7)
+    assert again.buffer == bytes([70]) * SIZE, "what came first was not kept"
+
+
+def test_broken_cluster_fails_alone(driver: Driver) -> None:
+    driver.content[4] = bytes([0xFF]) * 100
+    requests = [driver.read(where) for where in (3, 4, 5)]
+    driver.end_all()
+    assert [request.error for request in requests] == [0, errno.EIO, 0]
+    assert is_done(driver.read(5))
+    assert not is_done(driver.read(4)), "an error is not kept"
+
+
+def test_unreadable_bytes_fail_those_who_need_them(driver: Driver) -> None:
+    requests = [driver.read(where) for where in (3, 4, 5)]
+    driver.send()
+    driver.end_fetch(errno.EIO)
+    assert len(driver.fetches) == 3
+    driver.end_fetch()
+    driver.end_fetch(errno.ENXIO)
+    driver.end_all()
+    assert [request.error for request in requests] == [0, errno.ENXIO, 0]
+    assert not driver.in_flight
+
+
+def test_what_is_kept_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "BUDGET", 5 * SIZE)
+    for where in range(50):
+        driver.read(where)
+        driver.end_all()
+        assert driver.unpacker.size <= 5 * SIZE
+    assert is_done(driver.read(49))
+    assert not is_done(driver.read(0))
+
+
+def test_single_processor_unpacks_little_at_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LANES", 1)
+    monkeypatch.setattr(packed, "AT_ONCE", 150)
+    request = driver.read(1)
+    driver.send()
+    driver.end_fetch()
+    assert is_done(request), "no thread was asked"
+    many = [driver.read(where) for where in (10, 11, 12)]
+    driver.send()
+    driver.end_fetch()
+    assert not any(map(is_done, many))
+    driver.end_all()
+    assert all(map(is_done, many))
