@@ -41,14 +41,13 @@ class CompressDriver(FilterDriver):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass on; the disk's last cluster may end before the cluster does."""
-        child = self.children["file"]
-        end = child.length
+        end = self.children["file"].length
         for request in batch:
             if request.op == _WRITE:
                 request.flags |= _COMPRESSED
             if request.offset + request.length > end:
                 self._cut(request, end)
-        child.submit(batch)
+        super().submit(batch)
 
     def _cut(self, request: Request, end: int) -> None:
         inside = max(0, end - request.offset)

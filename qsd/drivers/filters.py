@@ -6,7 +6,32 @@ from typing import Any, ClassVar
 
 from qsd.drivers.base import ChildRole, Mode, limits_above
 from qsd.drivers.passing import PassingDriver
-from qsd.messages import Request
+from qsd.messages import Extent, Op, ReplyQueue, Request
+
+_BLOCK_STATUS = Op.BLOCK_STATUS.value
+
+
+class Deeper(ReplyQueue):
+    """Under a BLOCK_STATUS that passes a filter: as in the reference, what the filtered node has itself counts as
+    the filter's, and what lies further down is one layer deeper.
+    """
+
+    __slots__ = ("reply",)
+
+    def __init__(self, reply: ReplyQueue) -> None:
+        self.ready = []
+        self.armed = True
+        self.reply = reply
+
+    def notify(self) -> None:
+        """The answer has come."""
+        request = self.ready.pop()
+        request.reply = self.reply
+        if not request.error:
+            request.result = [
+                Extent(extent.length, extent.state, extent.depth + (extent.depth > 1)) for extent in request.result
+            ]
+        request.complete(request.error)
 
 
 class FilterDriver(PassingDriver):
@@ -22,6 +47,9 @@ class FilterDriver(PassingDriver):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass on."""
+        for request in batch:
+            if request.op == _BLOCK_STATUS:
+                request.reply = Deeper(request.reply)
         self.children["file"].submit(batch)
 
     async def truncate(self, size: int, *, exact: bool = True) -> None:

@@ -26,7 +26,7 @@ BUDGET: Final = 4 << 20
 # Packed bytes fetched with one request, and what may lie between two clusters fetched together.
 FETCH: Final = 512 << 10
 GAP: Final = 4096
-# Threads of one node that unpack, and the packed bytes one of them takes at a time (a millisecond or less).
+# Threads of one node that unpack or pack, and the packed bytes one unpacks at a time (in a millisecond or less).
 LANES: Final = max(1, min(len(os.sched_getaffinity(0)), 8))
 PORTION: Final = 256 << 10
 # So little is unpacked at once: with one processor a thread would only add its wake-up.

@@ -279,3 +279,21 @@ def test_filter_is_reported_as_the_reference_reports_it(daemon: Start, tmp_path:
         ).stdout
     )
     assert info["exports"][0]["block_size_minimum"] == 65536
+
+
+def test_depth_below_the_filter_is_the_reference_s(daemon: Start, tmp_path: Path) -> None:
+    base, image = tmp_path / "base.qcow2", tmp_path / "a.qcow2"
+    img("create", "-q", "-f", "qcow2", base, "256k")
+    io(base, "write -q -P 1 64k 128k")
+    img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", image)
+    io(image, "write -q -c -P 2 128k 64k")
+    qmp = daemon(*NBD).qmp()
+    add(qmp, image, "n")
+    qmp.execute(
+        "block-export-add", type="nbd", id="e", node_name="n-packed", name="depth", **{"allocation-depth": True}
+    )
+    uri = f"nbd+unix:///depth?socket={tmp_path / 'nbd.sock'}"
+    command = [find("nbdinfo"), "--json", "--map=qemu:allocation-depth", uri]
+    shown = subprocess.run(command, check=True, timeout=60, capture_output=True).stdout
+    depths = [(extent["offset"] >> 16, extent["type"]) for extent in json.loads(shown)]
+    assert depths == [(0, 0), (1, 3), (2, 1), (3, 0)]

@@ -9,7 +9,6 @@ when the data has been written, as for every other write.
 from __future__ import annotations
 
 import errno
-import os
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.gather import Gather
+from qsd.drivers.packed import LANES
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.geometry import COMPRESSED, OFFSET_MASK
 from qsd.drivers.qcow2.writing import FUA, WRITE
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # Bytes that are deflated in one go: a thread is not worth it for less.
 BATCH: Final = 64 << 10
-# As many of these at the same time, per image.
-AT_ONCE: Final = max(2, min(os.cpu_count() or 1, 8))
 
 
 class Storing(ReplyQueue):
@@ -92,7 +90,7 @@ class Packer:
 
     def _deflate_more(self) -> None:
         queue = self._queue
-        while queue and self._running < AT_ONCE:
+        while queue and self._running < LANES:
             self._running += 1
             self._deflate([queue.popleft() for _ in range(min(len(queue), self._batch))])
 
