@@ -117,6 +117,7 @@ class Qcow2Driver(TellingDriver):
             image.encryption = await encryption.unlock_aes(self, options)
         if image.encryption is not None:
             image.encryption.cover(image.map)
+            image.is_hot = image.is_hot and image.map.numbered is None
 
     def _take(self, image: Image) -> None:
         self.image = image

@@ -96,6 +96,8 @@ class Image:
         self.lends = True
         self._making: dict[int, Cold] = {}
         self.encryption: Encryption | None = None
+        # An entry alone says where a cluster is, and how to read it.
+        self.is_hot = geometry.words == 1
         self._header_lock = trio.Lock()
         self._extending = trio.Lock()
         # Held while tables are written or moved.
@@ -105,11 +107,6 @@ class Image:
     def is_encrypted(self) -> bool:
         """Whether the guest's data goes through a cipher."""
         return self.encryption is not None
-
-    @property
-    def is_hot(self) -> bool:
-        """Whether an entry alone says where a cluster is, and how to read it."""
-        return self.geometry.words == 1 and self.map.numbered is None
 
     # -- becoming writable ------------------------------------------------------------------------------------
 
