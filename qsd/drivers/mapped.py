@@ -37,6 +37,8 @@ Handler = Callable[[Any, Request], None]
 
 READ: Final = Op.READ.value
 
+# After so many rounds of ``send`` the loop has its turn.
+MANY_ROUNDS: Final = 256
 ZEROES: Final = memoryview(bytes(1 << 20))
 
 
@@ -132,8 +134,15 @@ class MappedDriver(Driver):
         if self._sending:
             return
         self._sending = True
+        rounds = 0
         try:
             while self._outbox or self._resumed:
+                rounds += 1
+                if rounds > MANY_ROUNDS:
+                    # An image can be made so that one request looks at a million tables. Let others run.
+                    self.started()
+                    self.host.spawn(self._send_later, name="go on")
+                    return
                 resumed, self._resumed = self._resumed, []
                 for go_on in resumed:
                     go_on()
@@ -143,6 +152,11 @@ class MappedDriver(Driver):
         finally:
             self._sending = False
 
+    async def _send_later(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.finished()
+        self.send()
+
     def resume(self, go_on: Callable[[], None]) -> None:
         """Let ``send`` call ``go_on``; whoever says this outside of a submit sees to ``send``."""
         self._resumed.append(go_on)
@@ -151,6 +165,8 @@ class MappedDriver(Driver):
 
     def wait_for(self, cold: Cold, go_on: Callable[[int], None]) -> None:
         """Call ``go_on(errno)`` from ``send`` when the metadata is there, or cannot be had."""
+        # Its frames lead to earlier requests, these to what they waited for: none of that would ever be freed.
+        cold.__traceback__ = cold.__context__ = None
         waiting = self._waiting.get(cold.key)
         if waiting is not None:
             waiting.append(go_on)

@@ -92,4 +92,4 @@ def zero_words(words: array[int], start: int, stop: int) -> int:
                 position += 1
             break
         position += len(chunk)
-    return min(position, stop) - start
+    return max(0, min(position, stop) - start)

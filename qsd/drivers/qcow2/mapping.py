@@ -120,7 +120,8 @@ class ClusterMap:
         shift = self._cluster_bits + self.geometry.l2_bits
         index = offset >> shift
         last = (offset + length - 1) >> shift
-        tables = zero_words(self.l1, index, min(last + 1, len(self.l1))) if index < len(self.l1) else 1
+        # An entry may lead nowhere and yet have bits set; the first one is known to be such.
+        tables = 1 + zero_words(self.l1, index + 1, min(last + 1, len(self.l1)))
         return min(length, ((index + tables) << shift) - offset)
 
     def unmapped(self, cluster: int, count: int) -> int:
@@ -130,7 +131,7 @@ class ClusterMap:
         bits = self.geometry.l2_bits
         index = cluster >> bits
         last = min(cluster + count - 1 >> bits, len(self.l1) - 1)
-        return min(count, (index + zero_words(self.l1, index, last + 1) << bits) - cluster)
+        return min(count, (index + 1 + zero_words(self.l1, index + 1, last + 1) << bits) - cluster)
 
     def lookup(self, offset: int, length: int) -> Run:
         """The run at ``offset``, at most ``length`` bytes and not beyond the slice of the table it is found in."""
