@@ -10,6 +10,8 @@ from typing import Final
 import attrs
 
 from qsd.drivers.qcow2 import compressed, refcount_codec
+from qsd.drivers.qcow2.bitmap_layout import AUTO, DirectoryEntry, pack_directory
+from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header, serialise_header
 
@@ -108,7 +110,12 @@ def content_of(cluster: int, size: int) -> bytes:
 
 
 def build(
-    header: Header, rng: random.Random, *, kinds: tuple[str, ...] | None = None, has_snapshot: bool = False
+    header: Header,
+    rng: random.Random,
+    *,
+    kinds: tuple[str, ...] | None = None,
+    has_snapshot: bool = False,
+    has_bitmap: bool = False,
 ) -> Built:
     """An image whose guest clusters are of random ``kinds``; with a snapshot everything is shared with it."""
     builder = Builder(header)
@@ -158,6 +165,8 @@ def build(
         built.guest.append(seen)
         entries.append((entry, bitmap))
     _map(builder, entries, built, has_snapshot=has_snapshot)
+    if has_bitmap:
+        _add_bitmap(builder)
     built.image, built.data = builder.finish(), bytes(data)
     return built
 
@@ -195,6 +204,10 @@ def _map(builder: Builder, entries: list[tuple[int, int]], built: Built, *, has_
     builder.header = attrs.evolve(header, **changes)
 
 
-def with_bitmap(header: Header) -> Header:
-    """A header that has a (hostile tests fill it) bitmaps extension."""
-    return attrs.evolve(header.with_extension(EXT_BITMAPS, bytes(24)), autoclear=header.autoclear | BITMAPS)
+def _add_bitmap(builder: Builder) -> None:
+    """A stored dirty bitmap of one cluster."""
+    table = builder.put(words([builder.put(b"\xff\x0f")]))
+    directory = pack_directory([DirectoryEntry(b"bitmap0", table, 1, 16, AUTO)])
+    extension = BitmapsExtension(1, len(directory), builder.put(directory)).serialise()
+    header = builder.header.with_extension(EXT_BITMAPS, extension)
+    builder.header = attrs.evolve(header, autoclear=header.autoclear | BITMAPS)

@@ -1,0 +1,296 @@
+"""Hostile qcow2 images: any field and any table of an image changed, then opened, read, written, asked and closed.
+
+Whatever the image says, there is an answer or an error, after a bounded number of requests to the file and within
+bounded memory; and nothing crashes, and no file is opened that the options do not name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+import tracemalloc
+from typing import Any, Final
+
+import attrs
+import pytest
+import trio
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from qcow2_builder import build
+from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
+
+from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2.geometry import OFFSET_MASK
+from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
+from qsd.errors import QmpError
+from qsd.messages import Flag, Request
+from qsd.qapi.schema.qcow2 import Qcow2OverlapCheckMode
+
+EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+HABITS: Final = Habits(on_the_spot=0.8, slow=0.0)
+# The most that any image may cost here, whatever it says.
+MOST_REQUESTS: Final = 3000
+MOST_MEMORY: Final = 100 << 20
+MOST_GROWTH: Final = 64 << 20
+LONGEST_READ: Final = layout.MAX_L1_BYTES
+
+# Fields of the header: offset and bytes.
+FIELDS: Final = (
+    *((4, 4), (8, 8), (16, 4), (20, 4), (24, 8), (32, 4), (36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8)),
+    *((72, 8), (80, 8), (88, 8), (96, 4), (100, 4), (104, 1)),
+)
+VALUES: Final = (
+    *(0, 1, 2, 3, 4, 8, 9, 16, 21, 31, 32, 63, 64, 72, 104, 112, 255, 511, 512, 513, 1023, 4096, 65535, 65536),
+    *(1 << 20, 1 << 24, (1 << 25) // 8, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 55, (1 << 56) - 512, 1 << 56),
+    *(1 << 62, 1 << 63, (1 << 63) - 512, (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 512),
+)
+
+
+@attrs.frozen
+class Victim:
+    """An image, and where its tables are (offset, bytes)."""
+
+    image: bytes
+    cluster: int
+    tables: tuple[tuple[int, int], ...]
+    data: bytes = b""
+
+
+def make_victim(cluster_bits: int, **header: Any) -> Victim:
+    """An image with everything in it: all kinds of clusters, a snapshot, a bitmap, extensions."""
+    made = Header(cluster_bits=cluster_bits, size=20 << cluster_bits, **header)
+    made = made.with_extension(EXT_BACKING_FORMAT, b"raw")
+    if made.has_data_file:
+        made = made.with_extension(EXT_DATA_FILE, b"/etc/passwd")
+    made = attrs.evolve(made, backing_file=b"/etc/passwd")
+    built = build(made, random.Random(cluster_bits), has_snapshot=True, has_bitmap=made.version >= 3)
+    found = layout.parse_header(built.image[: 1 << cluster_bits])
+    tables = [
+        (found.l1_offset, found.l1_size * 8),
+        (found.refcount_table_offset, 64),
+        (built.snapshot_l1, found.l1_size * 8),
+        (found.snapshots_offset, 64),
+    ]
+    (block,) = struct.unpack_from(">Q", built.image, found.refcount_table_offset)
+    tables.append((block, min(512, 1 << cluster_bits)))
+    for index in range(found.l1_size):
+        (entry,) = struct.unpack_from(">Q", built.image, found.l1_offset + 8 * index)
+        if entry & OFFSET_MASK:
+            tables.append((entry & OFFSET_MASK, 320))
+    if made.version >= 3:
+        directory = found.bitmaps_extension()
+        assert directory is not None
+        tables.append((directory.offset, directory.size))
+        (table,) = struct.unpack_from(">Q", built.image, directory.offset)
+        tables.append((table, 16))
+    # The header's extensions.
+    tables.append((found.header_length, 400 if 1 << cluster_bits > 4096 else 120))
+    return Victim(built.image, 1 << cluster_bits, tuple(tables), built.data)
+
+
+VICTIMS: Final = {
+    "512": make_victim(9),
+    "4k": make_victim(12),
+    "64k": make_victim(16),
+    "v2": make_victim(12, version=2),
+    "extended": make_victim(14, incompatible=layout.EXTENDED_L2),
+    "narrow": make_victim(12, refcount_order=1),
+    "wide": make_victim(12, refcount_order=6, compatible=layout.LAZY_REFCOUNTS),
+    "data-file": make_victim(12, incompatible=layout.DATA_FILE),
+}
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> tuple[str, list[tuple[int, bytes]], int | None]:
+    """A victim's name, what is written into its image (offset, bytes), and how long it is then."""
+    name = draw(st.sampled_from(sorted(VICTIMS)))
+    victim = VICTIMS[name]
+    length = len(victim.image)
+    edits = []
+    inside = st.integers(0, length // victim.cluster + 2).map(lambda cluster: cluster * victim.cluster)
+    flags = st.sampled_from((0, 1, 1 << 62, 1 << 63, 3 << 62, 1 << 63 | 1))
+    values = st.one_of(st.sampled_from(VALUES), st.builds(int.__or__, inside, flags), st.integers(0, (1 << 64) - 1))
+    for _ in range(draw(st.integers(1, 4))):
+        if draw(st.booleans()):
+            offset, size = draw(st.sampled_from(FIELDS))
+        else:
+            start, room = draw(st.sampled_from(victim.tables))
+            size = draw(st.sampled_from((1, 2, 4, 8, 8, 8)))
+            offset = start + draw(st.integers(0, max(0, room // size - 1))) * size
+        value = draw(values) & (1 << 8 * size) - 1
+        edits.append((offset, value.to_bytes(size, "big")))
+    return name, edits, draw(st.integers(0, length)) if draw(st.integers(0, 9)) == 0 else None
+
+
+class HostileWorld(World):
+    """Counts what an image costs; a request beyond the end of a disk fails, as a node's funnel would have it."""
+
+    requests = 0
+    most_requests = MOST_REQUESTS
+
+    def issue(self, disk: Disk, request: Request) -> None:
+        self.requests += 1
+        assert self.requests < self.most_requests, "the image keeps us busy"
+        super().issue(disk, request)
+
+    def is_inside(self, disk: Disk, request: Request) -> bool:
+        return request.offset + request.length <= disk.length
+
+    def refuse_growth(self, disk: Disk, size: int) -> None:
+        if size > MOST_GROWTH:
+            raise OSError(errno.EFBIG, "no file is that long")
+
+
+async def suffer(world: World, *, read_only: bool, overlap_check: str) -> str:
+    """Everything that is done with an image; what came of it."""
+    async with trio.open_nursery() as nursery:
+        options: dict[str, Any] = {"overlap_check": Qcow2OverlapCheckMode(overlap_check)}
+        driver = make_driver(world, nursery, read_only=read_only, **options)
+        try:
+            await world.finish(driver.open)
+            assert driver.bitmap_store is not None
+            await world.finish(driver.bitmap_store.load, driver.length)
+        except QmpError as error:
+            await world.finish(driver.close)
+            nursery.cancel_scope.cancel()
+            return error.desc
+        driver.image_facts()
+        driver.format_specific()
+        driver.filename()
+        io = SlowRead(driver)
+        steps: list[tuple[Any, ...]] = []
+        length = driver.length
+        for offset in {0, length // 2, max(0, length - 70_000), length * 3 // 4 // 512 * 512}:
+            some = min(length - offset, 70_000)
+            if some > 0:
+                steps += [(io.read, offset, some), (io.block_status, offset, some, 8)]
+                if not read_only:
+                    steps += [
+                        (io.write, offset, b"w" * min(some, 3000)),
+                        (io.write_zeroes, offset, some, int(Flag.MAY_UNMAP)),
+                        (io.write, offset + some // 2, b"w" * (some // 2)),
+                        (io.flush,),
+                        (io.discard, offset, some),
+                        (io.write_zeroes, offset, min(length - offset, 16 << 20)),
+                    ]
+        if not read_only:
+            steps += [(driver.bitmap_store.mark_in_use,), (driver.bitmap_store.store, []), (io.flush,)]
+        failed = ""
+        for function, *arguments in steps:
+            try:
+                await world.finish(function, *arguments)
+            except (OSError, QmpError) as error:
+                failed = str(error)
+        await world.finish(driver.close)
+        nursery.cancel_scope.cancel()
+    return failed
+
+
+def look_at(name: str, image: bytes, *, read_only: bool, overlap_check: str = "cached") -> str:
+    """Let a daemon's driver have such an image; what it says in the end."""
+    victim = VICTIMS[name]
+    world = HostileWorld(random.Random(1), 512, bytes(512), HABITS)
+    world.disk("file", image)
+    if victim.data:
+        world.disk("data-file", victim.data)
+    tracemalloc.start()
+    try:
+        said = run_seeded(1, lambda: suffer(world, read_only=read_only, overlap_check=overlap_check))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MOST_MEMORY
+    assert world.disks["file"].largest_read <= LONGEST_READ
+    return str(said)
+
+
+# Shrinking what keeps us busy takes minutes; the changes are few.
+@settings(max_examples=60 * EFFORT, deadline=None, derandomize=EFFORT == 1, phases=(Phase.generate,))
+@given(hostile(), st.booleans(), st.sampled_from(("cached", "none", "all")))
+def test_any_change_of_an_image_is_survived(
+    change: tuple[str, list[tuple[int, bytes]], int | None], read_only: bool, overlap_check: str
+) -> None:
+    name, edits, length = change
+    image = bytearray(VICTIMS[name].image)
+    for offset, data in edits:
+        image[offset : offset + len(data)] = data
+    look_at(name, bytes(image[:length]), read_only=read_only, overlap_check=overlap_check)
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+@pytest.mark.parametrize("read_only", [True, False])
+def test_victims_are_sound(name: str, read_only: bool) -> None:
+    assert look_at(name, VICTIMS[name].image, read_only=read_only) == ""
+
+
+CLUSTERS: Final = 60
+
+
+def full_table(on_the_spot: float) -> HostileWorld:
+    """A refcount table with thousands of entries that all lead to one full block: few bytes, much to look at."""
+    victim = VICTIMS["512"]
+    image = bytearray(victim.image)
+    block = len(image)
+    image += b"\xff" * victim.cluster
+    struct.pack_into(">QI", image, 48, len(image), CLUSTERS)
+    image += struct.pack(">Q", block) * (CLUSTERS * victim.cluster // 8)
+    world = HostileWorld(random.Random(1), 512, bytes(512), attrs.evolve(HABITS, on_the_spot=on_the_spot))
+    world.most_requests = CLUSTERS * victim.cluster // 8 + 100
+    world.disk("file", bytes(image))
+    return world
+
+
+def test_search_for_a_free_cluster_lets_others_run() -> None:
+    world = full_table(1.0)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async def write() -> None:
+        async with trio.open_nursery() as nursery:
+            driver = make_driver(world, nursery)
+            await driver.open()
+            nursery.start_soon(others)
+            with pytest.raises(OSError, match="File too large"):
+                await SlowRead(driver).write(0, bytes(1 << 13))
+            await driver.close()
+            nursery.cancel_scope.cancel()
+
+    run_seeded(1, write)
+    assert turns > world.requests // 512
+
+
+def test_search_for_a_free_cluster_keeps_nothing_of_what_it_saw() -> None:
+    world = full_table(0.8)
+
+    async def write() -> None:
+        async with trio.open_nursery() as nursery:
+            driver = make_driver(world, nursery)
+            await world.finish(driver.open)
+            tracemalloc.start()
+            try:
+                with pytest.raises(OSError, match="File too large"):
+                    await world.finish(SlowRead(driver).write, 0, bytes(1 << 13))
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak < 2 << 20
+            await world.finish(driver.close)
+            nursery.cancel_scope.cancel()
+
+    run_seeded(1, write)
+
+
+@pytest.mark.parametrize("bits", [1, 0x1FF, 1 << 56, 0x7F << 56])
+def test_l1_entry_that_leads_nowhere_but_has_bits_set(bits: int) -> None:
+    victim = VICTIMS["4k"]
+    image = bytearray(victim.image)
+    struct.pack_into(">Q", image, victim.tables[0][0], bits)
+    for read_only in (True, False):
+        look_at("4k", bytes(image), read_only=read_only)
