@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import attrs
 import pytest
 from disk_model import Model
 from harness import Qmp, RunningDaemon
-from nbd_reader import NbdReader
+from nbd_reader import NbdError, NbdReader
 from qcow2_images import content, find, write_raw
 
 pytest.importorskip("numpy")
@@ -457,6 +458,28 @@ def test_new_space_reads_as_zeroes(house: tuple[Qmp, Path], tmp_path: Path, name
     qmp.wait_event("BLOCK_EXPORT_DELETED")
     qmp.execute("blockdev-del", node_name="n")
     assert_holds(tmp_path, image, VARIANTS[name].kind, data)
+
+
+def test_wrong_counts_do_not_cost_the_key(daemon: Start, theirs: dict[str, bytes], tmp_path: Path) -> None:
+    """The clusters of the LUKS header are counted as free: what would be written there is refused."""
+    image = bytearray(theirs["luks"])
+    (table,) = struct.unpack_from(">Q", image, 48)
+    (block,) = struct.unpack_from(">Q", image, table)
+    first = HEADER // 65536
+    image[block + 2 * first : block + 2 * first + 64] = bytes(64)
+    (tmp_path / "i").write_bytes(image)
+    running = daemon(*OBJECTS, "--nbd-server", "addr.type=unix,addr.path=nbd.sock")
+    running.expected_stderr.append("qcow2: Marking image as corrupt: Preventing invalid write on metadata")
+    running.expected_stderr.append("flushing node n while closing: .* Input/output error")
+    qmp = running.qmp()
+    qmp.execute_raw("blockdev-add", node_options(tmp_path / "i", "luks"))
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
+    with NbdReader(tmp_path / "nbd.sock", "d") as client, pytest.raises(NbdError):
+        client.write(0, b"x" * (1 << 20))
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+    qmp.execute("blockdev-del", node_name="n")
+    assert (tmp_path / "i").read_bytes()[HEADER : HEADER + 4096] == image[HEADER : HEADER + 4096]
 
 
 def test_own_check_knows_the_encryption_header(theirs: dict[str, bytes], tmp_path: Path) -> None:

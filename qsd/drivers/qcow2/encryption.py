@@ -15,6 +15,7 @@ import attrs
 from qsd.drivers.base import Child, Driver
 from qsd.drivers.luks.algorithms import is_library_loaded, load_library
 from qsd.drivers.luks.amend import amend_volume
+from qsd.drivers.luks.header import LENGTH
 from qsd.drivers.luks.sealed import SealedChild, Sealer
 from qsd.drivers.luks.volume import ChildArea, Volume, in_thread, open_volume, read_again, volume_info
 from qsd.drivers.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NONE, Header
@@ -42,6 +43,18 @@ class Encryption:
         mapping.data = sealed
         if self.volume is None:
             mapping.numbered = sealed.shifted
+
+    def places(self, header: Header) -> list[tuple[int, int]]:
+        """Host offset and bytes of what opens the image: the LUKS header and its key slots.
+
+        Not the whole area that the image says is theirs: it may say anything.
+        """
+        extension = header.crypto_extension()
+        if self.volume is None or extension is None:
+            return []
+        luks, start = self.volume.header, extension.offset
+        slots = [(start + slot.offset, luks.material_bytes) for slot in luks.slots]
+        return [(start, LENGTH), *slots]
 
     def facts(self) -> dict[str, Any]:
         """``ImageInfoSpecificQCow2Encryption``."""

@@ -27,6 +27,7 @@ from qsd.drivers.qcow2.mapping import ClusterMap
 from qsd.drivers.qcow2.metadata_map import (
     ACTIVE_L1,
     ACTIVE_L2,
+    ENCRYPTION_HEADER,
     MAIN_HEADER,
     REFCOUNT_BLOCK,
     REFCOUNT_TABLE,
@@ -125,6 +126,9 @@ class Image:
         known.add(ACTIVE_L1, header.l1_offset, header.l1_size * 8)
         known.add(SNAPSHOT_TABLE, header.snapshots_offset, cluster if header.snapshot_count else 0)
         known.add(MAIN_HEADER, 0, cluster)
+        if self.encryption is not None:
+            for offset, length in self.encryption.places(header):
+                known.add(ENCRYPTION_HEADER, offset, length)
 
     # -- the host of ``Refcounts`` ----------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ SNAPSHOT_TABLE: Final = "snapshot table"
 INACTIVE_L1: Final = "inactive L1 table"
 INACTIVE_L2: Final = "inactive L2 table"
 BITMAP_DIRECTORY: Final = "bitmap directory"
+# Not the reference's: checked when the main header is. Without it all that is encrypted is lost.
+ENCRYPTION_HEADER: Final = "encryption header"
 
 # Option member -> kind, and from which mode on it is checked.
 _CHECKS: Final = {
@@ -51,6 +53,8 @@ def checks_of(option: Any) -> frozenset[str]:
         given = None if flags is None else getattr(flags, member)
         if _MODES.index(since) <= level if given is None else given:
             checked.add(kind)
+    if MAIN_HEADER in checked:
+        checked.add(ENCRYPTION_HEADER)
     return frozenset(checked)
 
 
