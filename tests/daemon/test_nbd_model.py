@@ -7,14 +7,13 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 from harness import RunningDaemon
+from libnbd_model import run_model
 
 Start = Callable[..., RunningDaemon]
-SCRIPT = Path(__file__).with_name("nbd_model.py")
 SIZE = 2 << 20
 
 
@@ -25,41 +24,6 @@ def image(tmp_path: Path) -> Path:
     data[SIZE // 4 : SIZE // 2] = bytes(SIZE // 4)
     path.write_bytes(data)
     return path
-
-
-@cache
-def python_with_libnbd() -> str:
-    """Debian's binding belongs to Debian's interpreter, which may not be the first on PATH."""
-    for python in ("/usr/bin/python3", "python3"):
-        if (
-            shutil.which(python)
-            and not subprocess.run([python, "-c", "import nbd"], capture_output=True).returncode
-        ):
-            return python
-    pytest.skip("python3-libnbd is not installed")
-
-
-def run_model(place: Path, begins: bytes, *, seed: int, depth: int, count: int = 150) -> bytes:
-    """The bytes of the export afterwards."""
-    (place / "begins").write_bytes(begins)
-    done = subprocess.run(
-        [python_with_libnbd(), SCRIPT],
-        env={
-            **os.environ,
-            "SOCKET": str(place / "nbd.sock"),
-            "IMAGE": str(place / "begins"),
-            "RESULT": str(place / "result"),
-            "SEED": str(seed),
-            "DEPTH": str(depth),
-            "COUNT": str(count),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout.strip() == "agreed", done.stderr
-    return (place / "result").read_bytes()
 
 
 def export(daemon: Start, *nodes: str) -> RunningDaemon:

@@ -14,6 +14,7 @@ import attrs
 import pytest
 from disk_model import Model
 from harness import Qmp, RunningDaemon
+from libnbd_model import run_model
 from nbd_reader import NbdError, NbdReader
 from qcow2_images import content, find, write_raw
 
@@ -182,6 +183,22 @@ def test_random_operations(house: tuple[Qmp, Path], tmp_path: Path, name: str) -
     if variant.holds_snapshot:
         tool("qemu-img", "snapshot", "-a", "one", "--image-opts", image_options(image, variant.kind))
         assert_holds(tmp_path, image, variant.kind, data)
+
+
+@pytest.mark.parametrize("name", ["luks-extended", "luks-slow", "aes-chain"])
+def test_many_requests_at_once(house: tuple[Qmp, Path], tmp_path: Path, name: str) -> None:
+    """libnbd keeps sixteen in flight; what is slow to encrypt is on a thread meanwhile."""
+    qmp, place = house
+    data = content(11, SIZE)
+    image = make(qmp, tmp_path, VARIANTS[name], data)
+    qmp.execute_raw("blockdev-add", node_options(image, VARIANTS[name].kind))
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="disk", writable=True)
+    (tmp_path / "nbd.sock").symlink_to(place / "nbd.sock")
+    data = run_model(tmp_path, data, seed=len(name), depth=16, count=100)
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+    qmp.execute("blockdev-del", node_name="n")
+    assert_holds(tmp_path, image, VARIANTS[name].kind, data)
 
 
 @pytest.fixture(scope="module")
