@@ -41,8 +41,7 @@ async def delete_snapshot(
 def _find_snapshot(node: Node, snapshot_id: str | None, name: str | None) -> InternalSnapshot:
     if snapshot_id is None and name is None:
         raise QmpError("Name or id must be provided")
-    if not node.driver.can_snapshot():
-        raise QmpError("Failed to get a snapshot list: Operation not supported")
+    node.driver.require_snapshots()
     for snapshot in node.driver.snapshots():
         if snapshot_id in (None, snapshot.id) and name in (None, snapshot.name):
             return snapshot

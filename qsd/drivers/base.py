@@ -27,6 +27,7 @@ from qsd.block.mode import DetectZeroes as DetectZeroes
 from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
 from qsd.drivers.snapshots import InternalSnapshot
+from qsd.errors import QmpError
 from qsd.messages import Extent, Request
 
 SECTOR = 512
@@ -361,6 +362,11 @@ class Driver(ABC):
     def can_snapshot(self) -> bool:
         """Whether the image can hold internal snapshots."""
         return False
+
+    def require_snapshots(self) -> None:
+        """Raise QmpError where there can be no list of internal snapshots."""
+        if not self.can_snapshot():
+            raise QmpError("Failed to get a snapshot list: Operation not supported")
 
     def snapshots(self) -> list[InternalSnapshot]:
         """The internal snapshots, in the order of the image's list."""

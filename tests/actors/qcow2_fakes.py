@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
+import attrs
 import trio
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import Header, parse_header
+from qsd.drivers.qcow2.layout import DATA_FILE, DATA_FILE_RAW, DIRTY, EXTENDED_L2, Header, parse_header
+from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
 from qsd.messages import Op, Request
 from qsd.qapi.schema.block import BlockdevDriver
@@ -29,7 +32,7 @@ class MemoryFile(SlowPath):
     ``room`` counts down to the write that fails with ENOSPC.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | bytearray) -> None:
         self.data = bytearray(data)
         self.limits = Limits()
         self.name, self.node_name = "file", "file"
@@ -143,15 +146,20 @@ def new_image(header: Header, *, allocates: bool = False) -> bytes:
 
 @asynccontextmanager
 async def opened_on(
-    file: MemoryFile, *, backing: MemoryFile | None = None, data_file: MemoryFile | None = None, **options: Any
+    file: MemoryFile,
+    *,
+    backing: MemoryFile | None = None,
+    data_file: MemoryFile | None = None,
+    mode: Mode | None = None,
+    **options: Any,
 ) -> AsyncIterator[Qcow2Driver]:
-    """A writable driver on an image; what it does later ends with the scope."""
+    """A driver on an image, writable unless ``mode`` says otherwise; what it does later ends with the scope."""
     async with trio.open_nursery() as nursery:
         host: Any = FakeHost(nursery)
         children: dict[str, Any] = {"file": file, "backing": backing, "data-file": data_file}
         named = {name.replace("-", "_"): name for name, child in children.items() if child is not None}
         asked = BlockdevOptionsQcow2(driver=BlockdevDriver.QCOW2, **named, **options)
-        driver = Qcow2Driver("n", asked, Mode(discard_unmap=True), host)
+        driver = Qcow2Driver("n", asked, mode or Mode(discard_unmap=True), host)
         driver.children.update((name, child) for name, child in children.items() if child is not None)
         assert driver.child_specs[0] == ("file", ChildRole.DATA)
         await driver.open()
@@ -190,3 +198,107 @@ def check(file: MemoryFile) -> tuple[int, int]:
     """Corruptions and leaks of what is in the file."""
     found = examine(file.data)
     return found.corruptions, found.leaks
+
+
+KIB = 1 << 10
+HEADERS = {
+    "plain": Header(size=256 * KIB, cluster_bits=12),
+    "small": Header(size=40 * KIB, cluster_bits=9),
+    "old": Header(size=256 * KIB, cluster_bits=12, version=2),
+    "narrow": Header(size=256 * KIB, cluster_bits=10, refcount_order=0),
+    "extended": Header(size=256 * KIB, cluster_bits=14, incompatible=EXTENDED_L2),
+    "data-file": Header(size=256 * KIB, cluster_bits=12, incompatible=DATA_FILE),
+    "raw-data-file": Header(size=256 * KIB, cluster_bits=12, incompatible=DATA_FILE, autoclear=DATA_FILE_RAW),
+}
+
+
+@attrs.define
+class Bench:
+    """An image with what belongs to it, a model of the disk, and steps on both."""
+
+    header: Header
+    rng: random.Random
+    backing: MemoryFile | None = None
+    data_file: MemoryFile | None = None
+    disk: bytearray = attrs.field(factory=bytearray)
+    # What the snapshots hold, by their ids.
+    snapshots: dict[str, bytes] = attrs.field(factory=dict)
+    file: MemoryFile = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.file = MemoryFile(new_image(self.header, allocates=self.header.is_data_file_raw))
+        below = self.backing.data if self.backing is not None else b""
+        self.disk = bytearray(below[: self.header.size].ljust(self.header.size, b"\0"))
+        if self.header.has_data_file:
+            self.data_file = MemoryFile(bytes(self.header.size))
+
+    def open(self, **options: Any) -> Any:
+        return opened_on(self.file, backing=self.backing, data_file=self.data_file, **options)
+
+    async def resize(self, driver: Qcow2Driver, size: int) -> None:
+        await driver.truncate(size)
+        assert driver.length == size
+        del self.disk[size:]
+        self.disk.extend(bytes(size - len(self.disk)))
+
+    async def write(self, driver: Qcow2Driver, offset: int, data: bytes) -> None:
+        await write(driver, offset, data)
+        self.disk[offset : offset + len(data)] = data
+
+    async def step(self, driver: Qcow2Driver, largest: int, *, resizes: bool = True) -> None:
+        rng, size = self.rng, len(self.disk)
+        kind = rng.randrange(0 if resizes else 4, 10)
+        if kind < 4 or not size:
+            wanted = rng.choice((size // 2, size * 2, rng.randrange(largest), rng.randrange(size + 1)))
+            await self.resize(driver, min(wanted, largest) // 512 * 512)
+            return
+        length = rng.choice((512, 4096, 5000, 20_000))
+        offset = rng.randrange(size)
+        length = min(length, size - offset)
+        if kind < 8:
+            await self.write(driver, offset, rng.randbytes(length))
+        else:
+            await call(driver, rng.choice((Op.WRITE_ZEROES, Op.DISCARD)), offset, length)
+            self.disk[offset : offset + length] = await read(driver, offset, length)
+
+    async def compare(self, driver: Qcow2Driver) -> None:
+        assert driver.length == len(self.disk)
+        if self.disk:
+            assert await read(driver, 0, len(self.disk)) == self.disk
+
+    async def create_snapshot(self, driver: Qcow2Driver) -> str:
+        made = await driver.create_snapshot(f"name{self.rng.randrange(1000)}", 1_700_000_000_123_456_789)
+        self.snapshots[made] = bytes(self.disk)
+        return made
+
+    async def delete_snapshot(self, driver: Qcow2Driver, which: str) -> None:
+        await driver.delete_snapshot(which)
+        del self.snapshots[which]
+
+    async def snapshot_step(self, driver: Qcow2Driver) -> None:
+        if self.snapshots and self.rng.randrange(2):
+            await self.delete_snapshot(driver, self.rng.choice(list(self.snapshots)))
+        else:
+            await self.create_snapshot(driver)
+
+    async def compare_snapshots(self, data: bytes | bytearray) -> None:
+        """Look at each snapshot of an image as if it were the disk."""
+        header = parse_header(bytes(data[: 1 << 21]))
+        stored, _length = await read_snapshots(cast(Any, MemoryFile(data)), header)
+        assert [each.shown.id for each in stored] == list(self.snapshots)
+        for each in stored:
+            content = self.snapshots[each.shown.id]
+            assert each.disk_size == len(content)
+            there = attrs.evolve(
+                header,
+                size=len(content),
+                l1_offset=each.l1_offset,
+                l1_size=each.l1_size,
+                snapshot_count=0,
+                incompatible=header.incompatible & ~DIRTY,
+            )
+            file = MemoryFile(data)
+            await file.write(0, header_cluster(there)[: header.cluster_size])
+            async with opened_on(file, backing=self.backing, mode=Mode(read_only=True)) as driver:
+                if content:
+                    assert await read(driver, 0, len(content)) == content

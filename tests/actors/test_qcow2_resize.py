@@ -3,81 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
-import attrs
 import pytest
-from qcow2_fakes import MemoryFile, check, cut, examine, new_image, opened_on, read, write
+from qcow2_fakes import HEADERS, KIB, Bench, MemoryFile, check, cut, examine, read, write
 
 from qsd.drivers.calls import call
-from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import DATA_FILE, DATA_FILE_RAW, EXTENDED_L2, Header, parse_header
+from qsd.drivers.qcow2.layout import Header, parse_header
 from qsd.errors import QmpError
 from qsd.messages import Op
-
-KIB = 1 << 10
-HEADERS = {
-    "plain": Header(size=256 * KIB, cluster_bits=12),
-    "small": Header(size=40 * KIB, cluster_bits=9),
-    "old": Header(size=256 * KIB, cluster_bits=12, version=2),
-    "narrow": Header(size=256 * KIB, cluster_bits=10, refcount_order=0),
-    "extended": Header(size=256 * KIB, cluster_bits=14, incompatible=EXTENDED_L2),
-    "data-file": Header(size=256 * KIB, cluster_bits=12, incompatible=DATA_FILE),
-    "raw-data-file": Header(size=256 * KIB, cluster_bits=12, incompatible=DATA_FILE, autoclear=DATA_FILE_RAW),
-}
-
-
-@attrs.define
-class Bench:
-    """An image with what belongs to it, a model of the disk, and steps on both."""
-
-    header: Header
-    rng: random.Random
-    backing: MemoryFile | None = None
-    data_file: MemoryFile | None = None
-    disk: bytearray = attrs.field(factory=bytearray)
-    file: MemoryFile = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.file = MemoryFile(new_image(self.header, allocates=self.header.is_data_file_raw))
-        below = self.backing.data if self.backing is not None else b""
-        self.disk = bytearray(below[: self.header.size].ljust(self.header.size, b"\0"))
-        if self.header.has_data_file:
-            self.data_file = MemoryFile(bytes(self.header.size))
-
-    def open(self, **options: Any) -> Any:
-        return opened_on(self.file, backing=self.backing, data_file=self.data_file, **options)
-
-    async def resize(self, driver: Qcow2Driver, size: int) -> None:
-        await driver.truncate(size)
-        assert driver.length == size
-        del self.disk[size:]
-        self.disk.extend(bytes(size - len(self.disk)))
-
-    async def write(self, driver: Qcow2Driver, offset: int, data: bytes) -> None:
-        await write(driver, offset, data)
-        self.disk[offset : offset + len(data)] = data
-
-    async def step(self, driver: Qcow2Driver, largest: int) -> None:
-        rng, size = self.rng, len(self.disk)
-        kind = rng.randrange(10)
-        if kind < 4 or not size:
-            wanted = rng.choice((size // 2, size * 2, rng.randrange(largest), rng.randrange(size + 1)))
-            await self.resize(driver, min(wanted, largest) // 512 * 512)
-            return
-        length = rng.choice((512, 4096, 5000, 20_000))
-        offset = rng.randrange(size)
-        length = min(length, size - offset)
-        if kind < 8:
-            await self.write(driver, offset, rng.randbytes(length))
-        else:
-            await call(driver, rng.choice((Op.WRITE_ZEROES, Op.DISCARD)), offset, length)
-            self.disk[offset : offset + length] = await read(driver, offset, length)
-
-    async def compare(self, driver: Qcow2Driver) -> None:
-        assert driver.length == len(self.disk)
-        if self.disk:
-            assert await read(driver, 0, len(self.disk)) == self.disk
 
 
 @pytest.mark.parametrize("kind", HEADERS)

@@ -10,7 +10,6 @@ checks before it is read; tables that lead to each other in circles are read onc
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -21,6 +20,8 @@ from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import ENTRY
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
+from qsd.drivers.qcow2.snapshot_table import MAX_TABLE
 
 # Reads ``length`` bytes at an offset; what lies beyond the file's end is zeroes.
 Read = Callable[[int, int], bytes]
@@ -28,8 +29,6 @@ Read = Callable[[int, int], bytes]
 BLOCK_BITS: Final = 15
 BLOCK: Final = 1 << BLOCK_BITS
 REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
-_SNAPSHOT = struct.Struct(">QIHHIIQII")
-_MAX_SNAPSHOT_TABLE: Final = 64 << 20
 # Bits that must be 0 in entries of the three kinds of tables.
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 _L2_RESERVED: Final = 0x3F00_0000_0000_01FE
@@ -283,18 +282,18 @@ class Checker:
         position = header.snapshots_offset
         for _ in range(header.snapshot_count):
             if (
-                position + _SNAPSHOT.size > self._file_length
-                or position - header.snapshots_offset > _MAX_SNAPSHOT_TABLE
+                position + ENTRY_OF_SNAPSHOT.size > self._file_length
+                or position - header.snapshots_offset > MAX_TABLE
             ):
                 self._corrupt("snapshot table reaches beyond the end of the file")
                 return
-            fields = _SNAPSHOT.unpack(self._read(position, _SNAPSHOT.size))
+            fields = ENTRY_OF_SNAPSHOT.unpack(self._read(position, ENTRY_OF_SNAPSHOT.size))
             l1_offset, l1_size, id_size, name_size, extra = fields[0], fields[1], fields[2], fields[3], fields[8]
             if l1_size * 8 > layout.MAX_L1_BYTES:
                 self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
             else:
                 self._walk_l1(l1_offset, l1_size, is_active=False)
-            position += -(-(_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
+            position += -(-(ENTRY_OF_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
         self._use(header.snapshots_offset, position - header.snapshots_offset, "snapshot table")
 
     def _walk_bitmaps(self) -> None:

@@ -17,7 +17,7 @@ from qsd.drivers.base import SECTOR, Child, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.mapped import READ
-from qsd.drivers.qcow2 import compressed, encryption, facts
+from qsd.drivers.qcow2 import compressed, encryption, facts, internal_snapshots
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
@@ -32,7 +32,7 @@ from qsd.drivers.qcow2.layout import (
     KNOWN_AUTOCLEAR,
     Header,
 )
-from qsd.drivers.qcow2.loading import read_header, read_table
+from qsd.drivers.qcow2.loading import read_header, read_snapshots, read_table
 from qsd.drivers.qcow2.packing import Packer
 from qsd.drivers.qcow2.resizing import resize
 from qsd.drivers.qcow2.settings import settings_of
@@ -109,6 +109,7 @@ class Qcow2Driver(TellingDriver):
         l1 = await read_table(file, header.l1_offset, header.l1_size, "Could not read L1 table")
         image = Image(self, header, settings, options, l1, file)
         image.encryption = unlocked
+        image.take_snapshots(*await read_snapshots(file, header))
         return image
 
     async def _unlock(self, image: Image, options: Any) -> None:
@@ -232,6 +233,18 @@ class Qcow2Driver(TellingDriver):
         if self._is_broken:
             raise QmpError(errno_text(errno.EIO))
         await resize(self, size, exact=exact)
+
+    async def create_snapshot(self, name: str, now_ns: int) -> str:
+        """See ``internal_snapshots``. Raises OSError."""
+        if self._is_broken:
+            raise OSError(errno.EIO, "the image is corrupt")
+        return await internal_snapshots.create(self, name, now_ns)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """See ``internal_snapshots``. Raises QmpError."""
+        if self._is_broken or not self.is_writable:
+            raise QmpError(errno_text(errno.EIO if self._is_broken else errno.EROFS))
+        await internal_snapshots.delete(self, snapshot_id)
 
     # -- amending ---------------------------------------------------------------------------------------------
 

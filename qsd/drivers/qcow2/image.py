@@ -38,6 +38,7 @@ from qsd.drivers.qcow2.metadata_map import (
 from qsd.drivers.qcow2.refcount_store import write_refcounts
 from qsd.drivers.qcow2.refcounts import BLOCK_OFFSET, Refcounts
 from qsd.drivers.qcow2.settings import Settings
+from qsd.drivers.qcow2.snapshot_table import StoredSnapshot
 from qsd.drivers.qcow2.table_growth import grow_refcount_table
 from qsd.drivers.qcow2.tables import SliceCache
 from qsd.drivers.runs import Cold
@@ -89,6 +90,9 @@ class Image:
         self.cache = SliceCache(geometry.slice_bytes, settings.l2_cache, self.dirty.is_pinned)
         self.map = ClusterMap(geometry, l1, self.cache, file, driver.fetch, driver.corrupt)
         self.metadata = MetadataMap(geometry.cluster_bits, checks_of(options.overlap_check))
+        self.snapshots: tuple[StoredSnapshot, ...] = ()
+        # What their table takes.
+        self.snapshot_clusters = 0
         self.pending: list[Freed] = []
         # Everything in the file from here on has never been written and reads as zeroes.
         self.virgin = 0
@@ -109,6 +113,11 @@ class Image:
         """Whether the guest's data goes through a cipher."""
         return self.encryption is not None
 
+    def take_snapshots(self, snapshots: tuple[StoredSnapshot, ...], table_length: int) -> None:
+        """The internal snapshots, and how many bytes the image's table of them has."""
+        self.snapshots = snapshots
+        self.snapshot_clusters = -(-table_length >> self.geometry.cluster_bits)
+
     # -- becoming writable ------------------------------------------------------------------------------------
 
     def begin_writing(self, table: array[int]) -> None:
@@ -124,7 +133,7 @@ class Image:
         known.add_tables(REFCOUNT_BLOCK, table, BLOCK_OFFSET)
         known.add(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * cluster)
         known.add(ACTIVE_L1, header.l1_offset, header.l1_size * 8)
-        known.add(SNAPSHOT_TABLE, header.snapshots_offset, cluster if header.snapshot_count else 0)
+        known.add(SNAPSHOT_TABLE, header.snapshots_offset, self.snapshot_clusters * cluster)
         known.add(MAIN_HEADER, 0, cluster)
         if self.encryption is not None:
             for offset, length in self.encryption.places(header):
@@ -327,6 +336,10 @@ class Image:
         entry = self.map.l1[index]
         if not entry & COPIED or not entry & OFFSET_MASK:
             self._own_table(index, number)
+        return self.changeable_slice(number)
+
+    def changeable_slice(self, number: int) -> array[int]:
+        """The slice of a table that exists, whoever else uses it, with room to keep it. Raises Cold, OSError."""
         table = self.map.slice_at(number)
         dirty = self.dirty
         if not dirty.is_pinned(number):

@@ -1,4 +1,4 @@
-"""Reading what has to be in memory while an image is open: the header and the tables of 64-bit words."""
+"""Reading what has to be in memory while an image is open: the header, tables of 64-bit words, the snapshots."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from array import array
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2.geometry import empty_table, swap
 from qsd.drivers.qcow2.layout import PROBE_LENGTH, Header, parse_header, probe_cluster_size
+from qsd.drivers.qcow2.snapshot_table import MAX_ENTRY, MAX_TABLE, StoredSnapshot, parse_entry
 from qsd.errors import QmpError, errno_text
 
 
@@ -34,3 +35,28 @@ async def read_table(file: Child, offset: int, entries: int, failure: str) -> ar
         view[: len(found)] = found
     swap(table)
     return table
+
+
+# Bytes of the snapshot table read at a time; one entry fits in at least.
+_WINDOW = 2 * MAX_ENTRY
+
+
+async def read_snapshots(file: Child, header: Header) -> tuple[tuple[StoredSnapshot, ...], int]:
+    """The internal snapshots, and the bytes of the table; what lies beyond the file's end is zeroes."""
+    found = []
+    start, window = 0, b""
+    position = 0
+    for number in range(header.snapshot_count):
+        if position > MAX_TABLE:
+            raise QmpError("Snapshot table too large")
+        if position + MAX_ENTRY > start + len(window):
+            try:
+                window = await _read(file, header.snapshots_offset + position, _WINDOW)
+            except OSError as error:
+                raise QmpError(f"Could not read snapshots: {errno_text(error.errno or 0)}") from None
+            start, window = position, window.ljust(_WINDOW, b"\0")
+        at = position - start
+        snapshot, length = parse_entry(window[at : at + MAX_ENTRY], number)
+        found.append(snapshot)
+        position += length
+    return tuple(found), position

@@ -8,6 +8,8 @@ from qsd.drivers.base import Host, Mode
 from qsd.drivers.mapped import MappedDriver
 from qsd.drivers.qcow2 import facts
 from qsd.drivers.qcow2.layout import DIRTY
+from qsd.drivers.snapshots import InternalSnapshot
+from qsd.errors import QmpError
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
@@ -48,3 +50,16 @@ class TellingDriver(MappedDriver):
     def is_encrypted(self) -> bool:
         """Whether the guest's data is."""
         return self.image.is_encrypted
+
+    def can_snapshot(self) -> bool:
+        """Always; with an external data file there is no list."""
+        return True
+
+    def require_snapshots(self) -> None:
+        """What lies in another file is not counted. Raises QmpError."""
+        if self.image.header.has_data_file:
+            raise QmpError("Failed to get a snapshot list: Operation not supported")
+
+    def snapshots(self) -> list[InternalSnapshot]:
+        """In the order of the image's list."""
+        return [snapshot.shown for snapshot in self.image.snapshots]
