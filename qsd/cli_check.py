@@ -45,6 +45,11 @@ class _Image:
         while data:
             count = os.pwrite(self.fd, data, offset)
             offset, data = offset + count, data[count:]
+        self.length = max(self.length, offset)
+
+    def flush(self) -> None:
+        """Return when everything is on the disk."""
+        os.fsync(self.fd)
 
 
 def check(prog: str, words: Sequence[str]) -> int:
@@ -81,13 +86,15 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
     if not start.startswith(layout.MAGIC):
         sys.stderr.write(f"{prog} check: This image format does not support checks\n")
         return UNSUPPORTED
-    header = layout.parse_header(image.read(0, layout.probe_cluster_size(start)))
+    header = _header(image)
     progress = _show_progress if options.progress else _ignore
     found = Checker(header, image.read, image.length, progress).run()
     fixed = Repaired()
     if options.repair is not None and (found.leaks or found.corruptions):
-        fixed = repair(header, image.read, image.write, found, leaks_only=options.repair == "leaks")
-        os.fsync(image.fd)
+        leaks_only = options.repair == "leaks"
+        fixed = repair(header, image.read, image.write, found, leaks_only=leaks_only, flush=image.flush)
+        image.flush()
+        header = _header(image)
         found = Checker(header, image.read, image.length, progress).run()
         if not found.corruptions and header.incompatible & (layout.DIRTY | layout.CORRUPT):
             _clear_marks(image, header)
@@ -98,11 +105,16 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
     return CORRUPT if found.corruptions else LEAKING if found.leaks else CLEAN
 
 
+def _header(image: _Image) -> layout.Header:
+    start = image.read(0, layout.PROBE_LENGTH)
+    return layout.parse_header(image.read(0, layout.probe_cluster_size(start)))
+
+
 def _clear_marks(image: _Image, header: layout.Header) -> None:
     """The image is consistent: it need not be repaired when it is opened next, and may be written to."""
     marks = header.incompatible & ~(layout.DIRTY | layout.CORRUPT)
     image.write(layout.V2_LENGTH, marks.to_bytes(8, "big"))
-    os.fsync(image.fd)
+    image.flush()
 
 
 def _ignore(_done: int, _total: int) -> None:

@@ -155,7 +155,9 @@ class StartWriting(Action):
                 if not node.driver.is_format:
                     raise
                 raise error.prefixed(f"Could not reopen {node.driver.name} layer: ") from None
-        elif store is not None:
+            return
+        await node.driver.become_writable()
+        if store is not None:
             await _mark_in_use(store)
             for bitmap in node.bitmaps.persistent:
                 bitmap.is_read_only = False

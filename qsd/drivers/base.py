@@ -324,6 +324,9 @@ class Driver(ABC):
     def abort_reopen(self) -> None:
         """Forget the prepared reopen."""
 
+    async def become_writable(self) -> None:
+        """After a reopen of a read-only node, which is held: its children can be written now. Raises QmpError."""
+
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Change the length and update ``length``. Raises QmpError."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from disk_model import Model
 from harness import RunningDaemon
 from nbd_reader import NbdReader
-from qcow2_images import VARIANTS, assert_clean, img, write_raw
+from qcow2_images import VARIANTS, assert_clean, find, img, write_raw
 
 Start = Callable[..., RunningDaemon]
 
@@ -117,3 +118,42 @@ def test_reopened_images_go_on_as_they_are_told(daemon: Start, tmp_path: Path, v
         made.path,
         write_raw(tmp_path, "expected.raw", bytes(model.data)),
     )
+
+
+def test_image_that_was_not_closed_is_repaired_when_it_is_opened(daemon: Start, tmp_path: Path) -> None:
+    made = VARIANTS["lazy"](tmp_path)
+    data = bytearray(made.data)
+    running = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock")
+    qmp = running.qmp()
+    qmp.execute_raw("blockdev-add", options(made.path, "n"))
+    export(qmp)
+    with NbdReader(tmp_path / "nbd.sock", "d") as client:
+        client.write_zeroes(0, 2 << 20, may_unmap=True)
+        client.write(100_000, b"allocates" * 50_000)
+        client.flush()
+    data[: 2 << 20] = bytes(2 << 20)
+    data[100_000:550_000] = b"allocates" * 50_000
+    running.expected_code = -9
+    running.process.kill()
+    running.wait()
+    for left in ("qmp.sock", "nbd.sock"):
+        (tmp_path / left).unlink()
+    done = subprocess.run([find("qemu-img"), "check", "-q", made.path], capture_output=True, check=False)
+    assert done.returncode, "its counts are not up to date"
+
+    qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
+    # To be read it may stay as it is.
+    qmp.execute_raw("blockdev-add", options(made.path, "n", **{"read-only": True}))
+    assert qmp.execute("query-named-block-nodes")[0]["image"]["dirty-flag"] is True
+    assert reopen(qmp, made.path) == ""
+    assert qmp.execute("query-named-block-nodes")[0]["image"]["dirty-flag"] is False
+    export(qmp)
+    with NbdReader(tmp_path / "nbd.sock", "d") as client:
+        assert client.read(0, len(data)) == data
+        client.write(0, b"the end")
+        data[:7] = b"the end"
+    unexport(qmp)
+    qmp.execute("blockdev-del", node_name="n")
+    assert_clean(made.path)
+    expected = write_raw(tmp_path, "expected.raw", bytes(data))
+    img("compare", "-q", "-f", "qcow2", "-F", "raw", made.path, expected)

@@ -4,12 +4,13 @@ Works on anything that can be read by offset; pure otherwise. A cluster that is 
 leaked: space is lost, nothing else. A cluster that is used more often than counted, or metadata that leads nowhere,
 is a corruption. Where the image says which, the figures are those of ``qemu-img check``.
 
-Memory: one number for each cluster of the image that is used or counted. Every table is bounded by the header's
-checks before it is read; tables that lead to each other in circles are read once.
+Memory: twice two bytes for each cluster of the image that is used or counted, and what is told. Every table is
+bounded by the header's checks before it is read; tables that lead to each other in circles are read once.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -18,6 +19,7 @@ import attrs
 
 from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import ENTRY
+from qsd.drivers.qcow2.counts import BLOCK, BLOCK_BITS, Counts, last_used
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
@@ -26,8 +28,6 @@ from qsd.drivers.qcow2.snapshot_table import MAX_TABLE
 # Reads ``length`` bytes at an offset; what lies beyond the file's end is zeroes.
 Read = Callable[[int, int], bytes]
 
-BLOCK_BITS: Final = 15
-BLOCK: Final = 1 << BLOCK_BITS
 REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 # Bits that must be 0 in entries of the three kinds of tables.
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
@@ -35,31 +35,12 @@ _L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 _REFCOUNT_RESERVED: Final = 0x1FF
 
 
-class Counts:
-    """How often each cluster is used or counted: numbers in blocks that exist where they are needed."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, array[int]] = {}
-
-    def add(self, cluster: int) -> None:
-        """Count a cluster once more."""
-        index = cluster >> BLOCK_BITS
-        block = self.blocks.get(index)
-        if block is None:
-            block = self.blocks[index] = array("Q", bytes(8 * BLOCK))
-        block[cluster & (BLOCK - 1)] += 1
-
-    def get(self, cluster: int) -> int:
-        """The count of a cluster."""
-        block = self.blocks.get(cluster >> BLOCK_BITS)
-        return 0 if block is None else block[cluster & (BLOCK - 1)]
-
-
 @attrs.define
 class Findings:
-    """What a check found. ``problems`` are lines for people; ``fixes`` are counts to be set (cluster -> count).
+    """What a check found. ``problems`` are lines for people, up to the limit that the check was given.
 
-    ``flag_fixes`` are entries whose COPIED flag is wrong (offset in the file -> entry as it should be).
+    ``used`` says how often clusters are used, ``counted`` how often the image says so, ``structures`` where its
+    refcount table and blocks are: clusters, each as often as it is used for them.
     """
 
     corruptions: int = 0
@@ -70,14 +51,24 @@ class Findings:
     fragmented_clusters: int = 0
     image_end: int = 0
     problems: list[str] = attrs.field(factory=list)
-    fixes: dict[int, int] = attrs.field(factory=dict)
-    flag_fixes: dict[int, int] = attrs.field(factory=dict)
-    # Something that setting counts and flags does not repair.
+    # Cluster, counted, used, where they differ.
+    differences: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
+    # Offset in the file and entry as it should be, where COPIED does not say what ``used`` says.
+    wrong_flags: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
+    used: Counts = attrs.field(factory=Counts)
+    counted: Counts = attrs.field(factory=Counts)
+    structures: list[int] = attrs.field(factory=list)
+    # The refcount table or blocks are broken.
     needs_rebuild: bool = False
+    # Something leads nowhere: what looks like a leak may be what it should lead to.
+    is_lossy: bool = False
 
 
 class Checker:
-    """One check. ``file_length`` is the image file's, in bytes; ``progress(done, total)`` counts L1 entries."""
+    """One check. ``file_length`` is the image file's, in bytes; ``progress(done, total)`` counts L1 entries.
+
+    Of what is found the first ``max_problems`` lines are kept.
+    """
 
     def __init__(
         self,
@@ -85,18 +76,18 @@ class Checker:
         read: Read,
         file_length: int,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
+        max_problems: int = sys.maxsize,
     ) -> None:
         self._header = header
         self._read = read
         self._file_length = file_length
         self._progress = progress
+        self._max_problems = max_problems
         self._bits = header.cluster_bits
         self._size = header.cluster_size
-        self._used = Counts()
-        self._counted = Counts()
         self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
-        # Entries of the active tables by where they stand: their flag is judged when everything has been counted.
-        self._flags: list[tuple[int, int]] = []
+        self.findings.differences, self.findings.wrong_flags = self._differences, self._wrong_flags
+        self._used, self._counted = self.findings.used, self.findings.counted
         self._last_data = -1
         self._refcount_blocks: list[tuple[int, int]] = []
 
@@ -117,20 +108,32 @@ class Checker:
 
     def _corrupt(self, text: str) -> None:
         self.findings.corruptions += 1
-        self.findings.problems.append(f"ERROR {text}")
+        self._tell(f"ERROR {text}")
 
-    def _use(self, offset: int, length: int, what: str) -> bool:
-        """Count the clusters of a range as used once more; False when it reaches beyond the file."""
+    def _tell(self, line: str) -> None:
+        if len(self.findings.problems) < self._max_problems:
+            self.findings.problems.append(line)
+
+    def _use(self, offset: int, length: int, what: str, *, counts: bool = False) -> bool:
+        """Count the clusters of a range as used once more; False when it reaches beyond the file.
+
+        ``counts``: it is a part of the refcount structure.
+        """
         if not length:
             return True
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
         # A last cluster may be cut short: the file ends where its data does.
         if last << self._bits >= self._file_length + self._size or offset + length > layout.MAX_SIZE:
             self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file")
-            self.findings.needs_rebuild = True
+            if counts:
+                self.findings.needs_rebuild = True
+            else:
+                self.findings.is_lossy = True
             return False
         for cluster in range(first, last + 1):
             self._used.add(cluster)
+        if counts:
+            self.findings.structures.extend(range(first, last + 1))
         return True
 
     def _words(self, offset: int, count: int) -> array[int]:
@@ -144,7 +147,7 @@ class Checker:
     def _load_refcounts(self) -> None:
         header = self._header
         length = header.refcount_table_clusters << self._bits
-        if not self._use(header.refcount_table_offset, length, "refcount table"):
+        if not self._use(header.refcount_table_offset, length, "refcount table", counts=True):
             return
         per_block = refcount_codec.block_entries(self._bits, header.refcount_order)
         seen: set[int] = set()
@@ -158,28 +161,14 @@ class Checker:
                 self._corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
                 self.findings.needs_rebuild = True
                 continue
-            if not self._use(offset, self._size, f"refcount block {index}"):
-                self.findings.needs_rebuild = True
+            if not self._use(offset, self._size, f"refcount block {index}", counts=True):
                 continue
             self._refcount_blocks.append((index, offset >> self._bits))
             if offset in seen:
                 continue
             seen.add(offset)
             counts = refcount_codec.decode(self._read(offset, self._size), header.refcount_order)
-            self._take_counts(index * per_block, counts)
-
-    def _take_counts(self, first: int, counts: array[int]) -> None:
-        if not any(counts):
-            return
-        for start in range(0, len(counts), BLOCK):
-            part = counts[start : start + BLOCK]
-            if not any(part):
-                continue
-            index, at = divmod(first + start, BLOCK)
-            block = self._counted.blocks.get(index)
-            if block is None:
-                block = self._counted.blocks[index] = array("Q", bytes(8 * BLOCK))
-            block[at : at + len(part)] = array("Q", part)
+            self._counted.put(index * per_block, counts)
 
     # -- the guest's data -------------------------------------------------------------------------------------
 
@@ -189,7 +178,7 @@ class Checker:
         if offset % self._size or not self._use(offset, entries * 8, "L1 table"):
             if offset % self._size:
                 self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
-            self.findings.needs_rebuild = True
+            self.findings.is_lossy = True
             return
         for index, entry in enumerate(self._words(offset, entries)):
             if is_active:
@@ -201,9 +190,8 @@ class Checker:
                 continue
             if table % self._size:
                 self._corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
+                self.findings.is_lossy = True
                 continue
-            if is_active:
-                self._flags.append((offset + 8 * index, entry))
             if self._use(table, self._size, "L2 table"):
                 self._walk_l2(table, is_active=is_active)
         if is_active:
@@ -243,12 +231,6 @@ class Checker:
                 self._last_data = offset
             if not has_data_file:
                 self._use(offset, self._size, "data cluster")
-                if is_active:
-                    self._flags.append((table + 8 * index, entry))
-            elif is_active and not entry & COPIED:
-                # Clusters of another file are not counted: all of them may be written in place.
-                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount=1")
-                findings.flag_fixes[table + 8 * index] = entry | COPIED
 
     def _check_subclusters(self, entry: int, bitmap: int) -> None:
         """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
@@ -286,11 +268,13 @@ class Checker:
                 or position - header.snapshots_offset > MAX_TABLE
             ):
                 self._corrupt("snapshot table reaches beyond the end of the file")
+                self.findings.is_lossy = True
                 return
             fields = ENTRY_OF_SNAPSHOT.unpack(self._read(position, ENTRY_OF_SNAPSHOT.size))
             l1_offset, l1_size, id_size, name_size, extra = fields[0], fields[1], fields[2], fields[3], fields[8]
             if l1_size * 8 > layout.MAX_L1_BYTES:
                 self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
+                self.findings.is_lossy = True
             else:
                 self._walk_l1(l1_offset, l1_size, is_active=False)
             position += -(-(ENTRY_OF_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
@@ -305,6 +289,7 @@ class Checker:
         for _ in range(extension.count):
             if position + ENTRY.size > extension.size:
                 self._corrupt("bitmap directory is broken")
+                self.findings.is_lossy = True
                 return
             table, entries, _flags, _type, _bits, name_size, extra = ENTRY.unpack_from(directory, position)
             position += -(-(ENTRY.size + extra + name_size) // 8) * 8
@@ -331,13 +316,12 @@ class Checker:
     def _compare(self) -> None:
         findings = self.findings
         for cluster, counted, used in self._differences():
-            findings.fixes[cluster] = used
             if counted > used:
                 findings.leaks += 1
-                findings.problems.append(f"Leaked cluster {cluster} refcount={counted} reference={used}")
+                self._tell(f"Leaked cluster {cluster} refcount={counted} reference={used}")
             else:
                 findings.corruptions += 1
-                findings.problems.append(f"ERROR cluster {cluster} refcount={counted} reference={used}")
+                self._tell(f"ERROR cluster {cluster} refcount={counted} reference={used}")
         findings.image_end = self._end_of_use() << self._bits
 
     def _end_of_use(self) -> int:
@@ -346,13 +330,13 @@ class Checker:
         blocks = self._counted.blocks, self._used.blocks
         for index in range((end - 1) >> BLOCK_BITS, -1, -1):
             inside = min(BLOCK, end - (index << BLOCK_BITS))
-            last = max(_last_used(kind.get(index), inside) for kind in blocks)
+            last = max(last_used(kind.get(index), inside) for kind in blocks)
             if last >= 0:
                 return (index << BLOCK_BITS) + last + 1
         return 0
 
     def _differences(self) -> Iterator[tuple[int, int, int]]:
-        nothing = array("Q", bytes(8 * BLOCK))
+        nothing = array("H", bytes(2 * BLOCK))
         # What is counted beyond the file's end is nobody's space.
         end = -(-self._file_length // self._size)
         for index in sorted(set(self._counted.blocks) | set(self._used.blocks)):
@@ -366,18 +350,39 @@ class Checker:
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
-        for place, entry in self._flags:
-            count = self._counted.get((entry & OFFSET_MASK) >> self._bits)
+        for _place, entry, cluster in self._flagged():
+            count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
                 self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}")
-            used = self._used.get((entry & OFFSET_MASK) >> self._bits)
-            right = entry | COPIED if used == 1 else entry & ~COPIED
-            if right != entry:
-                self.findings.flag_fixes[place] = right
 
+    def _wrong_flags(self) -> Iterator[tuple[int, int]]:
+        for place, entry, cluster in self._flagged():
+            is_alone = cluster is None or self._used.get(cluster) == 1
+            if bool(entry & COPIED) != is_alone:
+                yield place, entry ^ COPIED
 
-def _last_used(block: array[int] | None, length: int) -> int:
-    """The last of the first ``length`` numbers that is not 0, or -1."""
-    if block is None:
-        return -1
-    return next((index for index in range(length - 1, -1, -1) if block[index]), -1)
+    def _flagged(self) -> Iterator[tuple[int, int, int | None]]:
+        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to.
+
+        None is a cluster of another file: those are not counted, and all of them may be written in place. The
+        tables are read once more instead of kept: they may be larger than all the counts.
+        """
+        header = self._header
+        has_data_file = header.has_data_file
+        leads = OFFSET_MASK | COPIED if has_data_file else OFFSET_MASK
+        step = 2 if header.has_extended_l2 else 1
+        if header.l1_offset % self._size or header.l1_offset >= self._file_length:
+            return
+        for position, l1_entry in enumerate(self._words(header.l1_offset, header.l1_size)):
+            table = l1_entry & OFFSET_MASK
+            if not table or table % self._size:
+                continue
+            yield header.l1_offset + 8 * position, l1_entry, table >> self._bits
+            if table >= self._file_length:
+                continue
+            words = self._words(table, self._size // 8)
+            for index in range(0, len(words), step):
+                entry = words[index]
+                if entry & leads and not entry & COMPRESSED:
+                    place = table + 8 * index
+                    yield place, entry, None if has_data_file else (entry & OFFSET_MASK) >> self._bits

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from qsd.drivers.base import SECTOR, Child, ChildRole, Host, Mode, limits_above
+from qsd.drivers.base import SECTOR, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
 from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.mapped import READ
@@ -33,6 +33,7 @@ from qsd.drivers.qcow2.layout import (
     Header,
 )
 from qsd.drivers.qcow2.loading import read_header, read_snapshots, read_table
+from qsd.drivers.qcow2.mending import mend
 from qsd.drivers.qcow2.packing import Packer
 from qsd.drivers.qcow2.resizing import resize
 from qsd.drivers.qcow2.settings import settings_of
@@ -40,7 +41,6 @@ from qsd.drivers.qcow2.telling import TellingDriver
 from qsd.drivers.qcow2.writeback import WriteBack
 from qsd.drivers.qcow2.writing import WRITE, Writer
 from qsd.drivers.qcow2.zeroing import Zeroer
-from qsd.drivers.runs import Run
 from qsd.errors import QmpError, errno_text
 from qsd.messages import Flag, Op, Request
 from qsd.qapi.core import NULL
@@ -72,7 +72,6 @@ class Qcow2Driver(TellingDriver):
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
-        self._is_sparse: bool | None = None
         self.is_writable = False
         self._cleaning = trio.CancelScope()
         self._amending = trio.Lock()
@@ -128,15 +127,18 @@ class Qcow2Driver(TellingDriver):
         self.limits.pwrite_zeroes_alignment = image.header.subcluster_size
         self.limits.pdiscard_alignment = image.header.cluster_size
 
-    async def _read_again(self, options: Any, mode: Mode) -> Image:
-        """The image as it is now, with its children open already. Raises QmpError."""
+    async def _read_again(self, options: Any, mode: Mode, *, mends: bool = True) -> Image:
+        """The image as it is now, with its children open already. Raises QmpError.
+
+        Without ``mends`` nothing is written, whatever has to be done before the guest may write.
+        """
         try:
             image = await self._read_image(options, mode)
             if image.header.has_data_file:
                 image.map.data = self.children["data-file"]
             await self._unlock(image, options)
             if not mode.read_only and mode.active:
-                await self._prepare_writing(image)
+                await self._prepare_writing(image, mends=mends)
         except OSError as error:
             raise QmpError(errno_text(error.errno or 0)) from None
         return image
@@ -186,15 +188,15 @@ class Qcow2Driver(TellingDriver):
         except QmpError as error:
             raise error.prefixed("Could not open backing file: ") from None
 
-    async def _prepare_writing(self, image: Image) -> None:
+    async def _prepare_writing(self, image: Image, *, mends: bool = True) -> None:
         """Load what only writers need; unknown autoclear features are no longer to be trusted."""
+        if mends and image.header.incompatible & DIRTY:
+            await mend(self, image)
         header = image.header
-        if header.incompatible & DIRTY:
-            raise QmpError("The image was not closed properly and has to be repaired (qemu-img check -r all)")
         size = (header.refcount_table_clusters << header.cluster_bits) // 8
         table = await read_table(image.file, header.refcount_table_offset, size, "Could not read refcount table")
         image.begin_writing(table)
-        if header.autoclear & ~KNOWN_AUTOCLEAR:
+        if mends and header.autoclear & ~KNOWN_AUTOCLEAR:
             try:
                 await image.change_header(autoclear=header.autoclear & KNOWN_AUTOCLEAR)
             except OSError as error:
@@ -212,7 +214,8 @@ class Qcow2Driver(TellingDriver):
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
         """Read the image as the new options want it; the graph has had everything written (``inactivate``)."""
-        self._next = await self._read_again(options, mode)
+        # What was read-only has children that cannot be written yet: ``become_writable`` sees to the rest.
+        self._next = await self._read_again(options, mode, mends=not self.mode.read_only)
 
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """Go on with it."""
@@ -221,6 +224,14 @@ class Qcow2Driver(TellingDriver):
         self._is_backing_overridden = _overrides_backing(options, self.image.header)
         self._clean_caches()
         del self._next
+
+    async def become_writable(self) -> None:
+        """Do what opening the image to write it would have done. Raises QmpError."""
+        header = self.image.header
+        if header.incompatible & DIRTY or header.autoclear & ~KNOWN_AUTOCLEAR:
+            self._is_broken = True
+            self._go_on_with(await self._read_again(self.options, self.mode))
+            self._is_broken = False
 
     def abort_reopen(self) -> None:
         """Forget it."""
@@ -309,41 +320,6 @@ class Qcow2Driver(TellingDriver):
         if image.has_grown and image.file.length > image.virgin:
             await image.file.truncate(image.virgin, exact=False)
             image.has_grown = False
-
-    # -- mapping ----------------------------------------------------------------------------------------------
-
-    def lookup(self, offset: int, length: int) -> Run:
-        """The run at ``offset``."""
-        return self.image.map.lookup(offset, length)
-
-    def status(self, offset: int, length: int) -> tuple[int, int]:
-        """Kind and length of the run at ``offset``."""
-        return self.image.map.status(offset, length)
-
-    @property
-    def asks_data(self) -> bool:
-        """True where much of the file is a hole: metadata was preallocated, and reads as zeroes."""
-        if self._is_sparse is None:
-            image = self.image
-            used = facts.allocated_size({"file": image.file})
-            is_sparse = used is not None and used < image.file.length * 9 // 10
-            # What is encrypted is never known to be zeroes.
-            self._is_sparse = is_sparse and not image.header.has_data_file and not image.is_encrypted
-        return self._is_sparse
-
-    def locate(self, where: int) -> tuple[Child, int, int]:
-        """Where the bytes of a compressed L2 entry are."""
-        offset, length = compressed.decode_entry(where, self.image.geometry.cluster_bits)
-        return self.image.file, offset, length
-
-    def unpack(self, where: int, data: memoryview) -> bytes | bytearray:
-        """Inflate a cluster."""
-        header = self.image.header
-        return compressed.inflate(data, header.cluster_size, header.compression_type)
-
-    def packed_skip(self, offset: int) -> int:
-        """How far into its cluster an offset is."""
-        return offset & (self.image.geometry.cluster_size - 1)
 
     # -- corruption -------------------------------------------------------------------------------------------
 

@@ -1,21 +1,29 @@
-"""Repairs after a check: counts that were too high or too low, and COPIED flags.
+"""Repairs after a check: counts that were too high or too low, COPIED flags, and the whole refcount structure.
 
-What is broken beyond that (tables that lead nowhere, refcount blocks that are missing or used twice) is left alone
-and said so: guessing there can cost data.
+What is broken beyond that (tables that lead nowhere) is left alone and said so: guessing there can cost data. Then
+clusters that look leaked stay as they are, too: they may be what the broken tables should lead to.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import struct
+from array import array
 from collections.abc import Callable
+from itertools import groupby
+from typing import Final
 
 import attrs
 
-from qsd.drivers.qcow2 import refcount_codec
+from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.check import REFCOUNT_BLOCK_MASK, Findings, Read
+from qsd.drivers.qcow2.counts import BLOCK, Counts, is_nothing, last_used
+from qsd.drivers.qcow2.geometry import swap
 from qsd.drivers.qcow2.layout import Header
 
 Write = Callable[[int, bytes], None]
+
+# Where the header says where the refcount table is, and how many clusters that has.
+_TABLE_FIELDS: Final = 48
 
 
 @attrs.frozen
@@ -26,27 +34,52 @@ class Repaired:
     corruptions: int = 0
 
 
-def repair(header: Header, read: Read, write: Write, found: Findings, *, leaks_only: bool) -> Repaired:
+def _nothing() -> None:
+    """Nobody waits for the disk."""
+
+
+def repair(
+    header: Header,
+    read: Read,
+    write: Write,
+    found: Findings,
+    *,
+    leaks_only: bool,
+    flush: Callable[[], None] = _nothing,
+) -> Repaired:
     """Set counts, and unless ``leaks_only`` also flags, to what was found. Raises OSError.
 
-    Counts that are too low are raised before anything else: until then a cluster in use counts as free. Nothing is
-    touched where counts have to be rebuilt: a refcount block that is something else too would be overwritten,
-    and references may be hidden in what cannot be read.
+    Counts that are too low are raised before anything else: until then a cluster in use counts as free. Where the
+    refcount structure is broken, or has no room for a count, a new one is written, which changes the header.
+    ``flush`` returns when everything written is on the disk.
     """
-    if found.needs_rebuild:
-        return Repaired()
     counted = _Table(header, read)
-    lows: dict[int, int] = {}
-    highs: dict[int, int] = {}
-    for cluster, used in found.fixes.items():
-        (lows if counted.get(cluster) < used else highs)[cluster] = used
+    if not leaks_only:
+        is_missing = any(low < high and not counted.can_set(c, high) for c, low, high in found.differences())
+        if found.needs_rebuild or is_missing:
+            return _rebuild_all(header, read, write, found, flush)
+    elif found.needs_rebuild:
+        return Repaired()
     fixed = 0
     if not leaks_only:
-        fixed += counted.set(lows, write)
-        for place, entry in found.flag_fixes.items():
-            write(place, entry.to_bytes(8, "big"))
-            fixed += 1
-    return Repaired(counted.set(highs, write), fixed)
+        fixed += counted.set(found, write, raises=True)
+        flush()
+        fixed += _set_flags(header, read, write, found)
+    leaks = 0 if found.is_lossy else counted.set(found, write, raises=False)
+    return Repaired(leaks, fixed)
+
+
+def _set_flags(header: Header, read: Read, write: Write, found: Findings) -> int:
+    fixed = 0
+    for _cluster, group in groupby(found.wrong_flags(), lambda each: each[0] >> header.cluster_bits):
+        changes = list(group)
+        first, last = changes[0][0], changes[-1][0] + 8
+        words = bytearray(read(first, last - first))
+        for place, entry in changes:
+            words[place - first : place - first + 8] = entry.to_bytes(8, "big")
+        write(first, bytes(words))
+        fixed += len(changes)
+    return fixed
 
 
 class _Table:
@@ -56,37 +89,110 @@ class _Table:
         self._header = header
         self._read = read
         length = header.refcount_table_clusters << header.cluster_bits
-        table = read(header.refcount_table_offset, length)
-        self._blocks = [
-            int.from_bytes(table[at : at + 8], "big") & REFCOUNT_BLOCK_MASK for at in range(0, length, 8)
-        ]
+        self._blocks = array("Q", read(header.refcount_table_offset, length))
+        swap(self._blocks)
         self._per_block = refcount_codec.block_entries(header.cluster_bits, header.refcount_order)
+        self._highest = refcount_codec.max_refcount(header.refcount_order)
 
     def _block(self, index: int) -> int:
-        offset = self._blocks[index] if index < len(self._blocks) else 0
+        offset = self._blocks[index] & REFCOUNT_BLOCK_MASK if index < len(self._blocks) else 0
         return 0 if offset % self._header.cluster_size else offset
 
-    def get(self, cluster: int) -> int:
-        """The count of a cluster; 0 where there is no block."""
-        index, position = divmod(cluster, self._per_block)
-        offset = self._block(index)
-        if not offset:
-            return 0
-        counts = refcount_codec.decode(self._read(offset, self._header.cluster_size), self._header.refcount_order)
-        return counts[position]
+    def can_set(self, cluster: int, count: int) -> bool:
+        """Whether there is a block that counts a cluster; a count that is too large is beyond repair anyway."""
+        return bool(self._block(cluster // self._per_block)) or count > self._highest
 
-    def set(self, wanted: dict[int, int], write: Write) -> int:
-        """Set counts where there is a block for them and they fit; how many."""
+    def set(self, found: Findings, write: Write, *, raises: bool) -> int:
+        """Raise counts that are too low, or lower those that are too high, where they fit; how many."""
         order = self._header.refcount_order
-        by_block: dict[int, dict[int, int]] = defaultdict(dict)
-        for cluster, count in wanted.items():
-            index, position = divmod(cluster, self._per_block)
-            if self._block(index) and count <= refcount_codec.max_refcount(order):
-                by_block[index][position] = count
-        for index, changes in by_block.items():
+        done = 0
+        wanted = (each for each in found.differences() if (each[1] < each[2]) is raises)
+        for index, changes in groupby(wanted, lambda each: each[0] // self._per_block):
             offset = self._block(index)
+            if not offset:
+                continue
             counts = refcount_codec.decode(self._read(offset, self._header.cluster_size), order)
-            for position, count in changes.items():
-                counts[position] = count
+            for cluster, _counted, used in changes:
+                if used <= self._highest:
+                    counts[cluster % self._per_block] = used
+                    done += 1
             write(offset, bytes(refcount_codec.encode(counts, order)))
-        return sum(map(len, by_block.values()))
+        return done
+
+
+# -- a new refcount structure -------------------------------------------------------------------------------------
+
+
+def _rebuild_all(header: Header, read: Read, write: Write, found: Findings, flush: Callable[[], None]) -> Repaired:
+    lows = sum(counted < used for _cluster, counted, used in found.differences())
+    corruptions = max(1, lows)
+    if not rebuild(header, write, found, flush):
+        return Repaired()
+    return Repaired(0 if found.is_lossy else found.leaks, corruptions + _set_flags(header, read, write, found))
+
+
+def rebuild(header: Header, write: Write, found: Findings, flush: Callable[[], None] = _nothing) -> bool:
+    """Write a new refcount table, with blocks, behind everything there is, and let the header lead to it.
+
+    ``found.used`` is then what the table says. Returns False with nothing written that is used, where the format
+    has no room for it. Raises OSError.
+    """
+    counts = found.used
+    for cluster in found.structures:
+        counts.add(cluster, -1)
+    if found.is_lossy:
+        _keep(counts, found.counted, found.image_end >> header.cluster_bits)
+    bits, order = header.cluster_bits, header.refcount_order
+    per_block = refcount_codec.block_entries(bits, order)
+    if any(block and max(block) > refcount_codec.max_refcount(order) for block in counts.blocks.values()):
+        return False
+    start = 1 + max(counts.last(), max(found.structures, default=-1))
+    used = _blocks_of(counts, per_block)
+    clusters, indices = _place(start, used, per_block, bits)
+    if clusters << bits > layout.MAX_REFCOUNT_TABLE_BYTES:
+        return False
+    for cluster in range(start, start + len(indices) + clusters):
+        counts.add(cluster)
+    table = bytearray(clusters << bits)
+    for position, index in enumerate(indices, start):
+        entries = refcount_codec.from_counts(counts.slice(index * per_block, per_block), order)
+        write(position << bits, bytes(refcount_codec.encode(entries, order)))
+        table[8 * index : 8 * index + 8] = (position << bits).to_bytes(8, "big")
+    offset = start + len(indices) << bits
+    write(offset, bytes(table))
+    flush()
+    write(_TABLE_FIELDS, struct.pack(">QI", offset, clusters))
+    flush()
+    return True
+
+
+def _keep(counts: Counts, counted: Counts, end: int) -> None:
+    """Let no cluster before ``end``, where the file ends, be counted less than it was."""
+    for index, block in counted.blocks.items():
+        for at in range(last_used(block, max(0, min(BLOCK, end - index * BLOCK))) + 1):
+            missing = block[at] - counts.get(index * BLOCK + at)
+            if missing > 0:
+                counts.add(index * BLOCK + at, missing)
+
+
+def _blocks_of(counts: Counts, per_block: int) -> set[int]:
+    """The refcount blocks in which something is counted."""
+    found = set()
+    step = min(per_block, BLOCK)
+    for index, block in counts.blocks.items():
+        for start in range(0, BLOCK, step):
+            if not is_nothing(block[start : start + step]):
+                found.add((index * BLOCK + start) // per_block)
+    return found
+
+
+def _place(start: int, used: set[int], per_block: int, cluster_bits: int) -> tuple[int, list[int]]:
+    """Clusters of the table, and the blocks there have to be, when both stand from cluster ``start`` on."""
+    clusters, indices = 1, set(used)
+    while True:
+        end = start + len(indices) + clusters
+        wanted = used | set(range(start // per_block, (end - 1) // per_block + 1))
+        needed = -(-(max(wanted) + 1) * 8 >> cluster_bits)
+        if wanted == indices and needed <= clusters:
+            return clusters, sorted(indices)
+        indices, clusters = wanted, max(needed, clusters)

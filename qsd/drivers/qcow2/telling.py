@@ -1,13 +1,14 @@
-"""What a qcow2 node answers when it is asked about itself."""
+"""What a qcow2 node answers when it is asked where something is, and about itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qsd.drivers.base import Host, Mode
+from qsd.drivers.base import Child, Host, Mode
 from qsd.drivers.mapped import MappedDriver
-from qsd.drivers.qcow2 import facts
+from qsd.drivers.qcow2 import compressed, facts
 from qsd.drivers.qcow2.layout import DIRTY
+from qsd.drivers.runs import Run
 from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
 
@@ -23,6 +24,44 @@ class TellingDriver(MappedDriver):
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
         self._is_backing_overridden = False
+        self._is_sparse: bool | None = None
+
+    # -- where things are -------------------------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> Run:
+        """The run at ``offset``."""
+        return self.image.map.lookup(offset, length)
+
+    def status(self, offset: int, length: int) -> tuple[int, int]:
+        """Kind and length of the run at ``offset``."""
+        return self.image.map.status(offset, length)
+
+    @property
+    def asks_data(self) -> bool:
+        """True where much of the file is a hole: metadata was preallocated, and reads as zeroes."""
+        if self._is_sparse is None:
+            image = self.image
+            used = facts.allocated_size({"file": image.file})
+            is_sparse = used is not None and used < image.file.length * 9 // 10
+            # What is encrypted is never known to be zeroes.
+            self._is_sparse = is_sparse and not image.header.has_data_file and not image.is_encrypted
+        return self._is_sparse
+
+    def locate(self, where: int) -> tuple[Child, int, int]:
+        """Where the bytes of a compressed L2 entry are."""
+        offset, length = compressed.decode_entry(where, self.image.geometry.cluster_bits)
+        return self.image.file, offset, length
+
+    def unpack(self, where: int, data: memoryview) -> bytes | bytearray:
+        """Inflate a cluster."""
+        header = self.image.header
+        return compressed.inflate(data, header.cluster_size, header.compression_type)
+
+    def packed_skip(self, offset: int) -> int:
+        """How far into its cluster an offset is."""
+        return offset & (self.image.geometry.cluster_size - 1)
+
+    # -- what it is made of -----------------------------------------------------------------------------------
 
     def allocated_size(self) -> int | None:
         """Bytes used on the host, by the image and its data file."""

@@ -1,0 +1,102 @@
+"""An image that was not closed is repaired when it is opened to be written (its dirty bit says so).
+
+The check and the repair run on a thread, which asks the loop for every read and write of the image file: other
+nodes and their clients go on meanwhile, and whatever the file is, the node below it serves it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import trio
+
+from qsd.drivers.base import Child
+from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.layout import DIRTY, Header
+from qsd.drivers.qcow2.loading import read_header, read_table
+from qsd.drivers.qcow2.repair import Repaired, repair
+from qsd.errors import QmpError, errno_text
+
+if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.image import Image
+
+log = logging.getLogger("qsd.qcow2")
+
+# Lines about damage that are kept to be told.
+MAX_PROBLEMS: Final = 20
+
+
+async def mend(driver: Qcow2Driver, image: Image) -> None:
+    """Repair ``image``, of which nothing is in memory but the header and the L1 table. Raises QmpError.
+
+    Afterwards its header and L1 table are those of the file. What is beyond repair leaves the mark where it is.
+    """
+    try:
+        found, fixed = await trio.to_thread.run_sync(_check_and_repair, _OnThread(image.file), image.header)
+        header = await read_header(image.file)
+        image.header = attrs.evolve(header, feature_names=image.header.feature_names)
+        if found.corruptions:
+            log.warning("%s is damaged beyond repair: %s", driver.node_name, "; ".join(found.problems))
+        else:
+            await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
+            await image.file.flush()
+            log.info("%s: repaired %d leaks, %d corruptions", driver.node_name, fixed.leaks, fixed.corruptions)
+        l1 = await read_table(image.file, header.l1_offset, header.l1_size, "Could not read L1 table")
+        image.map.l1[:] = l1
+    except OSError as error:
+        raise QmpError(f"Could not repair dirty image: {errno_text(error.errno or 0)}") from None
+
+
+def _check_and_repair(file: _OnThread, header: Header) -> tuple[Findings, Repaired]:
+    """What is left to be found, and what was put right."""
+    found = Checker(header, file.read, file.length, max_problems=MAX_PROBLEMS).run()
+    if not found.corruptions and not found.leaks:
+        return found, Repaired()
+    fixed = repair(header, file.read, file.write, found, leaks_only=False, flush=file.flush)
+    file.flush()
+    header = file.header()
+    return Checker(header, file.read, file.length, max_problems=MAX_PROBLEMS).run(), fixed
+
+
+class _OnThread:
+    """The image file, for a thread. Everything raises OSError."""
+
+    def __init__(self, file: Child) -> None:
+        self._file = file
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
+        return self._file.length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes; beyond the end of the file they are zeroes."""
+        inside = max(0, min(length, self._file.length - offset))
+        data: bytes = self._ask(self._file.read, offset, inside) if inside else b""
+        return data.ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write; the file becomes as long as that takes."""
+        self._ask(self._write, offset, data)
+
+    def flush(self) -> None:
+        """Return when everything is on the disk."""
+        self._ask(self._file.flush)
+
+    def header(self) -> Header:
+        """The header as it is now. Raises QmpError."""
+        found: Header = self._ask(read_header, self._file)
+        return found
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        if end > self._file.length and not self._file.grow(end):
+            await self._file.truncate(end, exact=False)
+        await self._file.write(offset, data)
+
+    @staticmethod
+    def _ask(function: Any, *args: Any) -> Any:
+        return trio.from_thread.run(function, *args)
