@@ -104,7 +104,8 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING, handlers=[Stderr()])
 
     async def start(supervisor: Supervisor) -> int | None:
-        daemon = await build(supervisor, is_background=background is not None)
+        up = trio.Event()
+        daemon = await build(supervisor, is_background=background is not None, up=up)
         for item in given:
             report = Report(prog, item.where)
             try:
@@ -114,6 +115,7 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
                 return 1
             except cli_options.Finish as finish:
                 return finish.code
+        up.set()
         return None
 
     def came_up() -> None:

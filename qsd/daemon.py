@@ -43,6 +43,8 @@ from qsd.servers.monitor.table import Monitors
 from qsd.servers.nbd.server import NbdService
 
 if TYPE_CHECKING:
+    import trio
+
     from qsd.servers.view.view import Views
 
 
@@ -86,8 +88,11 @@ def _warn(text: str) -> None:
     write_stderr(f"{text}\n")
 
 
-async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
-    """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away."""
+async def build(supervisor: Supervisor, *, is_background: bool, up: trio.Event | None = None) -> Daemon:
+    """Build the daemon on its supervisor. ``is_background``: standard descriptors will go away.
+
+    Clients that come before ``up`` wait: they would miss what the rest of the command line makes. None: it is up.
+    """
     supervisor.failures.update(FAILURES)
     events = EventBus()
     await supervisor.start(EventActor(events), Floor.CORE)
@@ -100,7 +105,7 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
     jobs = Jobs(supervisor, events)
     await supervisor.start(jobs, Floor.JOBS)
     exports = Exports(supervisor, graph, objects, events)
-    nbd = NbdService(supervisor, plane.reactor, exports, _warn)
+    nbd = NbdService(supervisor, plane.reactor, exports, _warn, up)
     await supervisor.start(nbd, Floor.EXPORTS)
     FuseService(plane.reactor, exports, _warn)
     chardevs = Chardevs(supervisor, is_background=is_background)
@@ -132,6 +137,6 @@ async def build(supervisor: Supervisor, *, is_background: bool) -> Daemon:
 
     objects.makers[QsdViewProperties] = lambda options: lambda: views().make(options)
     objects.mount("chardevs", chardevs.faces)
-    monitors = Monitors(supervisor, chardevs, objects, events, dispatch)
+    monitors = Monitors(supervisor, chardevs, objects, events, dispatch, up)
     await monitors.start()
     return Daemon(services, monitors)

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from typing import Any
 
 from compare import DATA, has_loop_devices, outcome, play, run_program
+from nbd_talk import server
+from scripts_nbd import ARGUMENTS, CONVERSATIONS
 from tables import SCRIPTS, lines
 
 PROGRAM = "/opt/qsd-reference/bin/qemu-storage-daemon"
@@ -52,11 +54,18 @@ def record_scripts(program: str) -> list[Any]:
     return rows
 
 
+def record_conversations(program: str) -> list[Any]:
+    """One row a conversation: its name, the steps and the answers."""
+    with server([program], ARGUMENTS) as play_one:
+        return [[name, steps, play_one(steps)] for name, steps in CONVERSATIONS.items()]
+
+
 def main() -> None:
     program = sys.argv[1] if len(sys.argv) > 1 else PROGRAM
     version = version_of(program)
     about = "Written by tests/differential/record.py: what the reference answers to"
     write("differential_lines.json", f"{about} the lines of lines.txt.", version, record_lines(program))
+    write("differential_nbd.json", f"{about} scripts_nbd.py.", version, record_conversations(program))
     write("differential_scripts.json", f"{about} the scripts of tables.py.", version, record_scripts(program))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 from compare import DATA, has_loop_devices, outcome, play
-from record import record_lines, record_scripts, version_of
+from nbd_talk import server
+from record import record_conversations, record_lines, record_scripts, version_of
+from scripts_nbd import ARGUMENTS, CONVERSATIONS
 from tables import SCRIPTS, lines
 
 Rows = list[Any]
@@ -26,6 +29,7 @@ def recorded(name: str) -> tuple[str, Rows]:
 TABLE = {line: (words, why) for line, words, why in lines()}
 VERSION, LINES = recorded("differential_lines.json")
 _, STEPS = recorded("differential_scripts.json")
+_, TALKS = recorded("differential_nbd.json")
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +89,42 @@ def test_script_is_answered_as_by_the_reference(name: str) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.fixture(scope="module")
+def talk_to_ours() -> Iterator[Callable[[Sequence[Any]], list[Any]]]:
+    """Plays a conversation with one daemon of ours."""
+    with server([sys.executable, "-m", "qsd"], ARGUMENTS) as play_one:
+        yield play_one
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_nbd_client_is_answered_as_by_the_reference(
+    name: str, talk_to_ours: Callable[[Sequence[Any]], list[Any]]
+) -> None:
+    steps = CONVERSATIONS[name]
+    ((recorded_steps, theirs),) = [row[1:] for row in TALKS if row[0] == name]
+    assert recorded_steps == json.loads(json.dumps(steps)), "record it again"
+    ours = talk_to_ours(steps)
+    pairs = itertools.zip_longest(steps, theirs, ours)
+    problems = [
+        f"{step}\n  theirs {wanted}\n  ours   {answer}" for step, wanted, answer in pairs if answer != wanted
+    ]
+    assert not problems, "\n".join(problems)
+
+
 def test_everything_is_recorded() -> None:
+    assert [name for name, _, _ in TALKS] == list(CONVERSATIONS)
     assert [line for line, _ in LINES] == list(TABLE)
     assert {name for name, _, _ in STEPS} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("what", ["lines", "scripts"])
+@pytest.mark.parametrize("what", ["lines", "scripts", "nbd"])
 def test_recordings_are_what_the_reference_says(what: str, reference: Path) -> None:
     version = version_of(str(reference))
     if version != VERSION:
         pytest.skip(f"the recordings are of {VERSION}, {reference} is {version}")
-    if what == "scripts":
+    if what == "nbd":
+        rows, now = TALKS, record_conversations(str(reference))
+    elif what == "scripts":
         now = record_scripts(str(reference))
         played = {name for name, _, _ in now}
         rows = [row for row in STEPS if row[0] in played]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsd.wire.nbd import constants as c
-from qsd.wire.nbd.handshake import MAX_BUFFERED, ExportInfo, ServerHandshake
+from qsd.wire.nbd.handshake import MAX_BUFFERED, MAX_OUTPUT, ExportInfo, ServerHandshake
 
 DISK = ExportInfo("disk", 1 << 20, description="a disk", read_only=False)
 GREETING = b"NBDMAGICIHAVEOPT\x00\x03"
@@ -154,6 +154,24 @@ def test_unknown_client_flags_end_it() -> None:
     handshake = ServerHandshake(Directory(DISK))
     handshake.receive(struct.pack(">I", 7))
     assert handshake.failure == "Unknown client flags 0x7 received"
+
+
+def test_answers_do_not_pile_up() -> None:
+    """A thousand short options ask for a thousand long lists at once."""
+    handshake = ServerHandshake(
+        Directory(*(ExportInfo(str(i) * 1000, 1, description="d" * 4096) for i in range(9)))
+    )
+    handshake.receive(CLIENT_FLAGS + option(c.OPT_LIST) * 1000)
+    total = most = 0
+    while True:
+        output = handshake.take_output()
+        total += output.count(struct.pack(">QII", c.REPLY_MAGIC, c.OPT_LIST, c.REP_ACK))
+        most = max(most, len(output))
+        if not handshake.has_more:
+            break
+        handshake.receive(b"")
+    assert total == 1000
+    assert most < MAX_OUTPUT + 9 * 6000
 
 
 def test_long_payload_is_skipped_not_kept() -> None:

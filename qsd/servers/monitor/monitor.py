@@ -79,6 +79,8 @@ class Monitor(Actor):
 
     async def _run_session(self, session: Session) -> None:
         try:
+            if self._gate.up is not None:
+                await self._gate.up.wait()
             await session.run()
         finally:
             self._commands += session.commands

@@ -50,9 +50,10 @@ Dispatch = Callable[["Session", str, dict[str, Any]], Awaitable[Any]]
 
 @attrs.define(eq=False)
 class Gate:
-    """Whether commands are taken; shut for good when the daemon stops."""
+    """Whether commands are taken; shut for good when the daemon stops. Sessions begin when it is ``up``."""
 
     stop_requested: trio.Event
+    up: trio.Event | None = None
     shut: trio.Event = attrs.field(factory=trio.Event)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from qsd.actors.core import Actor
 from qsd.actors.events import EventBus
 from qsd.actors.faces import MonitorFace
@@ -40,7 +42,8 @@ class CommandGate(Actor):
 class Monitors:
     """All monitors. ``start`` must run before the first is added.
 
-    ``dispatch`` runs a command: it is given the session, the name and the JSON arguments, and returns JSON.
+    ``dispatch`` runs a command: it is given the session, the name and the JSON arguments, and returns JSON. Nobody
+    is greeted before ``up``.
     """
 
     def __init__(
@@ -50,13 +53,14 @@ class Monitors:
         objects: Objects,
         events: EventBus,
         dispatch: Dispatch,
+        up: trio.Event | None = None,
     ) -> None:
         self._supervisor = supervisor
         self._chardevs = chardevs
         self._objects = objects
         self._events = events
         self._dispatch = dispatch
-        self._gate = Gate(supervisor.stop_requested)
+        self._gate = Gate(supervisor.stop_requested, up)
         self._monitors: dict[str, Monitor] = {}
         self._count = 0
         supervisor.failures[Monitor.kind] = self._crashed

@@ -68,15 +68,20 @@ class Encoder:
         self.plain_write_flags = c.CMD_FLAG_PAYLOAD_LEN if self.extended else 0
         self.pack_read: Callable[[Any, int, int, int, int], None]
         self.pack_done: Callable[[Any, int, int, int], None]
+        self.pack_empty: Callable[[Any, int, int, int], None]
         if self.extended:
             self.read_head, self.done_size = wire.EXTENDED_DATA.size, wire.EXTENDED_CHUNK.size
             self.pack_read, self.pack_done = _extended_read, _extended_done
+            self.empty_size, self.pack_empty = self.done_size, self.pack_done
         elif self.structured:
             self.read_head, self.done_size = wire.STRUCTURED_DATA.size, wire.SIMPLE_REPLY.size
             self.pack_read, self.pack_done = _structured_read, _simple_done
+            # A read is answered with chunks, also one of nothing.
+            self.empty_size, self.pack_empty = wire.STRUCTURED_CHUNK.size, _structured_done
         else:
             self.read_head = self.done_size = wire.SIMPLE_REPLY.size
             self.pack_read, self.pack_done = _simple_read, _simple_done
+            self.empty_size, self.pack_empty = self.done_size, self.pack_done
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -154,8 +159,7 @@ class Encoder:
         """The answer to a request that failed with a positive errno."""
         if not self.structured:
             return wire.simple_reply(header.cookie, number)
-        if not self.extended and header.kind not in (c.CMD_READ, c.CMD_BLOCK_STATUS):
-            return wire.simple_reply(header.cookie, number)
+        # Of any command, not only of those that must be answered with chunks: here is room for the text.
         return wire.error_chunk(header, number, text or errno_text(number), extended=self.extended)
 
     def block_status(self, header: RequestHeader, extents: Sequence[Extent], contexts: tuple[int, ...]) -> bytes:
@@ -177,6 +181,7 @@ class Encoder:
 
 _pack_structured = wire.STRUCTURED_DATA.pack_into
 _pack_extended = wire.EXTENDED_DATA.pack_into
+_pack_structured_chunk = wire.STRUCTURED_CHUNK.pack_into
 _pack_chunk = wire.EXTENDED_CHUNK.pack_into
 _pack_simple = wire.SIMPLE_REPLY.pack_into
 
@@ -195,6 +200,10 @@ def _simple_read(memory: Any, start: int, cookie: int, _offset: int, _length: in
 
 def _extended_done(memory: Any, start: int, cookie: int, offset: int) -> None:
     _pack_chunk(memory, start, 0x6E8A278C, 1, 0, cookie, offset, 0)
+
+
+def _structured_done(memory: Any, start: int, cookie: int, _offset: int) -> None:
+    _pack_structured_chunk(memory, start, 0x668E33EF, 1, 0, cookie, 0)
 
 
 def _simple_done(memory: Any, start: int, cookie: int, _offset: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,6 +51,8 @@ SEND_BUFFER = 2 << 20
 HANDSHAKE_READ = 64 << 10
 # Clients beyond max-connections wait here.
 BACKLOG = 128
+# How long a client may take to choose an export when others cannot come in because of it.
+PATIENCE_S = 0.5
 
 
 class NbdExport(Actor):
@@ -159,6 +162,17 @@ class NbdConnection(Actor):
         self._export: NbdExport | None = None
         self._transmission: Transmission | None = None
         self._reason = ""
+        self.since = trio.current_time()
+
+    @property
+    def is_negotiating(self) -> bool:
+        """True until it has an export."""
+        return self._transmission is None
+
+    def give_up(self) -> None:
+        """Drop a client that has not chosen an export yet."""
+        self._complain("given up for a client that waits")
+        self.disconnect("given up")
 
     async def started(self) -> None:
         """Begin to negotiate."""
@@ -199,6 +213,9 @@ class NbdConnection(Actor):
             await _send_all(stream, handshake.take_output())
             if handshake.is_over:
                 break
+            if handshake.has_more:
+                handshake.receive(b"")
+                continue
             data = await stream.recv(HANDSHAKE_READ)
             if not data:
                 self._complain("Failed to read: Unexpected end-of-file before all data were read")
@@ -209,7 +226,7 @@ class NbdConnection(Actor):
         return handshake.result
 
     def _complain(self, text: str) -> None:
-        self._service.warn(f"option negotiation failed: {text}")
+        self._service.warn(f"qsd: option negotiation failed: {text}")
 
     def _begin(self, export: NbdExport, result: Negotiated) -> None:
         if export not in self._service.exports_alive():
@@ -286,17 +303,23 @@ class _End:
 
 
 class NbdService(Actor):
-    """The server, of which there is at most one at a time."""
+    """The server, of which there is at most one at a time. Clients that come before ``up`` wait in the backlog."""
 
     kind = "nbd server"
 
     def __init__(
-        self, supervisor: Supervisor, reactor: Reactor, exports: Exports, warn: Callable[[str], None]
+        self,
+        supervisor: Supervisor,
+        reactor: Reactor,
+        exports: Exports,
+        warn: Callable[[str], None],
+        up: trio.Event | None = None,
     ) -> None:
         super().__init__("nbd server")
         self._supervisor = supervisor
         self.reactor = reactor
         self.warn = warn
+        self._up = up
         self.pool = Pool()
         self.handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
         self._exports = exports
@@ -401,9 +424,10 @@ class NbdService(Actor):
     async def _accept(self, listener: socket.socket, scope: trio.CancelScope) -> None:
         with scope:
             stream = trio.socket.from_stdlib_socket(listener)
+            if self._up is not None:
+                await self._up.wait()
             while True:
-                while self.max_connections and len(self._connections) >= self.max_connections:
-                    await self._room.wait()
+                await self._wait_for_room(stream)
                 try:
                     accepted, _peer = await stream.accept()
                 except OSError as error:
@@ -416,6 +440,23 @@ class NbdService(Actor):
                         continue
                     raise
                 await self._welcome(accepted)
+
+    async def _wait_for_room(self, listener: trio.socket.SocketType) -> None:
+        """Return when one more client may come. For one that waits, the oldest half-open connection is given up.
+
+        Without that, ``max_connections`` clients that say nothing would keep everybody out for as long as a
+        handshake may last.
+        """
+        while self.max_connections and len(self._connections) >= self.max_connections:
+            await trio.lowlevel.wait_readable(listener)
+            half_open = [one for one in self._connections if one.is_negotiating]
+            oldest = min(half_open, key=lambda one: one.since, default=None)
+            left = math.inf if oldest is None else oldest.since + PATIENCE_S - trio.current_time()
+            if oldest is not None and left <= 0:
+                oldest.give_up()
+                left = math.inf
+            with trio.move_on_after(left):
+                await self._room.wait()
 
     async def _welcome(self, accepted: trio.socket.SocketType) -> None:
         sock = socket.socket(fileno=accepted.detach())

@@ -399,7 +399,9 @@ class Transmission:
         encoder = self._encoder
         out = self._out
         is_read = op is Op.READ
-        head = encoder.read_head if is_read and header.length else encoder.done_size
+        head = encoder.done_size
+        if is_read:
+            head = encoder.read_head if header.length else encoder.empty_size
         room = header.length if is_read else 0
         slab = out.slab or out.fresh_slab(0)
         data = -(-(slab.used + head) // self._alignment) * self._alignment
@@ -409,6 +411,8 @@ class Transmission:
         start, stop = data - head, data + room
         if is_read and header.length:
             encoder.pack_read(slab.memory, start, header.cookie, header.offset, header.length)
+        elif is_read:
+            encoder.pack_empty(slab.memory, start, header.cookie, header.offset)
         else:
             encoder.pack_done(slab.memory, start, header.cookie, header.offset)
         slab.used = stop

@@ -80,6 +80,17 @@ CMD_CACHE = 5
 CMD_WRITE_ZEROES = 6
 CMD_BLOCK_STATUS = 7
 
+# As the reference's texts name them.
+COMMAND_NAMES = {
+    CMD_READ: "read",
+    CMD_WRITE: "write",
+    CMD_FLUSH: "flush",
+    CMD_TRIM: "trim",
+    CMD_CACHE: "cache",
+    CMD_WRITE_ZEROES: "write zeroes",
+    CMD_BLOCK_STATUS: "block status",
+}
+
 CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
 CMD_FLAG_DF = 1 << 2

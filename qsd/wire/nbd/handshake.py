@@ -1,6 +1,7 @@
 """The server's side of the fixed newstyle handshake, sans-IO.
 
-Feed what arrived to ``receive``; send what ``take_output`` gives; stop when ``result`` or ``failure`` is set.
+Feed what arrived to ``receive`` (again, with nothing, while ``has_more``); send what ``take_output`` gives; stop
+when ``result`` or ``failure`` is set.
 A client's lie is bounded: options are read only when their length is allowed for that option (``_OPTIONS``), others
 are skipped in a counter, so what is buffered never exceeds ``MAX_BUFFERED``.
 """
@@ -24,6 +25,10 @@ DIRTY_BITMAP = "qemu:dirty-bitmap:"
 
 # The longest option that is looked at: a name, and as many queries as fit one client's contexts.
 MAX_OPTION_READ = 4 + c.MAX_STRING + 4 + 64 * (4 + c.MAX_STRING)
+# Replies held at once, before the last one is added.
+MAX_OUTPUT = 64 << 10
+# Bytes of a name that is not known that are shown to the client.
+SHOWN = 80
 MAX_BUFFERED = MAX_OPTION_READ + _OPTION.size
 
 
@@ -78,8 +83,9 @@ class ServerHandshake:
         )
         self._input = bytearray()
         self._step: Callable[[], bool] = self._client_flags
+        self.has_more = False
         self._skip = 0
-        self._no_zeroes = False
+        self._no_zeroes = self._is_fixed = False
         self.structured = False
         self.extended = False
         self._contexts: tuple[tuple[int, str], ...] = ()
@@ -98,14 +104,23 @@ class ServerHandshake:
         return self.result is not None or self.failure is not None
 
     def receive(self, data: bytes) -> None:
-        """Take what arrived, in any pieces."""
+        """Take what arrived, in any pieces.
+
+        A list may be many times longer than the option that asks for it: with ``has_more`` set, send the output,
+        then go on with no data.
+        """
         if self._skip:
             taken = min(self._skip, len(data))
             self._skip -= taken
             data = data[taken:]
         self._input += data
-        while not self.is_over and not self._skip and self._step():
-            pass
+        self.has_more = False
+        while not self.is_over and not self._skip:
+            if len(self._output) >= MAX_OUTPUT:
+                self.has_more = True
+                return
+            if not self._step():
+                return
 
     def _take(self, count: int) -> bytes | None:
         if len(self._input) < count:
@@ -128,6 +143,7 @@ class ServerHandshake:
         if flags & ~(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES):
             return self._fail(f"Unknown client flags 0x{flags:x} received")
         self._no_zeroes = bool(flags & c.FLAG_NO_ZEROES)
+        self._is_fixed = bool(flags & c.FLAG_FIXED_NEWSTYLE)
         self._step = self._option
         return True
 
@@ -139,6 +155,9 @@ class ServerHandshake:
             return self._fail("Bad magic received")
         if length > c.MAX_OPTION:
             return self._fail(f"len ({length}) is larger than max len ({c.MAX_OPTION})")
+        if not self._is_fixed and option != c.OPT_EXPORT_NAME:
+            # A client of the unfixed protocol cannot read a reply that says no.
+            return self._fail(f"Unsupported option {option} ({c.OPTION_NAMES.get(option, '<unknown>')})")
         known = _OPTIONS.get(option)
         if option == c.OPT_EXPORT_NAME and length > c.MAX_STRING:
             return self._fail("Bad length received")
@@ -155,7 +174,10 @@ class ServerHandshake:
         if known is None:
             self._unsupported(option)
         else:
-            known[0](self, payload)
+            try:
+                known[0](self, payload)
+            except _BadOption as bad:
+                self._reply(option, c.REP_ERR_INVALID, str(bad))
         return True
 
     def _refuse_unread(self, option: int, length: int, is_known: bool) -> None:
@@ -165,12 +187,9 @@ class ServerHandshake:
         self._skip = length - taken
         if not is_known:
             self._unsupported(option)
-        elif option in (c.OPT_LIST, c.OPT_STRUCTURED_REPLY, c.OPT_EXTENDED_HEADERS):
+        elif not _OPTIONS[option][1]:
             name = c.OPTION_NAMES[option]
             self._reply(option, c.REP_ERR_INVALID, f"option '{name}' has unexpected length")
-        elif option == c.OPT_STARTTLS:
-            self._reply(option, c.REP_ERR_INVALID, "option 'starttls' has unexpected length")
-            self._fail("option 'starttls' has unexpected length")
         else:
             self._reply(option, c.REP_ERR_TOO_BIG, f"option '{c.OPTION_NAMES[option]}' is too long")
 
@@ -240,19 +259,13 @@ class ServerHandshake:
         self._info_or_go(c.OPT_GO, payload)
 
     def _info_or_go(self, option: int, payload: bytes) -> None:
-        reader = _Reader(payload)
-        name = reader.string()
-        count = reader.number(">H")
-        if name is None or count is None or len(reader.rest()) != 2 * count:
-            text = f"Inconsistent lengths in option {c.OPTION_NAMES[option]}"
-            if name is None and reader.bad_length is not None:
-                text = f"Invalid name length: {reader.bad_length}"
-            self._reply(option, c.REP_ERR_INVALID, text)
-            return
-        wanted = set(struct.unpack(f">{count}H", reader.rest()))
+        reader = _Reader(option, payload)
+        name = reader.name()
+        wanted = set(reader.numbers(">H", reader.number(">H")))
+        reader.end()
         export = self._exports.lookup(name)
         if export is None:
-            self._reply(option, c.REP_ERR_UNKNOWN, f"export '{name}' not present")
+            self._reply(option, c.REP_ERR_UNKNOWN, f"export '{_shortened(name)}' not present")
             return
         if c.INFO_NAME in wanted:
             self._reply(option, c.REP_INFO, struct.pack(">H", c.INFO_NAME) + export.name.encode())
@@ -286,26 +299,19 @@ class ServerHandshake:
 
     def _meta_context(self, option: int, payload: bytes) -> None:
         is_set = option == c.OPT_SET_META_CONTEXT
-        if not self.structured:
+        if is_set and not self.structured:
             text = f"request option '{c.OPTION_NAMES[option]}' when structured reply is not negotiated"
             self._reply(option, c.REP_ERR_INVALID, text)
             return
         if is_set:
             self._contexts, self._contexts_for = (), None
-        reader = _Reader(payload)
-        name = reader.string()
-        if name is None:
-            self._reply(option, c.REP_ERR_INVALID, f"Inconsistent lengths in option {c.OPTION_NAMES[option]}")
-            return
+        reader = _Reader(option, payload)
+        name = reader.name()
         export = self._exports.lookup(name)
         if export is None:
-            self._reply(option, c.REP_ERR_UNKNOWN, f"export '{name}' not present")
+            self._reply(option, c.REP_ERR_UNKNOWN, f"export '{_shortened(name)}' not present")
             return
-        queries = reader.queries()
-        if queries is None:
-            self._reply(option, c.REP_ERR_INVALID, f"Inconsistent lengths in option {c.OPTION_NAMES[option]}")
-            return
-        chosen = _selected(export.contexts, queries, is_list=not is_set)
+        chosen = _selected(export.contexts, reader.queries(), is_list=not is_set)
         for number, context in chosen:
             identifier = number if is_set else 0
             self._reply(option, c.REP_META_CONTEXT, struct.pack(">I", identifier) + context.encode())
@@ -374,44 +380,67 @@ def _selected(
     return tuple(chosen)
 
 
+class _BadOption(Exception):
+    """An option's payload is not what it should be; the text says why."""
+
+
 class _Reader:
-    """Reads counted strings out of an option's payload; None means that the payload is inconsistent."""
+    """Reads an option's payload. Raises _BadOption."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, option: int, data: bytes) -> None:
+        self._option = c.OPTION_NAMES[option]
         self._data = data
-        self.bad_length: int | None = None
 
-    def rest(self) -> bytes:
-        return self._data
-
-    def number(self, layout: str) -> int | None:
+    def number(self, layout: str) -> int:
         size = struct.calcsize(layout)
-        if len(self._data) < size:
-            return None
-        (value,) = struct.unpack_from(layout, self._data)
-        self._data = self._data[size:]
+        (value,) = struct.unpack(layout, self._take(size))
         return int(value)
 
-    def string(self) -> str | None:
+    def numbers(self, layout: str, count: int) -> list[int]:
+        return [number for (number,) in struct.iter_unpack(layout, self._take(count * struct.calcsize(layout)))]
+
+    def name(self) -> str:
         length = self.number(">I")
-        if length is None:
-            return None
         if length > c.MAX_STRING:
-            self.bad_length = length
-            return None
-        if length > len(self._data):
-            return None
-        value, self._data = self._data[:length], self._data[length:]
+            raise _BadOption(f"Invalid name length: {length}")
+        return self._text(length)
+
+    def queries(self) -> list[str]:
+        """What follows them is nobody's business."""
+        count = self.number(">I")
+        if count * 4 > len(self._data):
+            raise _BadOption(self._inconsistent)
+        return [self._query() for _ in range(count)]
+
+    def _query(self) -> str:
+        length = self.number(">I")
+        if length > c.MAX_STRING:
+            self._take(length)
+            return ""  # no context has such a name
+        return self._text(length)
+
+    def _text(self, length: int) -> str:
+        value = self._take(length)
+        if b"\0" in value:
+            raise _BadOption(f"Unexpected embedded NUL in option {self._option}")
         return value.decode("utf-8", "replace")
 
-    def queries(self) -> list[str] | None:
-        count = self.number(">I")
-        if count is None or count * 4 > len(self._data):
-            return None
-        found: list[str] = []
-        for _ in range(count):
-            query = self.string()
-            if query is None:
-                return None
-            found.append(query)
-        return found if not self._data else None
+    def end(self) -> None:
+        if self._data:
+            raise _BadOption(f"option '{self._option}' has unexpected length")
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self._data):
+            raise _BadOption(self._inconsistent)
+        taken, self._data = self._data[:size], self._data[size:]
+        return taken
+
+    @property
+    def _inconsistent(self) -> str:
+        return f"Inconsistent lengths in option {self._option}"
+
+
+def _shortened(name: str) -> str:
+    """A name of the client's as it is shown to it."""
+    data = name.encode()
+    return name if len(data) < SHOWN else data[:SHOWN].decode("utf-8", "ignore") + "..."

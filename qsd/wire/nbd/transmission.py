@@ -70,7 +70,7 @@ _ALLOWED_FLAGS: dict[int, int] = {
     c.CMD_BLOCK_STATUS: c.CMD_FLAG_REQ_ONE,
 }
 _WRITING = frozenset({c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES})
-_BOUNDED = frozenset({c.CMD_READ, c.CMD_WRITE})
+_BOUNDED = frozenset({c.CMD_READ, c.CMD_WRITE, c.CMD_CACHE})
 
 
 def payload_length(header: RequestHeader, *, extended: bool) -> int:
@@ -92,14 +92,14 @@ def refusal(header: RequestHeader, *, size: int, read_only: bool, structured: bo
     kind, flags, offset, length = header.kind, header.flags, header.offset, header.length
     wanted_magic = c.EXTENDED_REQUEST_MAGIC if extended else c.REQUEST_MAGIC
     if header.magic != wanted_magic:
-        return f"invalid request: unexpected magic 0x{header.magic:x}"
+        return f"invalid magic (got 0x{header.magic:x}, expected 0x{wanted_magic:x})"
     if kind not in _ALLOWED_FLAGS:
-        return f"invalid request type ({kind})"
+        return f"invalid request type ({kind}) received"
     if kind in _BOUNDED and length > c.MAX_PAYLOAD:
-        return f"len ({length} ) is larger than max len ({c.MAX_PAYLOAD})"
+        return f"len ({length}) is larger than max len ({c.MAX_PAYLOAD})"
     if read_only and kind in _WRITING:
         return "Export is read-only"
-    if kind != c.CMD_FLUSH and (offset > size or length > size - offset):
+    if offset > size or length > size - offset:
         return f"operation past EOF; From: {offset}, Len: {length}, Size: {size}"
     allowed = _ALLOWED_FLAGS[kind] | c.CMD_FLAG_FUA
     if not structured:
@@ -107,8 +107,8 @@ def refusal(header: RequestHeader, *, size: int, read_only: bool, structured: bo
     if extended and kind in (c.CMD_WRITE, c.CMD_BLOCK_STATUS):
         allowed |= c.CMD_FLAG_PAYLOAD_LEN
     if flags & ~allowed:
-        return f"unsupported flags for command {kind} (got 0x{flags:x})"
-    if kind == c.CMD_BLOCK_STATUS and not length:
+        return f"unsupported flags for command {c.COMMAND_NAMES[kind]} (got 0x{flags:x})"
+    if kind == c.CMD_BLOCK_STATUS and not length and not flags & c.CMD_FLAG_PAYLOAD_LEN:
         return "need non-zero length"
     return None
 
