@@ -1,8 +1,8 @@
 """Compressed clusters: fetched many at a time, unpacked beside the loop, and kept for whoever reads on.
 
-Unpacking lets go of the interpreter's lock, so as many threads as there are processors unpack while the loop goes
-on; each takes several clusters, because a thread takes as long to wake up as to unpack one. Clusters that lie side
-by side in the file are fetched with one request. The last clusters stay in memory (``BUDGET`` bytes), because a
+Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor;
+each takes several clusters, because a thread takes as long to wake up as to unpack one. Clusters that lie side by
+side in the file are fetched with one request. The last clusters stay in memory (``BUDGET`` bytes), because a
 reader of 4 KiB would otherwise unpack each cluster many times over.
 """
 
@@ -27,10 +27,10 @@ BUDGET: Final = 4 << 20
 FETCH: Final = 512 << 10
 GAP: Final = 4096
 # Threads of one node that unpack or pack, and the packed bytes one unpacks at a time (in a millisecond or less).
-LANES: Final = max(1, min(len(os.sched_getaffinity(0)), 8))
+LANES: Final = max(1, min(len(os.sched_getaffinity(0)) - 1, 8))
 PORTION: Final = 256 << 10
-# So little is unpacked at once: with one processor a thread would only add its wake-up.
-AT_ONCE: Final = 64 << 10 if LANES == 1 else 0
+# The packed bytes the loop unpacks itself at a time: waking up a thread for less would take as long.
+AT_ONCE: Final = 64 << 10
 
 Unpack = Callable[[int, memoryview], bytes | bytearray]
 
@@ -64,6 +64,7 @@ class Unpacker:
         self._wanted: list[Cluster] = []
         self._fetched: deque[Cluster] = deque()
         self._running = 0
+        self.at_once = AT_ONCE
 
     @property
     def size(self) -> int:
@@ -128,8 +129,11 @@ class Unpacker:
                 else:
                     start = cluster.offset - base
                     cluster.packed = packed[start : start + cluster.length]
+                    if not self._fetched:
+                        # When all that ends at the same time is there, to be shared out.
+                        self._driver.resume(self._unpack_more)
                     self._fetched.append(cluster)
-            self._unpack_more()
+            self._driver.send()
 
         self._driver.fetch(first.child, base, packed, fetched)
 
@@ -137,6 +141,15 @@ class Unpacker:
 
     def _unpack_more(self) -> None:
         fetched = self._fetched
+        own: list[Cluster] = []
+        size = 0
+        # The loop is a lane as well: it takes its share of what there is, from the end of the queue.
+        share = -(-len(fetched) // (LANES - self._running + 1))
+        if not self._running and sum(cluster.length for cluster in fetched) <= self.at_once:
+            share = len(fetched)
+        while fetched and len(own) < share and size + fetched[-1].length <= self.at_once:
+            size += fetched[-1].length
+            own.append(fetched.pop())
         while fetched and self._running < LANES:
             # Every lane gets something.
             most = -(-len(fetched) // (LANES - self._running))
@@ -145,12 +158,10 @@ class Unpacker:
             while fetched and len(portion) < most and size < PORTION:
                 size += fetched[0].length
                 portion.append(fetched.popleft())
-            if size <= AT_ONCE:
-                self._unpack_all(portion)
-                self._tell(portion)
-            else:
-                self._running += 1
-                self._driver.host.aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
+            self._running += 1
+            self._driver.host.aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
+        self._unpack_all(own)
+        self._tell(own)
 
     def _unpack_all(self, portion: list[Cluster]) -> int:
         """Unpack; on a thread, or on the loop."""
@@ -164,8 +175,8 @@ class Unpacker:
 
     def _unpacked(self, portion: list[Cluster], _result: int) -> None:
         self._running -= 1
-        self._unpack_more()
         self._tell(portion)
+        self._unpack_more()
 
     def _tell(self, portion: list[Cluster]) -> None:
         for cluster in portion:

@@ -565,6 +565,8 @@ def make_driver(world: World, nursery: trio.Nursery, *, read_only: bool = False,
     asked = BlockdevOptionsQcow2(driver=BlockdevDriver.QCOW2, file="file", **options)
     host: Any = WorldHost(world, nursery)
     driver = Qcow2Driver("n", asked, Mode(read_only=read_only, discard_unmap=True), host)
+    # Nothing is unpacked on the spot: the world decides when.
+    driver.unpacker.at_once = 0
     children: Any = world.disks
     driver.children.update(children)
     for disk in world.disks.values():

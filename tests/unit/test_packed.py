@@ -87,8 +87,9 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(packed, "LANES", 2)
-    monkeypatch.setattr(packed, "AT_ONCE", 0)
-    return Driver()
+    made = Driver()
+    made.unpacker.at_once = 0
+    return made
 
 
 def is_done(request: Request) -> bool:
@@ -180,16 +181,21 @@ def test_what_is_kept_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch
     assert not is_done(driver.read(0))
 
 
-def test_single_processor_unpacks_little_at_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LANES", 1)
-    monkeypatch.setattr(packed, "AT_ONCE", 150)
-    request = driver.read(1)
+def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> None:
+    driver.unpacker.at_once = 250
+    two = [driver.read(1), driver.read(2)]
     driver.send()
     driver.end_fetch()
-    assert is_done(request), "no thread was asked"
-    many = [driver.read(where) for where in (10, 11, 12)]
+    assert all(map(is_done, two)), "no thread was asked"
+    many = [driver.read(where) for where in range(10, 22)]
     driver.send()
     driver.end_fetch()
-    assert not any(map(is_done, many))
+    assert len(driver.jobs) == 2
+    assert list(map(is_done, many)) == [False] * 10 + [True] * 2
+    one = driver.read(30)
+    driver.send()
+    driver.end_fetch()
+    assert is_done(one), "the threads have enough to do"
     driver.end_all()
     assert all(map(is_done, many))
+    assert not driver.in_flight

@@ -90,7 +90,7 @@ class Packer:
 
     def _deflate_more(self) -> None:
         queue = self._queue
-        while queue and self._running < LANES:
+        while queue and self._running <= LANES:
             self._running += 1
             self._deflate([queue.popleft() for _ in range(min(len(queue), self._batch))])
 
