@@ -226,6 +226,19 @@ def test_detached_header_both_ways(volume: Volume, tmp_path: Path) -> None:
         assert amend(qmp, state="active", new_secret="t", iter_time=10) is None
     assert slots(qmp) == [0, 1]
     qmp.execute("blockdev-del", node_name="l")
+    # A node that is only read, and readers of its data, do not keep the header from being changed.
+    qmp.execute("blockdev-add", driver="luks", node_name="l", file="d", header="h", key_secret="s", read_only=True)
+    qmp.execute("block-export-add", type="nbd", id="d", node_name="d", name="data")
+    assert amend(qmp, state="inactive", keyslot=0) is None
+    assert slots(qmp) == [1]
+    assert amend(qmp, state="active", new_secret="s", secret="t", iter_time=10) is None
+    qmp.execute("block-export-add", type="nbd", id="h", node_name="h", name="header")
+    asked = {"job_id": "j", "node_name": "l", "options": {"driver": "luks", "state": "inactive", "keyslot": 1}}
+    assert qmp.refusal("x-blockdev-amend", **asked).startswith("Permission conflict on node 'h'")
+    for name in ("d", "h"):
+        qmp.execute("block-export-del", id=name)
+        qmp.wait_event("BLOCK_EXPORT_DELETED", lambda data, name=name: data["id"] == name)
+    qmp.execute("blockdev-del", node_name="l")
     for secret in ("pw", "other"):
         more = {"header.driver": "file", "header.filename": str(tmp_path / "h")}
         assert content_of(tmp_path / "d", tmp_path / "out", secret, **more) == DATA

@@ -78,7 +78,7 @@ class LuksDriver(Driver):
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What the parents need, and always reading; while key slots change, nobody else may look at them."""
-        if self.amending:
+        if self.amending and name == ("header" if "header" in self.children else "file"):
             return perm | Perm.CONSISTENT_READ | Perm.WRITE, shared & ~(Perm.CONSISTENT_READ | Perm.WRITE)
         return perm | Perm.CONSISTENT_READ, shared
 
