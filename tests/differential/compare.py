@@ -6,6 +6,7 @@ everywhere; where a reference of the recorded version is at hand, the recordings
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -212,9 +213,22 @@ def _renamed(value: Any, name: str, other: str) -> Any:
     return json.loads(json.dumps(value).replace(name, other)) if name and other else value
 
 
-def play(program: Sequence[str], script: Script) -> list[Any]:
+def held(pid: int) -> list[Any]:
+    """What a process has open, each with its locks; sockets and the like without their numbers."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(f"/proc/{pid}/fd/{fd}")
+            facts = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
+            locks = sorted(line.split(":", 2)[2] for line in facts if line.startswith("lock:"))
+            found.append([target if target.startswith("/") else target.partition(":")[0], locks])
+    return sorted(found)
+
+
+def play(program: Sequence[str], script: Script, *, is_watched: bool = False) -> list[Any]:
     """What the daemon answers to each step; a string that begins with ``event `` waits for that event. Events that
-    are waited for one behind the other may come in any order."""
+    are waited for one behind the other may come in any order. ``is_watched``: what ends in an error may neither
+    leave nor take away descriptors and locks."""
     answers: list[Any] = []
     events = 0
     normal = Normaliser()
@@ -229,7 +243,11 @@ def play(program: Sequence[str], script: Script) -> list[Any]:
                     answers[-events:] = sorted(answers[-events:], key=json.dumps)
                 else:
                     events = 0
-                    answers.append(normal(_renamed(talk.ask(_renamed(step, "LOOP", device)), device, "LOOP")))
+                    before = held(talk.process.pid) if is_watched else []
+                    answer = talk.ask(_renamed(step, "LOOP", device))
+                    if is_watched and "error" in answer:
+                        assert held(talk.process.pid) == before, f"half-made: {step}"
+                    answers.append(normal(_renamed(answer, device, "LOOP")))
         finally:
             talk.end()
     return answers

@@ -80,7 +80,7 @@ def test_script_is_answered_as_by_the_reference(name: str) -> None:
     assert [step for step, _ in theirs] == json.loads(json.dumps(script.steps)), "record it again"
     if script.sector and not has_loop_devices():
         pytest.skip("no loop devices can be made here")
-    ours = play([sys.executable, "-m", "qsd"], script)
+    ours = play([sys.executable, "-m", "qsd"], script, is_watched=True)
     problems = []
     for index, ((step, wanted), answer) in enumerate(zip(theirs, ours, strict=True)):
         why = script.why(index)
