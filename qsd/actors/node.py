@@ -212,6 +212,8 @@ class Node(Actor, SlowPath):
                 self._watch_threshold(request)
                 if not self.mode.discard_unmap:
                     request.flags &= ~Flag.MAY_UNMAP
+            elif op == DISCARD:
+                self._watch_threshold(request)
             self._count(request)
             if self.bitmaps.recording and op in (WRITE, WRITE_ZEROES, DISCARD):
                 self._mark(request)

@@ -447,7 +447,7 @@ except PermissionError:
     print("root may not")
 daemon.terminate()
 assert daemon.wait(30) == 0
-print([line for line in open("/proc/self/mounts") if "/mp fuse" in line])
+print([line for line in open("/proc/self/mounts") if f"{os.getcwd()}/mp fuse" in line])
 """
 
 
