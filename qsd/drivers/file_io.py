@@ -48,6 +48,9 @@ BURST = 4 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize
 OFFLOAD_NS = 9_000
 OFFLOAD_BATCHES = 64
 SMALL_WRITE = 16 << 10
+# O_DIRECT requests given to the disk at a time: it works on the first while the next are prepared. Together with
+# ``uring.TAKE``, randread 4k QD32 of a virtio disk: 33 k to 42 k IOPS.
+DIRECT_BURST = 8
 # Largest buffered transfer done on the spot: copying it takes about 100 us.
 ON_THE_SPOT = 2 << 20
 # Zero bytes are written in pieces of this size when the file system cannot zero a range.
@@ -161,8 +164,10 @@ class FileIo:
             else:
                 writes.append(request)
         for requests in (reads, writes):
-            if requests:
-                self._transfer_direct(requests)
+            for first in range(0, len(requests), DIRECT_BURST):
+                if first:
+                    self._aio.flush()
+                self._transfer_direct(requests[first : first + DIRECT_BURST])
         if started or reads or writes:
             self._aio.flush()
 

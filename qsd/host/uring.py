@@ -43,6 +43,9 @@ _SQE = struct.Struct("<BBHiQQIIQ24x")  # opcode flags ioprio fd off addr len rw_
 _CQE = struct.Struct("<QiI")
 
 ENTRIES = 256
+# Completions taken a round. The rest wait for the next: meanwhile the first answers leave, new requests are read
+# and given to the disk, which would idle while all of a burst is answered.
+TAKE = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -222,7 +225,7 @@ class Uring:
     # -- completions ------------------------------------------------------------------------------------------
 
     def reap(self, _events: int = 0) -> None:
-        """Take every completion there is and call its ``done``."""
+        """Take ``TAKE`` completions at most and call their ``done``; the descriptor stays readable for more."""
         self._is_reaping = True
         try:
             self._take()
@@ -246,7 +249,8 @@ class Uring:
         transfers: Transfers = []
         owner: Callable[[Transfers], None] | None = None
         head = words[self._cq_head]
-        while head != words[self._cq_tail]:
+        stop = (head + TAKE) & 0xFFFFFFFF
+        while head != stop and head != words[self._cq_tail]:
             token, result, _flags = unpack(cqes, base + (head & mask) * 16)
             head = (head + 1) & 0xFFFFFFFF
             words[self._cq_head] = head
