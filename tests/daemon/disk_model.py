@@ -22,7 +22,8 @@ class Model:
             offset = offset // 65536 * 65536
         return offset, length
 
-    def step(self, client: NbdReader) -> None:
+    def step(self, client: NbdReader) -> tuple[int, int] | None:
+        """Do something; offset and length of what was written, zeroed or discarded."""
         offset, length = self.range()
         span = slice(offset, offset + length)
         kind = self.rng.randrange(10)
@@ -43,3 +44,4 @@ class Model:
             assert client.read(offset, length) == self.data[span], (offset, length)
         else:
             client.flush()
+        return (offset, length) if kind < 7 else None
