@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test check bench clean bytecode
+.PHONY: help run test check soak bench clean bytecode
 
 help:
 	@echo "make run     start a daemon that exports a demo disk over NBD (until Ctrl-C)"
 	@echo "make test    run all tests"
 	@echo "make check   ruff, mypy --strict and the layer rule"
+	@echo "make soak    kill -9 under load, ROUNDS=100 times; models and power cuts with EFFORT=10 times as much"
 	@echo "make bench   compare speed with the reference daemon; writes bench/results/"
 	@echo "make clean   remove .venv, ./demo and caches"
 
@@ -47,6 +48,13 @@ check: $(VENV)/.qsd-all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict qsd
 	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+ROUNDS ?= 100
+EFFORT ?= 10
+soak: $(VENV)/.qsd-all bytecode
+	@tools/packages qemu-utils
+	$(BIN)/python tests/daemon/soak.py $(ROUNDS)
+	QSD_EFFORT=$(EFFORT) $(BIN)/python -m pytest -q tests/actors/test_qcow2_*.py tests/daemon/test_qcow2_model.py
 
 bench: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils libnbd-bin fio

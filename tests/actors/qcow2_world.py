@@ -18,6 +18,8 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from guest import SECTOR as SECTOR
+from guest import Allowed, GuestOp, assert_shown
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath
@@ -31,8 +33,6 @@ from qsd.qapi.core import NULL
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2, BlockdevQcow2EncryptionAes, BlockdevQcow2EncryptionFormat
 
-SECTOR: Final = 512
-NEVER: Final = 1 << 60
 # What a discarded range of a disk reads as: whoever relies on it is found out.
 DISCARDED: Final = b"\xdb"
 CHANGES: Final = (Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD)
@@ -142,44 +142,7 @@ def apply(data: bytearray, change: Change) -> None:
     data[change.offset : end] = change.data
 
 
-# -- what the guest knows ---------------------------------------------------------------------------------------
-
-
-@attrs.define(eq=False)
-class GuestOp:
-    """A request of the guest, in whole units. ``number`` 0 is what was there in the beginning."""
-
-    number: int
-    kind: Op
-    first: int
-    count: int
-    flags: int = 0
-    issued: int = 0
-    done: int = NEVER
-    # Of a flush: the requests that had ended when it was issued.
-    covers: list[GuestOp] = attrs.field(factory=list)
-    # Of a read: what each unit may be, as a list of requests.
-    seen: list[list[GuestOp]] = attrs.field(factory=list)
-    has_failed: bool = False
-
-
-class Allowed:
-    """The requests whose effect each unit may show."""
-
-    def __init__(self, units: int, origin: GuestOp) -> None:
-        self.units = [[origin] for _ in range(units)]
-
-    def add(self, op: GuestOp) -> None:
-        """It may show from now on."""
-        for unit in range(op.first, op.first + op.count):
-            self.units[unit].append(op)
-
-    def settle(self, op: GuestOp) -> None:
-        """It shows for certain: what had ended before it began does not show any more."""
-        if op.kind == Op.DISCARD:
-            return
-        for unit in range(op.first, op.first + op.count):
-            self.units[unit] = [other for other in self.units[unit] if other.done >= op.issued]
+# -- the guest -------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -393,20 +356,8 @@ class World:
             self.finished.append(op)
 
     def compare(self, data: bytes, first: int, allowed: list[list[GuestOp]]) -> None:
-        """Assert that every unit shows what it may show; of units larger than a sector, every sector."""
-        size = self.unit
-        for index, ops in enumerate(allowed):
-            unit = first + index
-            found = data[index * size : (index + 1) * size]
-            values = [self.value(op, unit) for op in ops]
-            if found in values:
-                continue
-            for at in range(0, size, SECTOR):
-                piece = found[at : at + SECTOR]
-                assert any(piece == value[at : at + SECTOR] for value in values), (
-                    f"unit {unit} byte {at}: {piece[:48]!r}, allowed: {[value[at : at + 16] for value in values]}"
-                    f" of {ops}"
-                )
+        """Assert that every unit shows what it may show."""
+        assert_shown(data, first, allowed, self.unit, self.value)
 
     def random_request(self, driver: Qcow2Driver) -> None:
         """One request of the guest's kind."""

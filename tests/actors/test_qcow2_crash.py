@@ -28,7 +28,7 @@ from qsd.messages import Op
 # More of everything when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
 HABITS: Final = Habits(requests=40, depth=4)
-CUTS: Final = 8
+CUTS: Final = 6
 BIG: Final = 4 << 20
 
 

@@ -1,0 +1,229 @@
+"""kill -9 under load, again and again: ``python tests/daemon/soak.py ROUNDS`` (``make soak``).
+
+A guest writes through NBD, sixteen requests at a time, and flushes now and then; in the middle of it the daemon is
+killed. What is left must check without corruptions, by qemu-img and by ``qsd check``, and the next daemon must show
+everything that was flushed. The same images live through all rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import attrs
+from guest import Allowed, GuestOp, assert_shown
+from harness import RunningDaemon, run
+from nbd_reader import FLUSH, TRIM, WRITE, WRITE_ZEROES, NbdReader
+from qcow2_images import VARIANTS, find
+
+from qsd.messages import Op
+
+DEPTH: Final = 16
+# <fcntl.h>; the module has no name for it.
+F_OFD_SETLKW: Final = 38
+MONITOR: Final = ("--chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "--monitor", "qmp")
+KILLED: Final = ("plain", "snapshots", "chain", "cluster-512", "extended", "chain-extended", "v2", "data-file")
+COMMANDS: Final = {Op.WRITE: WRITE, Op.WRITE_ZEROES: WRITE_ZEROES, Op.DISCARD: TRIM, Op.FLUSH: FLUSH}
+
+
+@attrs.define(eq=False)
+class Disk:
+    """An image and what is known of its disk: ``base`` is what was last seen, ``allowed`` what has come since."""
+
+    name: str
+    path: Path
+    unit: int
+    base: bytes
+    rng: random.Random
+    numbers: int = 0
+    clock: int = 0
+    finished: list[GuestOp] = attrs.field(factory=list)
+    origin: GuestOp = attrs.field(init=False)
+    allowed: Allowed = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.see(self.base)
+
+    def see(self, data: bytes) -> None:
+        """From now on the disk is known to hold ``data``."""
+        units = len(data) // self.unit
+        self.base, self.finished = data, []
+        self.origin = GuestOp(0, Op.WRITE, 0, units, done=-1)
+        self.allowed = Allowed(units, self.origin)
+
+    def value(self, op: GuestOp, unit: int) -> bytes:
+        """What a unit holds after a request."""
+        if op is self.origin:
+            return self.base[unit * self.unit : (unit + 1) * self.unit]
+        return (b"%07d:%07d;" % (op.number, unit)) * (self.unit // 16) if op.kind == Op.WRITE else bytes(self.unit)
+
+    def request(self) -> tuple[GuestOp, bytes]:
+        """A new request, and what it writes."""
+        self.numbers += 1
+        self.clock += 1
+        (kind,) = self.rng.choices((Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD, Op.FLUSH), (12, 3, 2, 1))
+        units = len(self.allowed.units)
+        count = 0 if kind == Op.FLUSH else self.rng.randint(1, min(units, self.rng.choice((1, 8, 64))))
+        first = self.rng.randrange(units - count + 1)
+        op = GuestOp(self.numbers, kind, first, count, issued=self.clock)
+        if kind == Op.FLUSH:
+            op.covers, self.finished = self.finished, []
+        else:
+            self.allowed.add(op)
+        data = b"".join(self.value(op, unit) for unit in range(first, first + count)) if kind == Op.WRITE else b""
+        return op, data
+
+    def ended(self, op: GuestOp) -> None:
+        """The request has been answered."""
+        self.clock += 1
+        op.done = self.clock
+        if op.kind == Op.FLUSH:
+            for other in op.covers:
+                self.allowed.settle(other)
+        else:
+            self.finished.append(op)
+
+
+class Load(NbdReader):
+    """Many requests under way at once."""
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except BrokenPipeError:
+            # Nobody is left to say goodbye to.
+            self._stream.close()
+            self.socket.close()
+
+    def run(self, disk: Disk, answers: int) -> dict[int, GuestOp]:
+        """Go on until so many answers have come; what is under way then, by cookie."""
+        under_way: dict[int, GuestOp] = {}
+        while answers:
+            while len(under_way) < DEPTH:
+                op, data = disk.request()
+                under_way[op.number] = op
+                place = op.first * disk.unit, op.count * disk.unit
+                header = struct.pack(">IHHQQI", 0x25609513, 0, COMMANDS[op.kind], op.number, *place)
+                self.socket.sendall(header + data)
+            self.take_answer(disk, under_way)
+            answers -= 1
+        return under_way
+
+    def take_answer(self, disk: Disk, under_way: dict[int, GuestOp]) -> bool:
+        """Wait for an answer; False when there are no more."""
+        try:
+            data = self._stream.read(16)
+        except ConnectionResetError:
+            return False
+        if len(data) < 16:
+            return False
+        magic, error, cookie = struct.unpack(">IIQ", data)
+        assert (magic, error) == (0x67446698, 0), (magic, error)
+        disk.ended(under_way.pop(cookie))
+        return True
+
+
+@contextlib.contextmanager
+def serving(disk: Disk, place: Path) -> Iterator[RunningDaemon]:
+    """A daemon with the disk as export ``d``."""
+    arguments = [
+        *("--blockdev", f"driver=file,node-name=f,filename={disk.path}"),
+        *("--blockdev", "driver=qcow2,node-name=n,file=f,discard=unmap"),
+        *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
+        *("--export", "type=nbd,id=e,node-name=n,name=d,writable=on"),
+    ]
+    running = RunningDaemon(place, [*arguments, *MONITOR])
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        if running.process.poll() is not None:
+            # Killed: its sockets are still there.
+            for name in ("nbd.sock", "qmp.sock"):
+                (place / name).unlink(missing_ok=True)
+        running.finish()
+
+
+def kill_once(disk: Disk, place: Path) -> None:
+    """Look at what the last round has left, write, be killed, and check the image."""
+    with serving(disk, place) as running, Load(place / "nbd.sock", "d") as load:
+        look_again(disk, load)
+        under_way = load.run(disk, disk.rng.randrange(1, 400))
+        running.expected_code = -signal.SIGKILL
+        running.terminate(signal.SIGKILL)
+        # What had been answered has ended.
+        while load.take_answer(disk, under_way):
+            pass
+    wait_unlocked(disk.path.parent)
+    check(disk)
+
+
+def wait_unlocked(place: Path) -> None:
+    """Return when nobody has a file locked: a killed daemon's locks go with its io_uring, after it has ended."""
+    for path in place.iterdir():
+        with open(path, "r+b") as file:
+            # The bytes the reference locks: start, length, any owner.
+            wanted = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
+            fcntl.fcntl(file, F_OFD_SETLKW, wanted)
+
+
+def look_again(disk: Disk, client: NbdReader) -> None:
+    """Read all of the disk: everything shows what it may show."""
+    whole = len(disk.allowed.units) * disk.unit
+    data = b"".join(client.read(at, min(1 << 20, whole - at)) for at in range(0, whole, 1 << 20))
+    assert_shown(data, 0, disk.allowed.units, disk.unit, disk.value)
+    disk.see(data)
+
+
+def check(disk: Disk) -> None:
+    """Leaks at most, by both checks."""
+    done = subprocess.run(
+        [find("qemu-img"), "check", disk.path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    ours = run("check", disk.path)
+    assert ours.returncode in (0, 3), ours.stdout + ours.stderr
+
+
+def make(name: str, place: Path, seed: int) -> Disk:
+    """A disk of that variant."""
+    here = place / name
+    here.mkdir()
+    made = VARIANTS[name](here)
+    return Disk(name, made.path, 512 if "512" in name else 4096, made.data, random.Random(seed))
+
+
+def soak(rounds: int, place: Path, seed: int = 0) -> None:
+    """Kill daemons ``rounds`` times, on images of several variants in turn."""
+    disks = [make(name, place, seed + number) for number, name in enumerate(KILLED[:rounds])]
+    for number in range(rounds):
+        disk = disks[number % len(disks)]
+        try:
+            kill_once(disk, place)
+        except BaseException as error:
+            error.add_note(f"round {number}, image {disk.path}, seed {seed}")
+            raise
+        print(f"round {number + 1} of {rounds}: {disk.name}, {disk.numbers} requests", file=sys.stderr)
+    for disk in disks:
+        with serving(disk, place), Load(place / "nbd.sock", "d") as client:
+            look_again(disk, client)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="qsd-soak-") as directory:
+        soak(
+            int(sys.argv[1]), Path(directory), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 20)
+        )
