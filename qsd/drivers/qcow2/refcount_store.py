@@ -13,9 +13,10 @@ from qsd.drivers.qcow2.storing import write_all
 
 async def write_refcounts(refs: Refcounts, file: Child, table_offset: int) -> None:
     """Write what is dirty now; changes made meanwhile stay dirty. Raises OSError, with the rest dirty as before."""
-    new = [index for index in refs.new_blocks if index in refs.dirty]
+    # Those too that were written and could not be flushed: nothing leads to them yet.
+    new = list(refs.new_blocks)
     if new:
-        await _write_blocks(refs, file, {index: refs.dirty[index] for index in new})
+        await _write_blocks(refs, file, {index: refs.dirty[index] for index in new if index in refs.dirty})
         await file.flush()
         refs.new_blocks.difference_update(new)
     sectors = sorted(refs.dirty_table)
