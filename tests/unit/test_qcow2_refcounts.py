@@ -24,6 +24,9 @@ class Host:
     def __init__(self) -> None:
         self.claimed: list[int] = []
 
+    def block_made(self, cluster: int) -> None:
+        pass
+
     def claim(self, first: int, count: int) -> None:
         self.claimed += range(first, first + count)
 

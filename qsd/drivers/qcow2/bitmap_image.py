@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.qcow2.image import Freeing, Image
+from qsd.drivers.qcow2.metadata_map import BITMAP_DIRECTORY
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
@@ -54,7 +55,14 @@ class DriverImage:
 
     async def change_header(self, **changes: Any) -> None:
         """Write the header with other values."""
-        await self._writable().change_header(**changes)
+        image = self._writable()
+        before = image.header.bitmaps_extension()
+        await image.change_header(**changes)
+        after = image.header.bitmaps_extension()
+        if before is not None:
+            image.metadata.remove(before.offset, before.size)
+        if after is not None:
+            image.metadata.add(BITMAP_DIRECTORY, after.offset, after.size)
 
     async def flush(self) -> None:
         """Everything done so far, reference counts included, reaches stable storage."""

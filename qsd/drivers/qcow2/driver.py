@@ -196,6 +196,7 @@ class Qcow2Driver(TellingDriver):
         size = (header.refcount_table_clusters << header.cluster_bits) // 8
         table = await read_table(image.file, header.refcount_table_offset, size, "Could not read refcount table")
         image.begin_writing(table)
+        await image.guard_snapshots()
         if mends and header.autoclear & ~KNOWN_AUTOCLEAR:
             try:
                 await image.change_header(autoclear=header.autoclear & KNOWN_AUTOCLEAR)

@@ -22,12 +22,16 @@ from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.dirty import DirtyTables
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table
-from qsd.drivers.qcow2.layout import DIRTY, Header, serialise_header
+from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, Header, serialise_header
+from qsd.drivers.qcow2.loading import read_table
 from qsd.drivers.qcow2.mapping import ClusterMap
 from qsd.drivers.qcow2.metadata_map import (
     ACTIVE_L1,
     ACTIVE_L2,
+    BITMAP_DIRECTORY,
     ENCRYPTION_HEADER,
+    INACTIVE_L1,
+    INACTIVE_L2,
     MAIN_HEADER,
     REFCOUNT_BLOCK,
     REFCOUNT_TABLE,
@@ -54,6 +58,8 @@ GROW_MIN: Final = 1 << 20
 GROW_MAX: Final = 64 << 20
 # With this many runs of clusters waiting to become free a write-back begins though nobody has asked for one.
 MANY_FREED: Final = 4096
+# Of so many snapshots the L1 tables are guarded, and so many clusters of each: images may claim any number.
+MOST_GUARDED: Final = 1024
 
 
 class Freeing(Enum):
@@ -129,6 +135,11 @@ class Image:
         cluster = header.cluster_size
         self.virgin = -(-file.length // cluster) * cluster
         known = self.metadata
+        directory = header.bitmaps_extension()
+        if directory is not None:
+            known.add(BITMAP_DIRECTORY, directory.offset, directory.size)
+        for snapshot in self.snapshots[:MOST_GUARDED]:
+            known.add(INACTIVE_L1, snapshot.l1_offset, min(snapshot.l1_size * 8, cluster * MOST_GUARDED))
         known.add_tables(ACTIVE_L2, self.map.l1)
         known.add_tables(REFCOUNT_BLOCK, table, BLOCK_OFFSET)
         known.add(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * cluster)
@@ -138,6 +149,15 @@ class Image:
         if self.encryption is not None:
             for offset, length in self.encryption.places(header):
                 known.add(ENCRYPTION_HEADER, offset, length)
+
+    async def guard_snapshots(self) -> None:
+        """Let the tables of snapshots be known as metadata, where overlap-check wants that. Raises QmpError."""
+        if INACTIVE_L2 not in self.metadata.checked:
+            return
+        for snapshot in self.snapshots:
+            if snapshot.l1_size * 8 <= MAX_L1_BYTES:
+                l1 = await read_table(self.file, snapshot.l1_offset, snapshot.l1_size, "Could not read L1 table")
+                self.metadata.add_tables(INACTIVE_L2, l1, replaces=False)
 
     # -- the host of ``Refcounts`` ----------------------------------------------------------------------------
 
@@ -375,6 +395,8 @@ class Image:
                 self._link_table(index, offset)
                 if old:
                     self.metadata.remove(old, 1)
+                    if self._has_snapshot_of(old):
+                        self.metadata.add(INACTIVE_L2, old, 1)
                     self.release(old, 1, Freeing.OTHER)
             done(error)
 
@@ -388,6 +410,17 @@ class Image:
             self.fetch(self.file, old, memoryview(content), fetched)
         else:
             fetched(0)
+
+    def _has_snapshot_of(self, table: int) -> bool:
+        """Whether somebody else refers to an L2 table of ours; False also when it takes waiting to know."""
+        try:
+            return self.refs.get(table >> self.geometry.cluster_bits) > 1
+        except (Cold, OSError):
+            return False
+
+    def block_made(self, cluster: int) -> None:
+        """A new refcount block stands there."""
+        self.metadata.add(REFCOUNT_BLOCK, cluster << self.geometry.cluster_bits, 1)
 
     def _link_table(self, index: int, offset: int) -> None:
         self.map.l1[index] = offset | COPIED

@@ -25,7 +25,7 @@ from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, big_endi
 from qsd.drivers.qcow2.image import MANY_FREED, Freeing
 from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS
 from qsd.drivers.qcow2.loading import read_table
-from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, SNAPSHOT_TABLE
+from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2, SNAPSHOT_TABLE
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot
 from qsd.drivers.runs import Cold
 from qsd.errors import QmpError, errno_text
@@ -133,6 +133,8 @@ async def _release(driver: Qcow2Driver, gone: StoredSnapshot, l1: array[int]) ->
         for word in (await _read_l2(image, table))[:: image.geometry.words]:
             if word:
                 image.release_entry(word, Freeing.SNAPSHOT)
+        # What another snapshot still has is guarded no more; it stays counted.
+        image.metadata.forget(INACTIVE_L2, table)
         image.release(table, 1, Freeing.SNAPSHOT)
         await trio.lowlevel.checkpoint()
         if len(image.pending) >= MANY_FREED:

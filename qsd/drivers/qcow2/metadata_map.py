@@ -72,17 +72,23 @@ class MetadataMap:
             for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
                 self.clusters[cluster] = kind
 
-    def add_tables(self, kind: str, entries: array[int], mask: int = OFFSET_MASK) -> None:
-        """Every entry that is not 0 leads to one cluster of that kind."""
+    def add_tables(self, kind: str, entries: array[int], mask: int = OFFSET_MASK, *, replaces: bool = True) -> None:
+        """Every entry that is not 0 leads to one cluster of that kind; ``replaces``: whatever it was before."""
         if kind in self.checked:
             bits = self._bits
-            self.clusters.update({(entry & mask) >> bits: kind for entry in entries if entry & mask})
+            found = {(entry & mask) >> bits: kind for entry in entries if entry & mask}
+            self.clusters.update(found if replaces else {each: kind for each in found if each not in self.clusters})
 
     def remove(self, offset: int, length: int) -> None:
         """What stood there is gone."""
         if length:
             for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
                 self.clusters.pop(cluster, None)
+
+    def forget(self, kind: str, offset: int) -> None:
+        """The cluster at ``offset`` is no longer of that kind, if it was."""
+        if self.clusters.get(offset >> self._bits) == kind:
+            del self.clusters[offset >> self._bits]
 
     def find(self, clusters: Iterable[int]) -> str | None:
         """The kind of the first of ``clusters`` that holds metadata."""

@@ -35,6 +35,9 @@ class RefcountHost(Protocol):
     def claim(self, first: int, count: int) -> None:
         """Make clusters fit for use. Raises Cold, OSError."""
 
+    def block_made(self, cluster: int) -> None:
+        """A cluster holds a new refcount block from now on."""
+
     def corrupt(self, text: str) -> OSError:
         """The image is broken; the error to raise."""
 
@@ -246,6 +249,7 @@ class Refcounts:
         self.table[index] = cluster << self._cluster_bits
         self.dirty_table.add(index // TABLE_SECTOR)
         self.new_blocks.add(index)
+        self._host.block_made(cluster)
         self.dirty[index] = (0, self.entries)
         self.cache.insert(index, block)
         return block
