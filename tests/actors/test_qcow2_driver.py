@@ -8,7 +8,7 @@ import trio.testing
 from qcow2_fakes import CLUSTER, check, opened, read, write
 
 from qsd.drivers.calls import call
-from qsd.messages import Op
+from qsd.messages import Flag, Op
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
@@ -69,3 +69,22 @@ async def test_interval_can_be_changed(autojump_clock: trio.testing.MockClock) -
         await call(driver, Op.FLUSH, 0, 0)
         await trio.sleep(16)
         assert driver.image.cache.size == 0
+
+
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("clusters", [3, 700])
+@pytest.mark.parametrize("op", [Op.DISCARD, Op.WRITE_ZEROES])
+async def test_discarded_clusters_keep_their_place_and_not_their_space(op: Op, clusters: int, passes: bool) -> None:
+    options = {"discard_no_unref": True, "pass_discard_request": passes, "l2_cache_entry_size": 512}
+    async with opened(**options) as (driver, file):
+        await write(driver, 0, b"x" * 3 * CLUSTER)
+        before = driver.image.map.lookup(0, CLUSTER)[2]
+        await call(driver, op, 0, clusters * CLUSTER, flags=Flag.MAY_UNMAP if op is Op.WRITE_ZEROES else 0)
+        assert driver.image.map.lookup(0, CLUSTER)[2] == before
+        held = bytes(file.data[before : before + CLUSTER])
+        assert held == (bytes(CLUSTER) if passes else b"x" * CLUSTER)
+        assert await read(driver, 0, 3 * CLUSTER) == bytes(3 * CLUSTER)
+        await write(driver, 100, b"again")
+        assert await read(driver, 0, 200) == bytes(100) + b"again" + bytes(95)
+        await driver.close()
+        assert check(file) == (0, 0)

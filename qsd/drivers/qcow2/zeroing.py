@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qsd.drivers.calls import call
-from qsd.drivers.gather import Gather
+from qsd.drivers.gather import Callback, Gather
 from qsd.drivers.mapped import ZEROES as ZERO_BYTES
 from qsd.drivers.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.image import Freeing
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 MAY_UNMAP: Final = Flag.MAY_UNMAP.value
 NO_FALLBACK: Final = Flag.NO_FALLBACK.value
+
+# Runs of host clusters that lost what they held and keep their place: offset, bytes.
+Kept = list[tuple[int, int]]
 
 
 class Zeroer:
@@ -69,8 +72,10 @@ class Zeroer:
             self._driver.started()
             self._driver.host.spawn(self._zero_long, request, first, last, name="write zeroes")
             return
-        self.zero_clusters(first, last, request.flags)
-        self._zero_edges(request, [(offset, min(end, first << self._bits)), (max(offset, last << self._bits), end)])
+        kept: Kept = []
+        self.zero_clusters(first, last, request.flags, kept=kept)
+        edges = [(offset, min(end, first << self._bits)), (max(offset, last << self._bits), end)]
+        self._zero_edges(request, edges, kept)
 
     def discard(self, request: Request) -> None:
         """Give up whole clusters. Raises Cold and OSError with nothing changed that would not be again."""
@@ -86,9 +91,10 @@ class Zeroer:
             self._driver.started()
             self._driver.host.spawn(self._discard_long, request, first, last, name="discard")
             return
+        kept: Kept = []
         if not self._is_raw:
-            self.discard_clusters(first, last)
-        self._discard_data(request, first, last)
+            self.discard_clusters(first, last, kept=kept)
+        self._discard_data(request, first, last, kept)
 
     def _end_cluster(self, end: int) -> int:
         """The cluster behind the last whole one before ``end``; the disk's last cluster is whole at its end."""
@@ -104,9 +110,10 @@ class Zeroer:
 
     # -- edges ------------------------------------------------------------------------------------------------
 
-    def _zero_edges(self, request: Request, edges: list[tuple[int, int]]) -> None:
-        """Zero what is less than a cluster, then complete the request."""
+    def _zero_edges(self, request: Request, edges: list[tuple[int, int]], kept: Kept | None = None) -> None:
+        """Zero what is less than a cluster, tell the file of clusters that were kept, complete the request."""
         gather = Gather(self._driver, request)
+        self._pass_discards(gather, kept or [])
         for start, end in edges:
             if start < end:
                 gather.left += 1
@@ -212,15 +219,17 @@ class Zeroer:
     # -- whole clusters ---------------------------------------------------------------------------------------
 
     async def _zero_long(self, request: Request, first: int, last: int) -> None:
-        flags = request.flags
-        if await self._walk(request, first, last, lambda cluster, stop: self.zero_clusters(cluster, stop, flags)):
+        kept: Kept = []
+        if await self._walk(request, first, last, partial(self.zero_clusters, flags=request.flags, kept=kept)):
             offset, end = request.offset, request.offset + request.length
-            self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)])
+            self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)], kept)
             self._driver.send()
 
     async def _discard_long(self, request: Request, first: int, last: int) -> None:
-        if await self._walk(request, first, last, _nothing if self._is_raw else self.discard_clusters):
-            self._discard_data(request, first, last)
+        kept: Kept = []
+        change = _nothing if self._is_raw else partial(self.discard_clusters, kept=kept)
+        if await self._walk(request, first, last, change):
+            self._discard_data(request, first, last, kept)
             self._driver.send()
 
     async def _walk(self, request: Request, first: int, last: int, change: Callable[[int, int], None]) -> bool:
@@ -263,8 +272,37 @@ class Zeroer:
         request.complete(error)
         self._driver.send()
 
-    def _discard_data(self, request: Request, first: int, last: int) -> None:
+    def _pass_discards(self, gather: Gather, kept: Kept) -> None:
+        """Let the file give up space of clusters, as parts of a request. Where that fails, nothing is lost.
+
+        As zeroes, not as a discard, which may leave anything: the entries may not be on the disk yet that hide it.
+        """
+        for offset, length in kept:
+            gather.left += 1
+            # It ends before the request does: a write that comes after that is not discarded.
+            reply = Callback(lambda _part: gather.end())
+            part = Request(Op.WRITE_ZEROES.value, offset, length, None, reply, MAY_UNMAP | NO_FALLBACK)
+            self._driver.post(self._image.file, part)
+
+    def _keep(self, entry: int, kept: Kept | None) -> None:
+        """A cluster reads as zeroes and keeps its place (discard-no-unref)."""
+        image, host = self._image, entry & OFFSET_MASK
+        # What is encrypted would read as noise where it is zeroes.
+        hears = image.settings.discard_request and not image.geometry.has_data_file and not image.is_encrypted
+        if kept is None or not host or not hears:
+            return
+        if kept and kept[-1][0] + kept[-1][1] == host:
+            kept[-1] = kept[-1][0], kept[-1][1] + self._size
+        else:
+            kept.append((host, self._size))
+
+    def _discard_data(self, request: Request, first: int, last: int, kept: Kept) -> None:
         """The external data file hears of a discard itself: its clusters are not counted."""
+        if kept:
+            gather = Gather(self._driver, request)
+            self._pass_discards(gather, kept)
+            gather.end()
+            return
         data = self._image.map.data
         offset = first << self._bits
         length = min(last << self._bits, data.length) - offset
@@ -281,8 +319,11 @@ class Zeroer:
         request.offset, request.length = offset, length
         self._driver.post(data, request)
 
-    def zero_clusters(self, first: int, last: int, flags: int) -> None:
-        """Let the clusters ``first`` to ``last`` (excluded) of one slice read as zeroes. Raises Cold, OSError."""
+    def zero_clusters(self, first: int, last: int, flags: int, kept: Kept | None = None) -> None:
+        """Let the clusters ``first`` to ``last`` (excluded) of one slice read as zeroes. Raises Cold, OSError.
+
+        ``kept`` takes up those that keep their place although they might be unmapped.
+        """
         image = self._image
         has_backing = image.driver.backing is not None
         if not has_backing and image.map.unmapped(first, last - first) >= last - first:
@@ -291,7 +332,12 @@ class Zeroer:
         table = image.writable_slice(number)
         unmaps = bool(flags & MAY_UNMAP) and not image.settings.discard_no_unref
         change = self._zero_plain if self._words == 1 else self._zero_extended
-        change(number, table, first & self._slice_mask, (last - 1 & self._slice_mask) + 1, unmaps, has_backing)
+        low, high = first & self._slice_mask, (last - 1 & self._slice_mask) + 1
+        if flags & MAY_UNMAP and not unmaps:
+            for entry in table[low * self._words : high * self._words : self._words]:
+                if entry & COPIED:
+                    self._keep(entry, kept)
+        change(number, table, low, high, unmaps, has_backing)
         image.pressure()
 
     def _zero_plain(
@@ -330,11 +376,18 @@ class Zeroer:
             table[word + 1] = ALL_ZERO
 
     def discard_clusters(
-        self, first: int, last: int, *, uncovers: bool = False, why: Freeing = Freeing.REQUEST
+        self,
+        first: int,
+        last: int,
+        *,
+        uncovers: bool = False,
+        why: Freeing = Freeing.REQUEST,
+        kept: Kept | None = None,
     ) -> None:
         """Give up the clusters ``first`` to ``last`` (excluded) of one slice. Raises Cold, OSError.
 
-        They read as zeroes afterwards; with ``uncovers`` as nothing this layer has.
+        They read as zeroes afterwards; with ``uncovers`` as nothing this layer has. ``kept`` takes up those that
+        keep their place.
         """
         image = self._image
         if image.map.unmapped(first, last - first) >= last - first and (uncovers or image.driver.backing is None):
@@ -353,6 +406,7 @@ class Zeroer:
             if not entry and not bitmap and (uncovers or not has_backing):
                 continue
             if keeps and entry & COPIED and not entry & COMPRESSED:
+                self._keep(entry, kept)
                 table[word] = entry | zero
             else:
                 image.release_entry(entry, why)
