@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -101,6 +102,14 @@ class Qmp:
             message = self.receive()
             assert "event" in message, f"unexpected answer {message}"
             self.events.append(message)
+
+    def finish_job(self, name: str) -> str | None:
+        """Wait for the end of the only job there is and dismiss it; its error."""
+        self.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
+        (job,) = self.execute("query-jobs")
+        self.execute("job-dismiss", id=name)
+        error: str | None = job.get("error")
+        return error
 
     def rest(self) -> list[dict[str, Any]]:
         """Everything until the daemon closes the connection."""
@@ -218,6 +227,13 @@ class RunningDaemon:
         assert self.process.returncode == self.expected_code, f"exit code {self.process.returncode}"
         left = [path for path in self.place.rglob("*") if is_left_over(path)]
         assert not left, f"left behind: {left}"
+
+
+def write_half(path: Path, size: int, seed: int) -> Path:
+    """Make an image whose first half is random bytes and whose second is a hole."""
+    path.write_bytes(random.Random(seed).randbytes(size // 2))
+    os.truncate(path, size)
+    return path
 
 
 def is_left_over(path: Path) -> bool:

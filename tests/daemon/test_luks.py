@@ -95,22 +95,14 @@ def content_of(path: Path, out: Path, secret: str = "pw", **more: str) -> bytes:
 def create(qmp: Qmp, **options: Any) -> str | None:
     """Create an image; the job's error."""
     qmp.execute("blockdev-create", job_id="j", options=options)
-    return finish(qmp)
+    return qmp.finish_job("j")
 
 
 def amend(qmp: Qmp, *, force: bool = False, **options: Any) -> str | None:
     """Amend the node l; the job's error."""
     wire = {name.replace("_", "-"): value for name, value in options.items()}
     qmp.execute("x-blockdev-amend", job_id="j", node_name="l", force=force, options={"driver": "luks", **wire})
-    return finish(qmp)
-
-
-def finish(qmp: Qmp) -> str | None:
-    qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
-    (job,) = qmp.execute("query-jobs")
-    qmp.execute("job-dismiss", id="j")
-    error: str | None = job.get("error")
-    return error
+    return qmp.finish_job("j")
 
 
 def add(qmp: Qmp, path: Path | str, **options: Any) -> None:
@@ -483,7 +475,7 @@ def test_daemon_answers_while_keys_are_derived(volume: Volume, tmp_path: Path) -
     qmp.execute("blockdev-create", job_id="j", options=options)
     (job,) = qmp.execute("query-jobs")
     assert job["status"] == "running"
-    assert finish(qmp) is None
+    assert qmp.finish_job("j") is None
     qmp.execute("blockdev-del", node_name="f")
 
 

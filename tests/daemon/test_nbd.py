@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import RunningDaemon
+from harness import RunningDaemon, write_half
 
 Start = Callable[..., RunningDaemon]
 
@@ -27,11 +27,7 @@ def tool(name: str) -> str:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(random.Random(1).randbytes(SIZE // 2))
-    with path.open("r+b") as file:
-        file.truncate(SIZE)
-    return path
+    return write_half(tmp_path / "disk.img", SIZE, seed=1)
 
 
 def export(daemon: Start, image: Path, *, writable: str = "on", node: str = "") -> RunningDaemon:

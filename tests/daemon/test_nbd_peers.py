@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import resource
 import socket
 import struct
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Qmp, RunningDaemon
+from harness import Qmp, RunningDaemon, write_half
 from test_nbd import tool
 
 Start = Callable[..., RunningDaemon]
@@ -22,11 +21,7 @@ SIZE = 4 << 20
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(random.Random(4).randbytes(SIZE // 2))
-    with path.open("r+b") as file:
-        file.truncate(SIZE)
-    return path
+    return write_half(tmp_path / "disk.img", SIZE, seed=4)
 
 
 def serve(daemon: Start, image: Path) -> RunningDaemon:

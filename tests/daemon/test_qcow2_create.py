@@ -33,11 +33,7 @@ def create(daemon: Start, tmp_path: Path) -> Callable[..., str]:
 
 def outcome(qmp: Qmp, options: dict[str, Any]) -> str:
     qmp.execute_raw("blockdev-create", {"job-id": "j", "options": options})
-    qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
-    (job,) = qmp.execute("query-jobs")
-    qmp.execute("job-dismiss", id="j")
-    error: str = job.get("error", "")
-    return error
+    return qmp.finish_job("j") or ""
 
 
 def qemu_img(*words: str | Path) -> Any:

@@ -94,7 +94,7 @@ def create(qmp: Qmp, **options: Any) -> str | None:
     """Run blockdev-create of qcow2 into the node f; the job's error."""
     wanted = {"driver": "qcow2", "file": "f", "size": SIZE, **options}
     qmp.execute_raw("blockdev-create", {"job-id": "j", "options": wanted})
-    return finish(qmp)
+    return qmp.finish_job("j")
 
 
 def amend(qmp: Qmp, *, force: bool = False, **encrypt: Any) -> str | None:
@@ -102,15 +102,7 @@ def amend(qmp: Qmp, *, force: bool = False, **encrypt: Any) -> str | None:
     wire = {name.replace("_", "-"): value for name, value in encrypt.items()}
     options = {"driver": "qcow2", "encrypt": {"format": "luks", **wire}}
     qmp.execute("x-blockdev-amend", job_id="j", node_name="n", force=force, options=options)
-    return finish(qmp)
-
-
-def finish(qmp: Qmp) -> str | None:
-    qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
-    (job,) = qmp.execute("query-jobs")
-    qmp.execute("job-dismiss", id="j")
-    error: str | None = job.get("error")
-    return error
+    return qmp.finish_job("j")
 
 
 def make(qmp: Qmp, place: Path, variant: Variant, data: bytes) -> Path:
@@ -385,7 +377,7 @@ def test_key_slots(house: tuple[Qmp, Path], theirs: dict[str, bytes], tmp_path: 
     image.write_bytes(theirs["luks"])
     qmp.execute_raw("blockdev-add", node_options(image, "luks"))
     qmp.execute("x-blockdev-amend", job_id="j", node_name="n", options={"driver": "qcow2"})
-    assert finish(qmp) is None
+    assert qmp.finish_job("j") is None
     quick = {"iter_time": 0}
     assert amend(qmp, state="active") == "'new-secret' is required to activate a keyslot"
     assert amend(qmp, state="active", new_secret="zz") == "No secret with id 'zz'"
@@ -399,7 +391,7 @@ def test_key_slots(house: tuple[Qmp, Path], theirs: dict[str, bytes], tmp_path: 
     assert active(qmp) == [1, 7]
     options = {"driver": "qcow2", "encrypt": {"format": "qcow"}}
     qmp.execute("x-blockdev-amend", job_id="j", node_name="n", options=options)
-    assert finish(qmp) == "Amend can't be used to change the qcow2 encryption format"
+    assert qmp.finish_job("j") == "Amend can't be used to change the qcow2 encryption format"
     qmp.execute("blockdev-del", node_name="n")
     data = bytes(1 << 20)
     for secret in ("t", "e"):

@@ -363,7 +363,7 @@ class Qcow2Driver(TellingDriver):
             return
         bits = geometry.cluster_bits
         slice_bits = geometry.slice_bits
-        slice_mask = (1 << slice_bits) - 1
+        slice_mask = geometry.slice_mask
         cluster_mask = geometry.cluster_size - 1
         odd = _ODD | cluster_mask
         young = image.cache.young

@@ -38,6 +38,7 @@ class Geometry:
     cluster_size: int = attrs.field(init=False)
     l2_bits: int = attrs.field(init=False)
     slice_bits: int = attrs.field(init=False)
+    slice_mask: int = attrs.field(init=False)
     subcluster_bits: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -45,6 +46,7 @@ class Geometry:
         set_(self, "cluster_size", 1 << self.cluster_bits)
         set_(self, "l2_bits", self.cluster_bits - 2 - self.words)
         set_(self, "slice_bits", (self.slice_bytes // (8 * self.words)).bit_length() - 1)
+        set_(self, "slice_mask", (1 << self.slice_bits) - 1)
         set_(self, "subcluster_bits", self.cluster_bits - (5 if self.words == 2 else 0))
 
     @classmethod

@@ -62,7 +62,7 @@ class ClusterMap:
         self._cluster_bits = geometry.cluster_bits
         self._cluster_mask = geometry.cluster_size - 1
         self._slice_bits = geometry.slice_bits
-        self._slice_mask = (1 << geometry.slice_bits) - 1
+        self._slice_mask = geometry.slice_mask
         self._l1_shift = geometry.l2_bits - geometry.slice_bits
         self._words = geometry.words
 

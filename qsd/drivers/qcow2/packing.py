@@ -19,7 +19,7 @@ from qsd.drivers.gather import Gather
 from qsd.drivers.packed import LANES
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.geometry import COMPRESSED, OFFSET_MASK
-from qsd.drivers.qcow2.writing import FUA, WRITE
+from qsd.drivers.qcow2.writing import FUA, WRITE, EntryChanger
 from qsd.messages import ReplyQueue, Request
 
 if TYPE_CHECKING:
@@ -51,19 +51,11 @@ class Storing(ReplyQueue):
         self.packer.finish(self, self.ready.pop().error)
 
 
-class Packer:
+class Packer(EntryChanger):
     """See the module."""
 
     def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
-        self._driver = driver
-        self._image = image
-        self._writer = writer
-        geometry = image.geometry
-        self._bits = geometry.cluster_bits
-        self._size = geometry.cluster_size
-        self._slice_bits = geometry.slice_bits
-        self._slice_mask = (1 << geometry.slice_bits) - 1
-        self._words = geometry.words
+        super().__init__(driver, image, writer)
         self._type = image.header.compression_type
         self._batch = max(1, BATCH // self._size)
         self._queue: deque[Request] = deque()

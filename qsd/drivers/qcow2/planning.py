@@ -57,7 +57,7 @@ class Planner:
         geometry = image.geometry
         self._bits = geometry.cluster_bits
         self._mask = geometry.cluster_size - 1
-        self._slice_mask = (1 << geometry.slice_bits) - 1
+        self._slice_mask = geometry.slice_mask
         # Bits that an ordinary entry has none of.
         self._odd = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1) | self._mask
         self.plan = self._plan if geometry.words == 1 else self._plan_subclusters

@@ -97,7 +97,7 @@ def _map_raw(image: Image, first: int, last: int) -> None:
     geometry = image.geometry
     number = first >> geometry.slice_bits
     table = image.writable_slice(number)
-    words, mask = geometry.words, (1 << geometry.slice_bits) - 1
+    words, mask = geometry.words, geometry.slice_mask
     low, high = (first & mask) * words, ((last - 1 & mask) + 1) * words
     image.dirty.touch(number, table, low, high)
     size = geometry.cluster_size

@@ -131,7 +131,7 @@ class Writer:
         geometry = image.geometry
         self._bits = geometry.cluster_bits
         self._slice_bits = geometry.slice_bits
-        self._slice_mask = (1 << geometry.slice_bits) - 1
+        self._slice_mask = geometry.slice_mask
         self._planner = Planner(driver, image)
         self._link = self._link_plain if geometry.words == 1 else self._link_extended
         # Guest cluster -> what is going to change its entry.
@@ -376,3 +376,18 @@ class Writer:
                 image.release_entry(old, Freeing.OTHER)
             table[word] = target.host & OFFSET_MASK | COPIED
             table[word + 1] = table[word + 1] & ~(target.bits << 32) | target.bits
+
+
+class EntryChanger:
+    """The base of those who change entries beside the writer, and ask it who is changing which."""
+
+    def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
+        self._driver = driver
+        self._image = image
+        self._writer = writer
+        geometry = image.geometry
+        self._bits = geometry.cluster_bits
+        self._size = geometry.cluster_size
+        self._slice_bits = geometry.slice_bits
+        self._slice_mask = geometry.slice_mask
+        self._words = geometry.words

@@ -22,13 +22,12 @@ from qsd.drivers.mapped import ZEROES as ZERO_BYTES
 from qsd.drivers.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.image import Freeing
 from qsd.drivers.qcow2.planning import subclusters
-from qsd.drivers.qcow2.writing import FUA, WRITE, Writer
+from qsd.drivers.qcow2.writing import FUA, WRITE, EntryChanger
 from qsd.drivers.runs import UNALLOCATED, ZERO
 from qsd.messages import Flag, Op, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
-    from qsd.drivers.qcow2.image import Image
 
 MAY_UNMAP: Final = Flag.MAY_UNMAP.value
 NO_FALLBACK: Final = Flag.NO_FALLBACK.value
@@ -37,19 +36,8 @@ NO_FALLBACK: Final = Flag.NO_FALLBACK.value
 Kept = list[tuple[int, int]]
 
 
-class Zeroer:
+class Zeroer(EntryChanger):
     """See the module."""
-
-    def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
-        self._driver = driver
-        self._image = image
-        self._writer = writer
-        geometry = image.geometry
-        self._bits = geometry.cluster_bits
-        self._size = geometry.cluster_size
-        self._slice_bits = geometry.slice_bits
-        self._slice_mask = (1 << geometry.slice_bits) - 1
-        self._words = geometry.words
 
     # -- requests ---------------------------------------------------------------------------------------------
 
