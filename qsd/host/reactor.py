@@ -64,6 +64,8 @@ class Reactor:
         self._registrations: dict[int, Registration] = {}
         self._deferred: list[tuple[Callable[[], None], Callable[[Exception], None]]] = []
         self._in_round = False
+        # Events of the last round there was no time for. They come first: the kernel would report all anew.
+        self._left: list[tuple[int, int]] = []
         self._default_policy = policy or PollPolicy()
         self.policy = self._default_policy
         self._policies: dict[object, PollPolicy] = {}
@@ -106,7 +108,7 @@ class Reactor:
     ) -> Registration:
         """Call ``ready(events)`` while ``fd`` is ready for ``events`` (level triggered).
 
-        Who returns True may be called when it is not ready.
+        It may be called when it is no longer ready.
         """
         registration = Registration(fd, ready, crashed, events)
         self._epoll.register(fd, events)
@@ -164,10 +166,10 @@ class Reactor:
         poll = self._epoll.poll
         end = clock() + SLICE_NS
         while True:
-            events = poll(0, MAX_EVENTS)
+            events = self._left or poll(0, MAX_EVENTS)
             now = clock()
             if events:
-                if self._round(events) and len(events) == 1 and self._window:
+                if self._round(events, end) and len(events) == 1 and self._window:
                     self._linger(events[0][0])
                 now = clock()
                 self._last_event = now
@@ -197,17 +199,22 @@ class Reactor:
             if is_served:
                 served = now
 
-    def _round(self, events: list[tuple[int, int]]) -> bool:
-        """Call the handlers; whether one of them has a lonely client."""
+    def _round(self, events: list[tuple[int, int]], end: int) -> bool:
+        """Call the handlers until it is ``end``; whether one of them has a lonely client."""
         self.rounds += 1
-        self.events += len(events)
+        clock = time.perf_counter_ns
         registrations = self._registrations
         self._in_round = True
+        self._left = []
         is_lonely = False
-        for fd, mask in events:
+        for number, (fd, mask) in enumerate(events, 1):
             registration = registrations.get(fd)
-            if registration is not None:  # not unregistered by an earlier handler of this round
+            if registration is not None:  # not unregistered by an earlier handler
                 is_lonely |= self._call(registration, mask)
+            if clock() >= end:
+                self._left = events[number:]
+                break
+        self.events += number
         self._end_round()
         return is_lonely
 

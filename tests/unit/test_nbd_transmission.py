@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
 from qsd.messages import Loan, Op, Request
+from qsd.servers.nbd import transmission
 from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
@@ -204,9 +205,10 @@ kinds = st.tuples(st.booleans(), st.sampled_from((512, 4096, 65536, 262144, 1 <<
     requests=st.lists(kinds, min_size=1, max_size=40),
     windows=st.lists(st.sampled_from((0, 100, 5000, 300_000, 4 << 20)), max_size=20),
     picks=st.lists(st.integers(0, 50), min_size=1, max_size=8),
+    slice_ns=st.sampled_from((-1, 1 << 40)),
 )
 def test_every_request_is_answered(
-    requests: list[tuple[bool, int, bool, bool]], windows: list[int], picks: list[int]
+    requests: list[tuple[bool, int, bool, bool]], windows: list[int], picks: list[int], slice_ns: int
 ) -> None:
     inbox = b""
     reads: dict[int, tuple[int, int]] = {}
@@ -220,7 +222,8 @@ def test_every_request_is_answered(
         if is_late:
             late.add(offset)
     world = World(inbox, windows, lambda request: request.offset in late)
-    world.run(picks)
+    with mock.patch.object(transmission, "SLICE_NS", slice_ns):
+        world.run(picks)
     assert sorted(cookies_answered(bytes(world.sock.sent), reads)) == list(range(len(requests)))
     assert not world.sock.inbox
     assert not world.ended
@@ -245,6 +248,20 @@ def test_client_that_leaves_gives_its_loans_back() -> None:
         assert world.node.lent == 1
         world.transmission.disconnect("gone")
     assert not world.node.lent
+    assert world.ended == ["gone"]
+
+
+def test_work_for_longer_than_a_slice_lets_others_have_a_turn_after_each_batch() -> None:
+    count = 24
+    world = World(
+        b"".join(read(cookie, cookie << 20, 1 << 20) for cookie in range(count)), [], lambda _request: False
+    )
+    ready = world.reactor.registration.ready
+    with mock.patch("os.sendfile", world.sock.sendfile), mock.patch.object(transmission, "SLICE_NS", -1):
+        ready(EPOLLIN)
+        assert world.transmission.stats.requests < 4
+        assert world.reactor.registration.events & EPOLLOUT
+        world.transmission.disconnect("gone")
     assert world.ended == ["gone"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ def serve(reactor: Reactor, client: Client) -> None:
     """One slice of the loop, in which the socket is found ready once."""
     events = reactor._epoll.poll(0, 8)
     assert (client.ours.fileno(), EPOLLIN) in events
-    if reactor._round(events) and len(events) == 1 and reactor._window:
+    if reactor._round(events, sys.maxsize) and len(events) == 1 and reactor._window:
         reactor._linger(events[0][0])
 
 
@@ -138,3 +139,28 @@ def test_a_crash_is_told_once_and_what_was_put_off_runs(reactor: Reactor, client
     assert ran == [2]
     assert one.calls == 3
     assert [str(error) for error in one.crashes] == ["x"]
+
+
+def test_slow_handlers_have_their_turns_one_after_the_other_with_trio_between_them(
+    reactor: Reactor, client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE_NS", 0)
+    three = [client(*[False] * 9) for _ in range(3)]
+    seen = []
+    for _ in range(6):
+        assert reactor._serve_slice()
+        seen.append([one.calls for one in three])
+    assert sorted(seen[2]) == [1, 1, 1]
+    assert sorted(seen[5]) == [2, 2, 2]
+
+
+def test_what_there_was_no_time_for_and_has_ended_meanwhile_is_not_called(
+    reactor: Reactor, client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE_NS", 0)
+    two = [client(False) for _ in range(2)]
+    assert reactor._serve_slice()
+    (waiting,) = [one for one in two if not one.calls]
+    reactor.unregister(waiting.registration)
+    assert reactor._serve_slice()
+    assert not waiting.calls

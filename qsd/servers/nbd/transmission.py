@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import attrs
 
 from qsd.drivers.lending import LEND_MIN
-from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, Reactor, Registration
+from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SLICE_NS, Reactor, Registration
 from qsd.messages import Flag, Op, ReplyQueue, Request
 from qsd.servers.nbd.buffers import Pool, Receive, Slab
 from qsd.servers.nbd.outgoing import Outgoing
@@ -178,10 +179,13 @@ class Transmission:
         self._reactor.defer(self._work, self._crashed)
 
     def _work(self) -> None:
-        """Parse, submit, collect and send until nothing more can be done now."""
+        """Parse, submit, collect and send until nothing more can be done now, or for ``SLICE_NS``."""
         replies = self._replies
         replies.armed = False
         out = self._out
+        clock = time.perf_counter_ns
+        end = clock() + SLICE_NS
+        goes_on = False
         while True:
             batch = None
             if not self._closing and not (out and self._out.reply_bytes >= BATCH_BYTES):
@@ -202,6 +206,9 @@ class Transmission:
                 # What has left makes room for requests that have arrived already, which no event would announce.
                 if not batch and not replies.ready and owed == (out.requests, out.reply_bytes):
                     break
+            if clock() > end and not self._gone:
+                goes_on = True
+                break
         replies.armed = True
         if self._gone:
             self._finish_if_idle()
@@ -213,7 +220,8 @@ class Transmission:
             out.rest()
         if self._gone:
             return
-        events = EPOLLOUT if out else 0
+        # Being able to send is an event that comes at once, when everybody else has had a turn.
+        events = EPOLLOUT if out or goes_on else 0
         if not self._closing and not self._is_full():
             events |= EPOLLIN
         registration = self._registration
