@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 import trio
@@ -20,6 +21,7 @@ from qsd.drivers.mapped import READ
 from qsd.drivers.qcow2 import compressed, encryption, facts, internal_snapshots
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
+from qsd.drivers.qcow2.bursts import Burst, Bursts
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.image import Image
 from qsd.drivers.qcow2.layout import (
@@ -54,7 +56,10 @@ _ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 
 
 class Qcow2Driver(TellingDriver):
-    """See the module. ``writer``, ``zeroer``, ``packer`` and ``writeback`` exist while the image can be written."""
+    """See the module.
+
+    ``writer``, ``bursts``, ``zeroer``, ``packer`` and ``writeback`` exist while the image can be written.
+    """
 
     name: ClassVar[str] = "qcow2"
     child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = (
@@ -206,6 +211,7 @@ class Qcow2Driver(TellingDriver):
     def _begin_writing(self) -> None:
         image = self.image
         self.writer = Writer(self, image)
+        self.bursts = Bursts(self, image, self.writer.busy)
         self.zeroer = Zeroer(self, image, self.writer)
         self.packer = Packer(self, image, self.writer)
         self.writeback = WriteBack(image)
@@ -371,7 +377,13 @@ class Qcow2Driver(TellingDriver):
         data_end = data.length
         backing = self.children.get("backing")
         backing_end = backing.length if backing is not None else -1
-        busy = self.writer.busy if self.is_writable else ()
+        busy: Mapping[int, object] = {}
+        burst: Burst | None = None
+        burst_end = 0
+        if self.is_writable:
+            busy = self.writer.busy
+            if self.bursts.most:
+                burst_end = self.length if backing is None else min(self.length, backing_end)
         guarded = image.metadata.clusters if not geometry.has_data_file else ()
         lends = image.lends
         forward: list[Request] = []
@@ -400,7 +412,13 @@ class Qcow2Driver(TellingDriver):
                                     request.offset = where
                                     forward.append(request)
                                     continue
-                        elif entry & COPIED and not entry & odd and not request.flags:
+                        elif request.flags:
+                            pass
+                        elif not entry:
+                            if offset | cluster_mask < burst_end and length <= cluster_mask and cluster not in busy:
+                                burst = self.bursts.take(burst, request, cluster)
+                                continue
+                        elif entry & COPIED and not entry & odd:
                             where = (entry & OFFSET_MASK) + within
                             if where + length <= data_end and where >> bits not in guarded and cluster not in busy:
                                 request.offset = where
@@ -412,6 +430,8 @@ class Qcow2Driver(TellingDriver):
         if below:
             assert backing is not None
             backing.submit(below)
+        if burst is not None:
+            self.bursts.begin(burst)
         if self._outbox or self._resumed:
             self.send()
 
