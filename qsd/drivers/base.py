@@ -159,6 +159,9 @@ class Aio(Protocol):
         For who can do more with several completions at once than with each.
         """
 
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on the loop in its next round, when others have had their turns."""
+
     def flush(self) -> None:
         """Start what was queued: one system call for all of it."""
 

@@ -1,7 +1,8 @@
 """Compressed clusters: fetched many at a time, unpacked beside the loop, and kept for whoever reads on.
 
 Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor;
-each takes several clusters, because a thread takes as long to wake up as to unpack one. Clusters that lie side by
+each takes several clusters, because a thread takes as long to wake up as to unpack one. The loop takes a little in
+every round, so that everybody else has a turn. Clusters that lie side by
 side in the file are fetched with one request. The last clusters stay in memory (``BUDGET`` bytes), because a
 reader of 4 KiB would otherwise unpack each cluster many times over.
 """
@@ -27,7 +28,7 @@ BUDGET: Final = 4 << 20
 FETCH: Final = 512 << 10
 GAP: Final = 4096
 # Threads of one node that unpack or pack, and the packed bytes one unpacks at a time (in a millisecond or less).
-LANES: Final = max(1, min(len(os.sched_getaffinity(0)) - 1, 8))
+LANES: Final = min(len(os.sched_getaffinity(0)) - 1, 8)
 PORTION: Final = 256 << 10
 # The packed bytes the loop unpacks itself at a time: waking up a thread for less would take as long.
 AT_ONCE: Final = 64 << 10
@@ -64,6 +65,7 @@ class Unpacker:
         self._wanted: list[Cluster] = []
         self._fetched: deque[Cluster] = deque()
         self._running = 0
+        self._goes_on = False
         self.at_once = AT_ONCE
 
     @property
@@ -140,28 +142,25 @@ class Unpacker:
     # -- unpacking --------------------------------------------------------------------------------------------
 
     def _unpack_more(self) -> None:
+        """Let every lane that is free have its share; the loop is one of them, a little at a time."""
         fetched = self._fetched
-        own: list[Cluster] = []
-        size = 0
-        # The loop is a lane as well: it takes its share of what there is, from the end of the queue.
-        share = -(-len(fetched) // (LANES - self._running + 1))
-        if not self._running and sum(cluster.length for cluster in fetched) <= self.at_once:
-            share = len(fetched)
-        while fetched and len(own) < share and size + fetched[-1].length <= self.at_once:
-            size += fetched[-1].length
-            own.append(fetched.pop())
-        while fetched and self._running < LANES:
-            # Every lane gets something.
-            most = -(-len(fetched) // (LANES - self._running))
-            size = 0
-            portion: list[Cluster] = []
-            while fetched and len(portion) < most and size < PORTION:
-                size += fetched[0].length
-                portion.append(fetched.popleft())
+        aio = self._driver.host.aio
+        is_little = not self._running and sum(cluster.length for cluster in fetched) <= self.at_once
+        while fetched and self._running < LANES and not is_little:
+            lanes = LANES - self._running + (self.at_once > 0)
+            portion = _portion(fetched, -(-len(fetched) // lanes), PORTION, is_any=True)
             self._running += 1
-            self._driver.host.aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
+            aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
+        own = _portion(fetched, len(fetched), self.at_once, is_any=not LANES)
         self._unpack_all(own)
         self._tell(own)
+        if fetched and own and not self._goes_on:
+            self._goes_on = True
+            aio.soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self._unpack_more()
 
     def _unpack_all(self, portion: list[Cluster]) -> int:
         """Unpack; on a thread, or on the loop."""
@@ -202,6 +201,15 @@ class Unpacker:
         while self._size > BUDGET and len(cache) > 2:
             oldest = next(iter(cache))
             self._size -= len(cache.pop(oldest))
+
+
+def _portion(fetched: deque[Cluster], most: int, size: int, *, is_any: bool) -> list[Cluster]:
+    """Take clusters from the queue, ``most`` and ``size`` packed bytes at most; the first is ``is_any``'s size."""
+    portion: list[Cluster] = []
+    while fetched and len(portion) < most and (fetched[0].length <= size or (is_any and not portion)):
+        size -= fetched[0].length
+        portion.append(fetched.popleft())
+    return portion
 
 
 def _joins(group: list[Cluster], cluster: Cluster) -> bool:

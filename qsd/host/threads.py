@@ -92,7 +92,8 @@ class ThreadPool:
         results = self._results
         self._is_reaping = True
         try:
-            while results:
+            # Not what is added meanwhile: that is for the next round.
+            for _ in range(len(results)):
                 done, result = results.popleft()
                 self._pending -= 1
                 done(result)
@@ -107,6 +108,12 @@ class ThreadPool:
             self._deferred.append(function)
         else:
             function()
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run ``function`` in the loop's next round."""
+        self._pending += 1
+        self._results.append((lambda _result: function(), 0))
+        os.eventfd_write(self._event, 1)
 
     def close(self) -> None:
         """Let the threads go. Nothing may be in flight."""
@@ -194,6 +201,10 @@ class ThreadAio:
     def defer(self, function: Callable[[], None]) -> None:
         """Run ``function`` when the results being delivered have been delivered; at once when none are."""
         self._pool.defer(function)
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run ``function`` in the loop's next round."""
+        self._pool.soon(function)
 
     def flush(self) -> None:
         """Nothing is held back."""

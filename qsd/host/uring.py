@@ -204,6 +204,10 @@ class Uring:
         else:
             function()
 
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run ``function`` in the loop's next round."""
+        self._pool.soon(function)
+
     def flush(self) -> None:
         """Submit what was queued: one system call. What is complete when it returns is delivered at once."""
         words = self._words

@@ -475,6 +475,9 @@ class Threads:
     def defer(self, function: Callable[[], None]) -> None:
         function()
 
+    def soon(self, function: Callable[[], None]) -> None:
+        self._world.jobs.append(function)
+
 
 class WorldHost:
     """Lends a driver what it needs; it opens no child for the image."""

@@ -25,11 +25,15 @@ class Driver:
         self.resumed: list[Callable[[], None]] = []
         self.fetches: list[tuple[int, memoryview, Callable[[int], None]]] = []
         self.jobs: list[tuple[Callable[[], int], Callable[[int], None]]] = []
-        self.host = SimpleNamespace(aio=SimpleNamespace(call=lambda *job: self.jobs.append(job)))
+        self.host = SimpleNamespace(aio=SimpleNamespace(call=lambda *job: self.jobs.append(job), soon=self.soon))
+        self.next_round: list[Callable[[], None]] = []
         self.child = object()
         self.content = {number: bytes([number]) * 100 for number in range(100)}
         this: Any = self
         self.unpacker = Unpacker(this, self.unpack)
+
+    def soon(self, function: Callable[[], None]) -> None:
+        self.next_round.append(function)
 
     def finished(self, count: int = 1) -> None:
         self.in_flight -= count
@@ -77,11 +81,13 @@ class Driver:
 
     def end_all(self) -> None:
         self.send()
-        while self.fetches or self.jobs:
+        while self.fetches or self.jobs or self.next_round:
             while self.fetches:
                 self.end_fetch()
             while self.jobs:
                 self.end_job()
+            while self.next_round:
+                self.next_round.pop()()
 
 
 @pytest.fixture
@@ -191,11 +197,43 @@ def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> No
     driver.send()
     driver.end_fetch()
     assert len(driver.jobs) == 2
-    assert list(map(is_done, many)) == [False] * 10 + [True] * 2
+    assert [*map(is_done, many)] == [False] * 8 + [True] * 2 + [False] * 2, "each lane has four"
     one = driver.read(30)
+    assert len(driver.next_round) == 1
+    driver.next_round.pop()()
+    assert [*map(is_done, many)] == [False] * 8 + [True] * 4
+    assert not driver.next_round
     driver.send()
     driver.end_fetch()
     assert is_done(one), "the threads have enough to do"
     driver.end_all()
     assert all(map(is_done, many))
     assert not driver.in_flight
+
+
+def test_where_there_is_one_processor_the_loop_unpacks_all_of_it_in_turns(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "LANES", 0)
+    driver.unpacker.at_once = 50
+    four = [driver.read(where) for where in range(4)]
+    driver.send()
+    driver.end_fetch()
+    for done in range(1, 4):
+        assert sum(map(is_done, four)) == done
+        driver.next_round.pop()()
+    assert all(map(is_done, four))
+    assert not driver.jobs
+    assert not driver.next_round
+    assert not driver.in_flight
+
+
+def test_threads_unpack_what_would_hold_up_the_loop(driver: Driver) -> None:
+    driver.unpacker.at_once = 99
+    four = [driver.read(where) for where in range(4)]
+    driver.send()
+    driver.end_fetch()
+    assert not any(map(is_done, four))
+    assert not driver.next_round, "it would come again and again"
+    driver.end_all()
+    assert all(map(is_done, four))

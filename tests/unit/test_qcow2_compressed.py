@@ -25,13 +25,18 @@ def kinds() -> list[Any]:
     return [COMPRESSION_ZLIB, pytest.param(COMPRESSION_ZSTD, marks=skip)]
 
 
-@pytest.fixture(params=["isal", "zlib"])
+# Where each is asked for, those that would come before it are not installed.
+ENGINES = {"libdeflate": (), "isal_zlib": ("libdeflate",), "zlib": ("libdeflate", "isal_zlib")}
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "zlib":
-        monkeypatch.setattr(compressed, "isal_zlib", None)
-    elif compressed.isal_zlib is None:
-        pytest.skip("the Python package isal is not installed")
-    return str(request.param)
+    name = str(request.param)
+    if getattr(compressed, name) is None:
+        pytest.skip(f"the Python package of {name} is not installed")
+    for other in ENGINES[name]:
+        monkeypatch.setattr(compressed, other, None)
+    return name
 
 
 # -- descriptors ---------------------------------------------------------------------------------------------

