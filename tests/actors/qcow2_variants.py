@@ -38,6 +38,13 @@ _TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_
 
 VARIANTS: Final[dict[str, Variant]] = {
     "new": Variant(is_empty=True),
+    "empty-backing": Variant(is_empty=True, has_backing=True),
+    # More clusters than a refcount block counts.
+    "empty-4k": Variant(is_empty=True, cluster_bits=12, clusters=700, unit=1024, header={"refcount_order": 6}),
+    "empty-4k-backing": Variant(is_empty=True, cluster_bits=12, clusters=200, has_backing=True, options=_TINY),
+    "empty-512-backing": Variant(
+        is_empty=True, cluster_bits=9, clusters=700, has_backing=True, header={"refcount_order": 6}
+    ),
     "plain": Variant(),
     "v2": Variant(header={"version": 2}),
     "v2-backing": Variant(header={"version": 2}, has_backing=True),

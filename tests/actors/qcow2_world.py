@@ -147,10 +147,13 @@ def apply(data: bytearray, change: Change) -> None:
 
 @attrs.frozen(kw_only=True)
 class Habits:
-    """A guest: how many requests, how many at once, the weight of each kind, the longest (a part of the disk)."""
+    """A guest: how many requests, how many at once and how many sent together, the weight of each kind, the longest
+    (a part of the disk).
+    """
 
     requests: int = 60
     depth: int = 4
+    together: tuple[int, ...] = (1, 1, 1, 4, 12)
     writes: int = 6
     zeroes: int = 2
     discards: int = 2
@@ -181,6 +184,9 @@ class World:
         # Work on threads.
         self.jobs: list[Callable[[], None]] = []
         self.under_way = 0
+        # Requests that are going to be submitted together.
+        self.batch: list[Request] = []
+        self.is_holding = False
         self.origin = GuestOp(0, Op.WRITE, 0, self.units, done=-1)
         self.live = Allowed(self.units, self.origin)
         self.finished: list[GuestOp] = []
@@ -331,8 +337,16 @@ class World:
                     reading.seen[unit - reading.first].append(op)
         self.under_way += 1
         reply = Callback(lambda request: self._ended(op, request, buffer))
-        driver.submit([Request(kind.value, first * self.unit, count * self.unit, buffer, reply, flags)])
+        self.batch.append(Request(kind.value, first * self.unit, count * self.unit, buffer, reply, flags))
+        if not self.is_holding:
+            self.submit(driver)
         return op
+
+    def submit(self, driver: Qcow2Driver) -> None:
+        """Send what was held back, as one batch."""
+        self.is_holding = False
+        batch, self.batch = self.batch, []
+        driver.submit(batch)
 
     def _ended(self, op: GuestOp, request: Request, buffer: memoryview | None) -> None:
         self.under_way -= 1
@@ -401,8 +415,12 @@ class World:
         left = self.habits.requests
         while left or self.under_way or self.is_busy:
             if left and self.under_way < self.habits.depth and self.rng.random() < 0.5:
-                left -= 1
-                self.random_request(driver)
+                together = min(left, self.rng.choice(self.habits.together), self.habits.depth - self.under_way)
+                left -= together
+                self.is_holding = True
+                for _ in range(together):
+                    self.random_request(driver)
+                self.submit(driver)
             else:
                 await self.go_on()
 

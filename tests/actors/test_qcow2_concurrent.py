@@ -84,6 +84,18 @@ def test_requests_of_the_file_that_fail(name: str) -> None:
             judge(world)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["empty-backing", "empty-4k", "empty-4k-backing", "empty-512-backing"])
+def test_small_writes_into_new_clusters_together(name: str, rate: float) -> None:
+    habits = attrs.evolve(CROWD, longest=0, writes=20, together=(1, 4, 12), failing=rate)
+    for seed in range(3 * EFFORT):
+        with noted(name, seed):
+            world, _built = make_world(VARIANTS[name], random.Random(seed), habits)
+            world.fails, world.fail_with = rate > 0, (errno.EIO, errno.ENOSPC)[seed % 2]
+            run_seeded(seed, use, world, VARIANTS[name].options)
+            judge(world)
+
+
 @pytest.mark.parametrize("name", ["new", "backing-snapshot", "refcount-2-snapshot", "extended-backing", "lazy"])
 def test_any_one_request_that_fails(name: str) -> None:
     points = 40 * EFFORT
