@@ -180,7 +180,7 @@ class Change:
         for edge, child in self._swaps.get(None, ()):
             yield _Hold(edge.node)
             yield _Swap(edge, child)
-        for key in self._before.order():
+        for key in self._before.order_towards(self.snapshot):
             yield from self._actions(self._topology.living[key], plan)
         yield _Edges(self._topology, self, plan)
 

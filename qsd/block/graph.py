@@ -94,6 +94,21 @@ class Snapshot:
                 waiting.extend(children.get(node, ()))
         return found
 
+    def order_towards(self, after: Snapshot) -> list[int]:
+        """The order to drain in while this graph becomes ``after``: a parent also comes before its new children.
+
+        It reads what a new child holds, which a held child does not answer. A new edge that contradicts an old one
+        does not count: what is in flight goes by the old ones.
+        """
+        both = self
+        known = {(edge.parent, edge.child) for edge in self.edges}
+        for edge in after.edges:
+            if edge.parent is None or (edge.parent, edge.child) in known or edge.child not in self.nodes:
+                continue
+            if edge.parent not in both.below({edge.child}):
+                both = attrs.evolve(both, edges=(*both.edges, edge))
+        return both.order()
+
     def order(self) -> list[int]:
         """The nodes, every parent before its children: the order to drain in.
 

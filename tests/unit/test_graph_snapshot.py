@@ -66,6 +66,17 @@ def test_order_puts_every_parent_before_its_children(case: tuple[int, list[tuple
     assert all(order.index(one.parent) < order.index(one.child) for one in graph.edges if one.parent is not None)
 
 
+@pytest.mark.parametrize(("old", "new"), [((), (0, 1)), ((), (1, 0)), ((0, 1), (1, 0))])
+def test_order_of_a_change_heeds_new_edges_unless_old_ones_contradict(
+    old: tuple[int, ...], new: tuple[int, int]
+) -> None:
+    before = snapshot(2)
+    if old:
+        before = before.with_edge(edge(1, *old))
+    after = snapshot(2).with_edge(edge(2, *new))
+    assert before.order_towards(after) == list(old or new)
+
+
 def test_order_of_a_part_ignores_parents_outside() -> None:
     graph = Snapshot({1: NodeFacts("n1"), 2: NodeFacts("n2")}, (edge(1, 0, 2), edge(2, 2, 1)))
     assert graph.order() == [2, 1]
