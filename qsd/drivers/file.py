@@ -87,6 +87,12 @@ class FileDriver(Driver):
     def _check_open(self, fd: int) -> None:
         # The name may lead elsewhere by now: what was opened is what counts.
         self._check_type(os.fstat(fd).st_mode)
+        try:
+            # A file without an end is no image: /proc/self/mem calls itself a regular file, and a guest whose image
+            # names it as its data file would write this process's memory.
+            os.lseek(fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise QmpError(f"Could not refresh total sector count: {errno_text(error.errno or 0)}") from None
 
     def _open_fd(self, *, writable: bool, direct: bool) -> int:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
