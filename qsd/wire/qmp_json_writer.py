@@ -16,8 +16,9 @@ _DONE = object()
 def dumps(value: Any, pretty: bool = False) -> str:
     """Write JSON values (as Python has them); ``pretty``: every member on its own line, four blanks a level.
 
-    Never fails for what ``Parser`` returns: nesting costs no stack, lone surrogates are written as they are, and
-    a double that is not finite, which JSON cannot express, is written as the nearest that is (NaN as 0).
+    Never fails for what ``Parser`` returns: nesting costs no stack, and a double that is not finite, which JSON
+    cannot express, is written as the nearest that is (NaN as 0). Lone surrogates, as in file names that are not
+    UTF-8, are written as U+FFFD: no client could read them.
     """
     parts: list[str] = []
     write = parts.append
@@ -83,6 +84,8 @@ def _escape(match: re.Match[str]) -> str:
     if short is not None:
         return short
     code = ord(character)
+    if 0xD800 <= code < 0xE000:
+        return "\\uFFFD"
     if code < 0x10000:
         return f"\\u{code:04X}"
     code -= 0x10000
