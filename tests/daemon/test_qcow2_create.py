@@ -113,6 +113,7 @@ WIDTHS = "Refcount width must be a power of two and may not exceed 64 bits"
     [
         ({"size": 1000}, "Image size must be a multiple of 512 bytes"),
         ({"size": 1 << 62}, "Could not resize image: Failed to grow the L1 table: File too large"),
+        ({"size": 1 << 63}, "Could not resize image: Image size cannot be negative"),
         ({"cluster_size": 1000}, SIZES),
         ({"cluster_size": 256}, SIZES),
         ({"cluster_size": 4 * MIB}, SIZES),
@@ -141,6 +142,8 @@ WIDTHS = "Refcount width must be a power of two and may not exceed 64 bits"
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ),
         ({"data_file_raw": True}, "data-file-raw requires data-file"),
+        # The reference meets a conflict of permissions when it opens what it has made.
+        ({"data_file": "f"}, "'f' cannot be both the image and its data file"),
         ({"version": "v2", "data_file": "d"}, f"External data files are only supported {NEWER}"),
         (
             {"data_file": "d", "data_file_raw": True, "backing_file": "b", "backing_fmt": "raw"},

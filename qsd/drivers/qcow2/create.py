@@ -40,7 +40,9 @@ async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) ->
         data = None
         if options.data_file is not None:
             data = await stack.enter_async_context(host.node(options.data_file))
-            name = _file_name(data).encode()
+            name = _file_name(data).encode("utf-8", "surrogateescape")
+            if _is_same(file, data):
+                raise QmpError(f"'{data.node_name}' cannot be both the image and its data file")
             image = attrs.evolve(image, header=image.header.with_extension(layout.EXT_DATA_FILE, name))
         password = None if options.encrypt is None else _password(host, options)
         if image.header.crypt_method == layout.CRYPT_LUKS:
@@ -165,6 +167,11 @@ async def _volume(header: Header, options: BlockdevCreateOptionsQcow2, password:
         return None
     assert password is not None
     return await format_volume(FormatOptions.from_qapi(options.encrypt), password)
+
+
+def _is_same(file: Child, data: Child) -> bool:
+    """Whether metadata and data would be written over each other."""
+    return file.node_name == data.node_name or _file_name(file) == _file_name(data) != ""
 
 
 def _file_name(child: Child) -> str:

@@ -23,6 +23,8 @@ from qsd.errors import QmpError
 COPIED: Final = 1 << 63
 # The most bytes a block device may have in the reference.
 MAX_LENGTH: Final = 0x7FFF_FFFF_C000_0000
+# Sizes come as unsigned numbers and are signed ones in the reference.
+MAX_SIGNED: Final = (1 << 63) - 1
 
 
 @attrs.frozen(kw_only=True)
@@ -57,6 +59,8 @@ class Placement:
 def place(image: NewImage) -> Placement:
     """Where everything stands. Raises QmpError when the format has no room for such a disk."""
     header = image.header
+    if header.size > MAX_SIGNED:
+        raise QmpError("Could not resize image: Image size cannot be negative")
     if header.size > MAX_LENGTH:
         raise QmpError(f"Could not resize image: offset({header.size}) exceeds maximum({MAX_LENGTH})")
     if header.l1_needed * 8 > layout.MAX_L1_BYTES:
