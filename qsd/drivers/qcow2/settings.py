@@ -19,6 +19,7 @@ MIN_REFCOUNT_BLOCKS: Final = 4
 DEFAULT_SLICE: Final = 64 << 10
 DEFAULT_CLEAN_INTERVAL: Final = 600
 MAX_INT: Final = (1 << 31) - 1
+MAX_INTERVAL: Final = (1 << 32) - 1
 
 
 @attrs.frozen(kw_only=True)
@@ -46,7 +47,7 @@ def settings_of(options: Any, header: Header, *, discard_unmap: bool) -> Setting
     if options.discard_no_unref and header.version < 3:
         raise QmpError("discard-no-unref is only supported since qcow2 version 3")
     interval = _given(options.cache_clean_interval, DEFAULT_CLEAN_INTERVAL)
-    if not 0 <= interval <= MAX_INT:
+    if not 0 <= interval <= MAX_INTERVAL:
         raise QmpError("Cache clean interval too big")
     return Settings(
         l2_cache=l2_cache,
