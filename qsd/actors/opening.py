@@ -114,6 +114,8 @@ class Opener:
         async with contextlib.AsyncExitStack() as stack:
             children: list[_Found] = []
             for name, child_role in driver_class.child_specs:
+                if name in driver_class.late_children:
+                    continue
                 found = await self._child(getattr(options, _attribute(name)), mode, name, child_role, depth)
                 if found is not None:
                     children.append(found)
@@ -124,11 +126,11 @@ class Opener:
     async def _child(self, value: Any, mode: Mode, name: str, role: ChildRole, depth: int) -> _Found | None:
         if value is None or value is NULL:
             return None
-        if isinstance(value, str):
-            node = self._topology.find(value, UNKNOWN_REFERENCE)
-            info_of(node).pins += 1
-            return _Found(name, role, node, is_inline=False)
         try:
+            if isinstance(value, str):
+                node = self._topology.find(value, UNKNOWN_REFERENCE)
+                info_of(node).pins += 1
+                return _Found(name, role, node, is_inline=False)
             return _Found(name, role, await self.open(value, mode, role, depth), is_inline=True)
         except QmpError as error:
             raise error.prefixed("Could not open backing file: " if role is ChildRole.COW else "") from None
@@ -173,12 +175,14 @@ class Opener:
         return node
 
     async def _open_child(
-        self, node: Node, children: list[_Found], depth: int, name: str, role: ChildRole, options: Any
+        self, node: Node, children: list[_Found], depth: int, name: str, role: ChildRole, value: Any
     ) -> Child:
-        if depth >= MAX_CHAIN:
+        if value is not getattr(node.driver.options, _attribute(name)):
+            depth += 1
+        if depth > MAX_CHAIN:
             raise QmpError("The chain of images is too long")
-        opened = await _in_own_task(self.open, options, node.mode, role, depth + 1)
-        found = _Found(name, role, opened, is_inline=True)
+        found = await _in_own_task(self._child, value, node.mode, name, role, depth)
+        assert found is not None
         try:
             await self._attach(node, [found])
             children.append(found)

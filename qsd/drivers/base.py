@@ -48,13 +48,19 @@ class Limits:
     max_hw_iov: int = 0
 
 
-def limits_above(below: Limits, *, request_alignment: int = 1) -> Limits:
-    """Limits of a node that passes its requests on to one with the limits ``below``.
+def limits_above(below: Limits, *others: Limits, request_alignment: int = 1) -> Limits:
+    """Limits of a node that passes its requests on to one with the limits ``below``, or to ``others``.
 
-    The child deals with what is aligned otherwise; what it wants of buffers, and how much the device takes at
+    The children deal with what is aligned otherwise; what they want of buffers, and how much the device takes at
     once, holds above as well.
     """
-    return attrs.evolve(below, request_alignment=request_alignment, pwrite_zeroes_alignment=0)
+    wanted = attrs.evolve(below, request_alignment=request_alignment, pwrite_zeroes_alignment=0)
+    for other in others:
+        wanted.min_mem_alignment = max(wanted.min_mem_alignment, other.min_mem_alignment)
+        wanted.opt_mem_alignment = max(wanted.opt_mem_alignment, other.opt_mem_alignment)
+        wanted.max_transfer = min(filter(None, (wanted.max_transfer, other.max_transfer)), default=0)
+        wanted.max_iov = min(wanted.max_iov, other.max_iov)
+    return wanted
 
 
 class ChildRole(str, Enum):
@@ -238,6 +244,8 @@ class Driver(ABC):
     fixed: ClassVar[frozenset[str]] = frozenset()
     # Child edges in order: name, role. An option attribute of the same name holds the child.
     child_specs: ClassVar[tuple[tuple[str, ChildRole], ...]] = ()
+    # Those of them that the driver asks the host for itself, when it has seen what is in the others.
+    late_children: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         self.node_name = node_name

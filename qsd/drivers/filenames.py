@@ -15,8 +15,13 @@ def tree_of(driver: Any) -> dict[str, Any]:
         tree: dict[str, Any] = json.loads(name.removeprefix("json:"))
         return tree
     if driver.is_format:
-        return {"driver": driver.name, "file": tree_of(driver.children["file"].node.driver)}
+        return {"driver": driver.name, **_children_of(driver)}
     return {"driver": driver.name, "filename": name}
+
+
+def _children_of(driver: Any) -> dict[str, Any]:
+    """What a format's children are; the backing file is named where it is not the image's own, by ``own``."""
+    return {name: tree_of(child.node.driver) for name, child in driver.children.items() if name != "backing"}
 
 
 def name_above_file(driver: Any, own: dict[str, Any]) -> str:
@@ -29,4 +34,4 @@ def name_above_file(driver: Any, own: dict[str, Any]) -> str:
     name: str = file.filename()
     if not own and not file.is_format and not name.startswith("json:"):
         return name
-    return "json:" + json.dumps({"driver": driver.name, **own, "file": tree_of(file)})
+    return "json:" + json.dumps({"driver": driver.name, **own, **_children_of(driver)})

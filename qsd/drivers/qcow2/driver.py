@@ -16,9 +16,8 @@ import trio
 
 from qsd.drivers.base import SECTOR, ChildRole, Host, Mode, limits_above
 from qsd.drivers.gather import Gather
-from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.mapped import READ
-from qsd.drivers.qcow2 import compressed, encryption, facts, internal_snapshots
+from qsd.drivers.qcow2 import compressed, encryption, internal_snapshots, naming
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.bursts import Burst, Bursts
@@ -29,8 +28,6 @@ from qsd.drivers.qcow2.layout import (
     CRYPT_AES,
     CRYPT_NONE,
     DIRTY,
-    EXT_BACKING_FORMAT,
-    EXT_DATA_FILE,
     KNOWN_AUTOCLEAR,
     Header,
 )
@@ -45,7 +42,6 @@ from qsd.drivers.qcow2.writing import WRITE, Writer
 from qsd.drivers.qcow2.zeroing import Zeroer
 from qsd.errors import QmpError, errno_text
 from qsd.messages import Flag, Op, Request
-from qsd.qapi.core import NULL
 
 log = logging.getLogger("qsd.qcow2")
 
@@ -67,6 +63,7 @@ class Qcow2Driver(TellingDriver):
         ("backing", ChildRole.COW),
         ("data-file", ChildRole.DATA),
     )
+    late_children: ClassVar[frozenset[str]] = frozenset({"backing", "data-file"})
 
     image: Image
     _next: Image
@@ -89,9 +86,10 @@ class Qcow2Driver(TellingDriver):
     async def open(self) -> None:
         """Read the header and the L1 table; open the data file and the backing file the image names."""
         await self._load()
-        await self._open_data_file()
+        await naming.open_data_file(self)
         await self._unlock(self.image, self.options)
-        await self._open_backing()
+        await naming.open_backing(self)
+        self.children_changed()
         if not self.mode.read_only and self.mode.active:
             await self._prepare_writing(self.image)
             self._begin_writing()
@@ -127,10 +125,15 @@ class Qcow2Driver(TellingDriver):
     def _take(self, image: Image) -> None:
         self.image = image
         self.length = image.header.size
-        alignment = SECTOR if image.header.crypt_method != CRYPT_NONE else 1
-        self.limits = limits_above(image.file.limits, request_alignment=alignment)
-        self.limits.pwrite_zeroes_alignment = image.header.subcluster_size
-        self.limits.pdiscard_alignment = image.header.cluster_size
+        self.children_changed()
+
+    def children_changed(self) -> None:
+        """What they want of buffers is wanted here as well."""
+        header = self.image.header
+        alignment = SECTOR if header.crypt_method != CRYPT_NONE else 1
+        self.limits = limits_above(*(child.limits for child in self.children.values()), request_alignment=alignment)
+        self.limits.pwrite_zeroes_alignment = header.subcluster_size
+        self.limits.pdiscard_alignment = header.cluster_size
 
     async def _read_again(self, options: Any, mode: Mode, *, mends: bool = True) -> Image:
         """The image as it is now, with its children open already. Raises QmpError.
@@ -151,6 +154,8 @@ class Qcow2Driver(TellingDriver):
     def _go_on_with(self, image: Image) -> None:
         self.unpacker.clear()
         self._is_sparse = None
+        if image.header.backing_file != self.image.header.backing_file:
+            self.own_backing = naming.backing_name(image)
         self._take(image)
         self.is_writable = False
         if not self.mode.read_only and self.mode.active:
@@ -165,33 +170,6 @@ class Qcow2Driver(TellingDriver):
         compressed.require(header.compression_type)
         if header.incompatible & CORRUPT and not mode.read_only:
             raise QmpError("qcow2: Image is corrupt; cannot be opened read/write")
-
-    async def _open_data_file(self) -> None:
-        header = self.image.header
-        if not header.has_data_file:
-            if self.options.data_file is not None:
-                raise QmpError("'data-file' can only be set for images with an external data file")
-            return
-        if "data-file" not in self.children:
-            name = header.extension(EXT_DATA_FILE)
-            if not name:
-                raise QmpError("'data-file' is required for this image")
-            await self.host.open_child("data-file", ChildRole.DATA, plain_options(facts.text(name)))
-        self.image.map.data = self.children["data-file"]
-
-    async def _open_backing(self) -> None:
-        header = self.image.header
-        name = header.backing_file
-        self._is_backing_overridden = _overrides_backing(self.options, header)
-        if self.options.backing is not None or not name:
-            return
-        kind = header.extension(EXT_BACKING_FORMAT)
-        try:
-            image_name = facts.name_of(self.children["file"])
-            options = format_options(facts.text(name), image_name, facts.text(kind) if kind else None)
-            await self.host.open_child("backing", ChildRole.COW, options)
-        except QmpError as error:
-            raise error.prefixed("Could not open backing file: ") from None
 
     async def _prepare_writing(self, image: Image, *, mends: bool = True) -> None:
         """Load what only writers need; unknown autoclear features are no longer to be trusted."""
@@ -228,7 +206,6 @@ class Qcow2Driver(TellingDriver):
         """Go on with it."""
         super().commit_reopen(options, mode)
         self._go_on_with(self._next)
-        self._is_backing_overridden = _overrides_backing(options, self.image.header)
         self._clean_caches()
         del self._next
 
@@ -263,6 +240,12 @@ class Qcow2Driver(TellingDriver):
         if self._is_broken or not self.is_writable:
             raise QmpError(errno_text(errno.EIO if self._is_broken else errno.EROFS))
         await internal_snapshots.delete(self, snapshot_id)
+
+    async def change_backing_file(self, name: str, kind: str) -> None:
+        """See ``naming``. Raises OSError."""
+        if self._is_broken or not self.is_writable:
+            raise OSError(errno.EIO if self._is_broken else errno.EROFS, "the image cannot be written")
+        await naming.change_backing_file(self, name, kind)
 
     # -- amending ---------------------------------------------------------------------------------------------
 
@@ -479,8 +462,3 @@ class Qcow2Driver(TellingDriver):
             gather.left += 1
             self.post(child, Request(Op.FLUSH.value, 0, 0, None, gather))
         gather.end()
-
-
-def _overrides_backing(options: Any, header: Header) -> bool:
-    """Whether the options say something else about the backing file than the image does."""
-    return options.backing is not None and (options.backing is not NULL or bool(header.backing_file))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.base import Child
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def text(name: bytes) -> str:
-    """A name in the image, as Python has file names."""
-    return name.decode("utf-8", "surrogateescape")
+    """A name in the image, as Python has file names; as in the reference it ends at a zero byte."""
+    return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def name_of(child: Child) -> str:
@@ -48,24 +47,23 @@ def allocated_size(children: dict[str, Child]) -> int | None:
     return total
 
 
-def json_name(children: dict[str, Child], options: Any, *, has_other_backing: bool) -> str:
-    """The name of an image that cannot be opened again by its file's name alone."""
-    shown: dict[str, Any] = {}
+def naming_options(children: dict[str, Child], options: Any, *, has_other_backing: bool) -> dict[str, Any]:
+    """What an image cannot be opened again without, its files aside."""
+    named: dict[str, Any] = {}
     if has_other_backing:
         backing: Any = children.get("backing")
-        shown["backing"] = None if backing is None else tree_of(backing.node.driver)
+        named["backing"] = None if backing is None else tree_of(backing.node.driver)
     if options.encrypt is not None:
         # The format is not told: the header says it. The password stays a name.
-        shown["encrypt.key-secret"] = options.encrypt.key_secret
-    file: Any = children["file"]
-    return "json:" + json.dumps(shown | {"driver": "qcow2", "file": tree_of(file.node.driver)})
+        named["encrypt.key-secret"] = options.encrypt.key_secret
+    return named
 
 
 def image_facts(header: Header, image_name: str) -> dict[str, Any]:
     """Cluster size and what the header says about a backing file."""
     facts: dict[str, Any] = {"cluster-size": header.cluster_size}
-    if header.backing_file is not None:
-        name = text(header.backing_file)
+    name = text(header.backing_file or b"")
+    if name:
         facts["backing-filename"] = name
         with contextlib.suppress(QmpError):  # relative to an image without a directory
             facts["full-backing-filename"] = full_name(name, image_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.base import Child, Host, Mode
+from qsd.drivers.filenames import name_above_file
 from qsd.drivers.mapped import MappedDriver
 from qsd.drivers.qcow2 import compressed, facts
 from qsd.drivers.qcow2.layout import DIRTY
@@ -23,7 +24,8 @@ class TellingDriver(MappedDriver):
 
     def __init__(self, node_name: str, options: Any, mode: Mode, host: Host) -> None:
         super().__init__(node_name, options, mode, host)
-        self._is_backing_overridden = False
+        # The name of the backing file that is the image's own: as the image has it, or as it was opened by that.
+        self.own_backing = ""
         self._is_sparse: bool | None = None
 
     # -- where things are -------------------------------------------------------------------------------------
@@ -73,9 +75,10 @@ class TellingDriver(MappedDriver):
 
     def filename(self) -> str:
         """The file's name, unless another backing file makes it another disk."""
-        if not self._is_backing_overridden and not self.image.is_encrypted:
-            return facts.name_of(self.children["file"])
-        return facts.json_name(self.children, self.options, has_other_backing=self._is_backing_overridden)
+        backing = self.children.get("backing")
+        name = "" if backing is None else facts.name_of(backing)
+        own = facts.naming_options(self.children, self.options, has_other_backing=name != self.own_backing)
+        return name_above_file(self, own)
 
     def image_facts(self) -> dict[str, Any]:
         """Cluster size and what the header says about a backing file."""

@@ -1,0 +1,162 @@
+"""The files an image names, and the names a node goes by."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Qmp, RunningDaemon
+from qcow2_images import img
+
+Start = Callable[..., RunningDaemon]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def qmp(daemon: Start, tmp_path: Path) -> Qmp:
+    """A daemon, and beside it ``base.raw``, ``base.qcow2`` and ``top.qcow2`` on the former."""
+    (tmp_path / "base.raw").write_bytes(b"base" * (MIB // 4))
+    img("create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", MIB)
+    img("create", "-q", "-f", "qcow2", "-b", tmp_path / "base.raw", "-F", "raw", tmp_path / "top.qcow2")
+    return daemon().qmp()
+
+
+def naming(path: Path, name: bytes, *, data_file: bool = False) -> Path:
+    """An image of 1 MiB that names a backing file (of unknown format) or a data file, byte by byte."""
+    img("create", "-q", "-f", "qcow2", path, MIB)
+    image = bytearray(path.read_bytes())
+    if data_file:
+        image[72:80] = struct.pack(">Q", 4)
+        extension = struct.pack(">II", 0x44415441, len(name)) + name + bytes(-len(name) % 8 + 8)
+        image[112 : 112 + len(extension)] = extension
+    else:
+        image[112:120] = bytes(8)
+        image[120 : 120 + len(name)] = name
+        image[8:20] = struct.pack(">QI", 120, len(name))
+    path.write_bytes(image)
+    return path
+
+
+def file_of(path: Path) -> dict[str, Any]:
+    return {"driver": "file", "filename": str(path)}
+
+
+def shown(qmp: Qmp, name: str = "n") -> dict[str, Any]:
+    (node,) = [node for node in qmp.execute("query-named-block-nodes") if node["node-name"] == name]
+    found: dict[str, Any] = node
+    return found
+
+
+def name_of(qmp: Qmp, tmp_path: Path, **options: Any) -> Any:
+    """The name a qcow2 node opened with these options goes by: its file's or the members of a tree."""
+    qmp.execute("blockdev-add", **{"driver": "qcow2", "node-name": "n", **options})
+    name = shown(qmp)["file"]
+    qmp.execute("blockdev-del", node_name="n")
+    if not name.startswith("json:"):
+        return Path(name).name
+    return json.loads(name.removeprefix("json:").replace(f"{tmp_path}/", ""))
+
+
+def test_name_tells_another_backing_file_only(qmp: Qmp, tmp_path: Path) -> None:
+    top, base, other = (file_of(tmp_path / name) for name in ("top.qcow2", "base.raw", "base.qcow2"))
+    tree = {"driver": "qcow2", "file": {"driver": "file", "filename": "top.qcow2"}}
+    assert name_of(qmp, tmp_path, file=top) == "top.qcow2"
+    assert name_of(qmp, tmp_path, file=top, backing={"driver": "raw", "file": base}) == "top.qcow2"
+    assert name_of(qmp, tmp_path, file=top, backing=None) == {"backing": None, **tree}
+    assert name_of(qmp, tmp_path, file=top, backing="") == {"backing": None, **tree}
+    assert name_of(qmp, tmp_path, file=top, backing=other) == {
+        "backing": {"driver": "file", "filename": "base.qcow2"},
+        **tree,
+    }
+    assert name_of(qmp, tmp_path, file={"driver": "raw", "file": other}) == {
+        "driver": "qcow2",
+        "file": {"driver": "raw", "file": {"driver": "file", "filename": "base.qcow2"}},
+    }
+
+
+def test_name_of_an_overlay_follows_the_name_in_its_image(qmp: Qmp, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    qmp.execute("blockdev-add", driver="raw", node_name="low", file=file_of(tmp_path / "base.raw"))
+    qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd.sock")}})
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="low")
+    qmp.execute(
+        "blockdev-snapshot-sync",
+        node_name="low",
+        snapshot_file=str(overlay),
+        snapshot_node_name="n",
+        format="qcow2",
+    )
+    assert shown(qmp)["file"] == str(overlay)
+    qmp.execute("change-backing-file", device="n", image_node_name="n", backing_file="elsewhere")
+    assert shown(qmp)["file"].startswith("json:")
+    assert shown(qmp)["image"]["backing-filename"] == "elsewhere"
+    assert shown(qmp)["image"]["backing-filename-format"] == "raw"
+    info = json.loads(img("info", "-U", "--output=json", overlay))
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("elsewhere", "raw")
+    qmp.execute("change-backing-file", device="n", image_node_name="n", backing_file=str(tmp_path / "base.raw"))
+    assert shown(qmp)["file"] == str(overlay)
+    text = qmp.refusal("change-backing-file", device="n", image_node_name="n", backing_file="x" * 1024)
+    assert text == f"Could not change backing file to '{'x' * 1024}': Invalid argument"
+    qmp.execute("change-backing-file", device="n", image_node_name="n", backing_file="")
+    assert "backing-filename" not in json.loads(img("info", "-U", "--output=json", overlay))
+
+
+def test_name_ends_at_a_zero_byte(qmp: Qmp, tmp_path: Path) -> None:
+    naming(tmp_path / "cut.qcow2", b"base.raw\0/etc/passwd")
+    naming(tmp_path / "none.qcow2", b"\0base.raw")
+    for image, depth in (("cut.qcow2", 1), ("none.qcow2", 0)):
+        qmp.execute("blockdev-add", driver="qcow2", node_name="n", file=file_of(tmp_path / image))
+        node = shown(qmp)
+        assert node["backing_file_depth"] == depth
+        assert node["image"].get("backing-filename") == ("base.raw" if depth else None)
+        qmp.execute("blockdev-del", node_name="n")
+
+
+def test_name_that_is_not_utf8_is_shown_so_that_clients_can_read_it(qmp: Qmp, tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xff")).write_bytes(bytes(MIB))
+    naming(tmp_path / "odd.qcow2", b"\xff")
+    qmp.execute("blockdev-add", driver="qcow2", node_name="n", file=file_of(tmp_path / "odd.qcow2"))
+    assert shown(qmp)["image"]["backing-filename"] == "\ufffd"
+
+
+def test_data_file_in_this_process_memory_is_refused(qmp: Qmp, tmp_path: Path) -> None:
+    image = file_of(naming(tmp_path / "evil.qcow2", b"/proc/self/mem", data_file=True))
+    text = "Could not refresh total sector count: Invalid argument"
+    assert qmp.refusal("blockdev-add", driver="qcow2", node_name="n", file=image) == text
+    assert qmp.refusal("blockdev-add", **{"driver": "file", "node-name": "n", "filename": "/proc/self/mem"}) == text
+
+
+def test_backing_file_is_opened_after_the_image_has_been_looked_at(qmp: Qmp, tmp_path: Path) -> None:
+    top, raw = file_of(tmp_path / "top.qcow2"), file_of(tmp_path / "base.raw")
+    for file, backing, text in [
+        (raw, "nope", "Image is not in qcow2 format"),
+        (
+            top,
+            "nope",
+            "Could not open backing file: Cannot find device='nope' nor node-name='nope'",
+        ),
+        (
+            top,
+            {"driver": "qcow2", "file": top},
+            'Could not open backing file: Failed to get shared "write" lock',
+        ),
+    ]:
+        assert qmp.refusal("blockdev-add", driver="qcow2", node_name="n", file=file, backing=backing) == text
+    assert qmp.execute("query-named-block-nodes") == []
+
+
+def test_reopen_reads_a_file_that_was_opened_before_the_node(qmp: Qmp, tmp_path: Path) -> None:
+    for name in ("base.raw", "base.qcow2"):
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / name))
+    qmp.execute("blockdev-add", driver="qcow2", node_name="n", backing=None, file=file_of(tmp_path / "top.qcow2"))
+    options = {"driver": "qcow2", "node-name": "n", "backing": None}
+    # A node that is held does not answer; the reference takes what is no image, and reads it as one.
+    text = qmp.refusal("blockdev-reopen", options=[{**options, "file": "base.raw"}])
+    assert text == "Image is not in qcow2 format"
+    qmp.execute("blockdev-reopen", options=[{**options, "file": "base.qcow2"}])
+    assert Path(shown(qmp)["file"]).name == "base.qcow2"
