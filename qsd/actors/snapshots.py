@@ -69,9 +69,11 @@ class _OverlayAction(GraphAction):
         overlay = self.find_overlay()
         if overlay is None:
             return
-        if change.edges_to(overlay):
+        can_be_overlay = overlay.driver.can_have_backing()
+        # Nodes above an overlay, filters say, see the same disk change with it.
+        if any(edge.parent is None or not can_be_overlay for edge in change.edges_to(overlay)):
             raise QmpError("The overlay is already in use")
-        if not overlay.driver.can_have_backing():
+        if not can_be_overlay:
             raise QmpError("The overlay does not support backing images")
         if "backing" in change.children_of(overlay):
             raise QmpError("The overlay already has a backing image")

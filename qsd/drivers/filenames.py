@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 
-def tree_of(driver: Any) -> dict[str, Any]:
-    """The options that name the disk of the node of ``driver``."""
-    name: str = driver.filename()
+def tree_of(driver: Any, name: str | None = None) -> dict[str, Any]:
+    """The options that name the disk of the node of ``driver``; ``name``: what its ``filename`` has answered."""
+    if name is None:
+        name = driver.filename()
     if name == f"{driver.name}://":
         return {"driver": driver.name}
     if name.startswith("json:"):

@@ -47,12 +47,15 @@ def allocated_size(children: dict[str, Child]) -> int | None:
     return total
 
 
-def naming_options(children: dict[str, Child], options: Any, *, has_other_backing: bool) -> dict[str, Any]:
-    """What an image cannot be opened again without, its files aside."""
+def naming_options(children: dict[str, Child], options: Any, *, other_backing: str | None) -> dict[str, Any]:
+    """What an image cannot be opened again without, its files aside.
+
+    ``other_backing``: the name of the backing file that it does not name itself.
+    """
     named: dict[str, Any] = {}
-    if has_other_backing:
+    if other_backing is not None:
         backing: Any = children.get("backing")
-        named["backing"] = None if backing is None else tree_of(backing.node.driver)
+        named["backing"] = None if backing is None else tree_of(backing.node.driver, other_backing)
     if options.encrypt is not None:
         # The format is not told: the header says it. The password stays a name.
         named["encrypt.key-secret"] = options.encrypt.key_secret

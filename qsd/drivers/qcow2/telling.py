@@ -76,8 +76,10 @@ class TellingDriver(MappedDriver):
     def filename(self) -> str:
         """The file's name, unless another backing file makes it another disk."""
         backing = self.children.get("backing")
+        # Asked once: it asks its own backing file, and so on down the chain.
         name = "" if backing is None else facts.name_of(backing)
-        own = facts.naming_options(self.children, self.options, has_other_backing=name != self.own_backing)
+        other = None if name == self.own_backing else name
+        own = facts.naming_options(self.children, self.options, other_backing=other)
         return name_above_file(self, own)
 
     def image_facts(self) -> dict[str, Any]:
