@@ -2,9 +2,10 @@
 
 Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor;
 each takes several clusters, because a thread takes as long to wake up as to unpack one. The loop takes a little in
-every round, so that everybody else has a turn. Clusters that lie side by
-side in the file are fetched with one request. The last clusters stay in memory (``BUDGET`` bytes), because a
-reader of 4 KiB would otherwise unpack each cluster many times over.
+every round, so that everybody else has a turn. Who unpacks a cluster also copies it to where it is wanted, while it
+is in the processor's cache. Clusters that lie side by side in the file are fetched with one request. The last ones
+of which only a part was wanted stay in memory (``BUDGET`` bytes), because a reader of 4 KiB would otherwise unpack
+each cluster many times over.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
 from qsd.drivers.gather import Gather
+from qsd.host.memory import AlignedPool
 
 if TYPE_CHECKING:
     from qsd.drivers.mapped import MappedDriver
@@ -27,9 +29,11 @@ BUDGET: Final = 4 << 20
 # Packed bytes fetched with one request, and what may lie between two clusters fetched together.
 FETCH: Final = 512 << 10
 GAP: Final = 4096
+# Bytes of buffers for packed clusters one node keeps: new ones would be zeroed first.
+KEPT: Final = 2 << 20
 # Threads of one node that unpack or pack, and the packed bytes one unpacks at a time (in a millisecond or less).
 LANES: Final = min(len(os.sched_getaffinity(0)) - 1, 8)
-PORTION: Final = 256 << 10
+PORTION: Final = 128 << 10
 # The packed bytes the loop unpacks itself at a time: waking up a thread for less would take as long.
 AT_ONCE: Final = 64 << 10
 
@@ -37,9 +41,12 @@ Unpack = Callable[[int, memoryview], bytes | bytearray]
 
 
 class Cluster:
-    """One that is being unpacked. ``waiting``: where its bytes go, from which of them on, as a part of what."""
+    """One that is being unpacked. ``waiting``: from which of its bytes on, where they go, as a part of what.
 
-    __slots__ = ("child", "data", "error", "length", "offset", "packed", "waiting", "where")
+    The first ``filled`` of these have their bytes.
+    """
+
+    __slots__ = ("child", "data", "error", "fetch", "filled", "length", "offset", "packed", "waiting", "where")
 
     def __init__(self, where: int, child: Child, offset: int, length: int) -> None:
         self.where = where
@@ -47,9 +54,36 @@ class Cluster:
         self.offset = offset
         self.length = length
         self.waiting: list[tuple[int, memoryview, Gather]] = []
+        self.fetch: Fetch | None = None
         self.packed: memoryview | None = None
         self.data: bytes | bytearray | None = None
         self.error = 0
+        self.filled = 0
+
+    def fill(self) -> None:
+        """Copy the bytes to where they are wanted, as far as that has not been done."""
+        assert self.data is not None
+        data = memoryview(self.data)
+        for skip, view, _gather in self.waiting[self.filled :]:
+            self.filled += 1
+            view[:] = data[skip : skip + len(view)]
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether somebody has taken all of it: a reader of whole clusters does not come back for one."""
+        assert self.data is not None
+        length = len(self.data)
+        return any(len(view) == length for _skip, view, _gather in self.waiting)
+
+
+class Fetch:
+    """The packed bytes of clusters that were fetched together; ``left`` of them are still to be unpacked."""
+
+    __slots__ = ("item", "left")
+
+    def __init__(self, item: tuple[memoryview, int], left: int) -> None:
+        self.item = item
+        self.left = left
 
 
 class Unpacker:
@@ -64,6 +98,7 @@ class Unpacker:
         self._clusters: dict[int, Cluster] = {}
         self._wanted: list[Cluster] = []
         self._fetched: deque[Cluster] = deque()
+        self._pool = AlignedPool(KEPT)
         self._running = 0
         self._goes_on = False
         self.at_once = AT_ONCE
@@ -116,15 +151,19 @@ class Unpacker:
     def _fetch(self, group: list[Cluster]) -> None:
         first, last = group[0], group[-1]
         base = first.offset
-        packed = memoryview(bytearray(last.offset + last.length - base))
+        size = last.offset + last.length - base
+        fetch = Fetch(self._pool.take(size), len(group))
+        packed = fetch.item[0][:size]
 
         def fetched(error: int) -> None:
             if error and len(group) > 1:
                 # Only those whose own bytes cannot be read fail.
+                self._pool.give_back(fetch.item)
                 for cluster in group:
                     self._fetch([cluster])
                 return
             for cluster in group:
+                cluster.fetch = fetch
                 if error:
                     cluster.error = error
                     self._ended(cluster)
@@ -145,52 +184,60 @@ class Unpacker:
         """Let every lane that is free have its share; the loop is one of them, a little at a time."""
         fetched = self._fetched
         aio = self._driver.host.aio
-        is_little = not self._running and sum(cluster.length for cluster in fetched) <= self.at_once
-        while fetched and self._running < LANES and not is_little:
+        while fetched and self._running < LANES and (self._running or not self._is_little()):
             lanes = LANES - self._running + (self.at_once > 0)
             portion = _portion(fetched, -(-len(fetched) // lanes), PORTION, is_any=True)
             self._running += 1
             aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
         own = _portion(fetched, len(fetched), self.at_once, is_any=not LANES)
-        self._unpack_all(own)
-        self._tell(own)
+        for cluster in own:
+            self._unpack_one(cluster)
+            self._ended(cluster)
         if fetched and own and not self._goes_on:
             self._goes_on = True
             aio.soon(self._go_on)
+
+    def _is_little(self) -> bool:
+        """Whether the loop is done sooner than a thread would have woken up."""
+        return sum(cluster.length for cluster in self._fetched) <= self.at_once
 
     def _go_on(self) -> None:
         self._goes_on = False
         self._unpack_more()
 
     def _unpack_all(self, portion: list[Cluster]) -> int:
-        """Unpack; on a thread, or on the loop."""
+        """Unpack, on a thread. Who begins to wait meanwhile is left to ``_ended``."""
         for cluster in portion:
-            assert cluster.packed is not None
-            try:
-                cluster.data = self._unpack(cluster.where, cluster.packed)
-            except OSError as error:
-                cluster.error = error.errno or errno.EIO
+            self._unpack_one(cluster)
         return 0
+
+    def _unpack_one(self, cluster: Cluster) -> None:
+        assert cluster.packed is not None
+        try:
+            cluster.data = self._unpack(cluster.where, cluster.packed)
+            cluster.fill()
+        except OSError as error:
+            cluster.error = error.errno or errno.EIO
 
     def _unpacked(self, portion: list[Cluster], _result: int) -> None:
         self._running -= 1
-        self._tell(portion)
-        self._unpack_more()
-
-    def _tell(self, portion: list[Cluster]) -> None:
         for cluster in portion:
             self._ended(cluster)
+        self._unpack_more()
 
     def _ended(self, cluster: Cluster) -> None:
-        data = cluster.data
+        fetch, data = cluster.fetch, cluster.data
+        assert fetch is not None
+        fetch.left -= 1
+        if not fetch.left:
+            self._pool.give_back(fetch.item)
+        if data is not None:
+            cluster.fill()
         if self._clusters.get(cluster.where) is cluster:
             del self._clusters[cluster.where]
-            if data is not None:
+            if data is not None and not cluster.is_used_up:
                 self._keep(cluster.where, data)
-        whole = None if data is None else memoryview(data)
-        for skip, view, gather in cluster.waiting:
-            if whole is not None:
-                view[:] = whole[skip : skip + len(view)]
+        for _skip, _view, gather in cluster.waiting:
             gather.end(cluster.error)
 
     def _keep(self, where: int, data: bytes | bytearray) -> None:

@@ -15,6 +15,8 @@ from qsd.drivers.packed import Unpacker
 from qsd.messages import Op, ReplyQueue, Request
 
 SIZE = 1000
+# Less than the whole: the rest is kept for whoever reads on.
+PART = SIZE - 1
 
 
 class Driver:
@@ -52,7 +54,7 @@ class Driver:
             raise OSError(errno.EIO, "broken")
         return bytes(data) * 10
 
-    def read(self, where: int, skip: int = 0, length: int = SIZE) -> Request:
+    def read(self, where: int, skip: int = 0, length: int = PART) -> Request:
         """Read from one cluster, as a request of its own."""
         replies = ReplyQueue(lambda: None)
         request = Request(Op.READ.value, 0, length, memoryview(bytearray(length)), replies)
@@ -150,10 +152,10 @@ def test_cluster_forgotten_on_its_way_is_not_kept(driver: Driver, moment: str) -
     driver.content[7] = bytes([70]) * 100
     after = driver.read(7)
     driver.end_all()
-    assert before.buffer == bytes([7]) * SIZE, "its reader gets what was there"
-    assert after.buffer == bytes([70]) * SIZE
+    assert before.buffer == bytes([7]) * PART, "its reader gets what was there"
+    assert after.buffer == bytes([70]) * PART
     again = driver.read(7)
-    assert again.buffer == bytes([70]) * SIZE, "what came first was not kept"
+    assert again.buffer == bytes([70]) * PART, "what came first was not kept"
 
 
 def test_broken_cluster_fails_alone(driver: Driver) -> None:
@@ -237,3 +239,25 @@ def test_threads_unpack_what_would_hold_up_the_loop(driver: Driver) -> None:
     assert not driver.next_round, "it would come again and again"
     driver.end_all()
     assert all(map(is_done, four))
+
+
+def test_cluster_that_was_wanted_whole_is_not_kept(driver: Driver) -> None:
+    whole, part = driver.read(7, 0, SIZE), driver.read(7, 10, 20)
+    driver.end_all()
+    assert whole.buffer == bytes([7]) * SIZE
+    assert part.buffer == bytes([7]) * 20
+    assert not driver.unpacker.size
+
+
+def test_who_comes_while_a_thread_has_the_cluster_gets_it_too(driver: Driver) -> None:
+    first = driver.read(7, 0, 10)
+    driver.send()
+    driver.end_fetch()
+    work, done = driver.jobs.pop()
+    work()
+    assert first.buffer == bytes([7]) * 10, "copied where it was unpacked"
+    second = driver.read(7, 500, 20)
+    done(0)
+    assert is_done(first)
+    assert is_done(second)
+    assert second.buffer == bytes([7]) * 20
