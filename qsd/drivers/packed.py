@@ -43,10 +43,23 @@ Unpack = Callable[[int, memoryview], bytes | bytearray]
 class Cluster:
     """One that is being unpacked. ``waiting``: from which of its bytes on, where they go, as a part of what.
 
-    The first ``filled`` of these have their bytes.
+    The first ``filled`` of these have their bytes. It ``is_used_up`` when somebody wanted all of it: who reads
+    whole clusters does not come back for one.
     """
 
-    __slots__ = ("child", "data", "error", "fetch", "filled", "length", "offset", "packed", "waiting", "where")
+    __slots__ = (
+        "child",
+        "data",
+        "error",
+        "fetch",
+        "filled",
+        "is_used_up",
+        "length",
+        "offset",
+        "packed",
+        "waiting",
+        "where",
+    )
 
     def __init__(self, where: int, child: Child, offset: int, length: int) -> None:
         self.where = where
@@ -59,6 +72,7 @@ class Cluster:
         self.data: bytes | bytearray | None = None
         self.error = 0
         self.filled = 0
+        self.is_used_up = False
 
     def fill(self) -> None:
         """Copy the bytes to where they are wanted, as far as that has not been done."""
@@ -66,14 +80,11 @@ class Cluster:
         data = memoryview(self.data)
         for skip, view, _gather in self.waiting[self.filled :]:
             self.filled += 1
-            view[:] = data[skip : skip + len(view)]
-
-    @property
-    def is_used_up(self) -> bool:
-        """Whether somebody has taken all of it: a reader of whole clusters does not come back for one."""
-        assert self.data is not None
-        length = len(self.data)
-        return any(len(view) == length for _skip, view, _gather in self.waiting)
+            if len(view) == len(data):
+                view[:] = data
+                self.is_used_up = True
+            else:
+                view[:] = data[skip : skip + len(view)]
 
 
 class Fetch:
