@@ -105,7 +105,9 @@ VARIANTS: Final[dict[str, Variant]] = {
 }
 
 
-def make_world(variant: Variant, rng: random.Random, habits: Habits) -> tuple[World, Built]:
+def make_world(
+    variant: Variant, rng: random.Random, habits: Habits, *, kind: type[World] = World
+) -> tuple[World, Built]:
     """A world with that image on its disks, not open yet."""
     size = 1 << variant.cluster_bits
     unit = variant.unit or (max(512, size // 16) if size > 512 else 128)
@@ -127,7 +129,7 @@ def make_world(variant: Variant, rng: random.Random, habits: Habits) -> tuple[Wo
             start = cluster * size + at * part
             piece[at * part : (at + 1) * part] = seen[start : start + part].ljust(part, b"\0")
         seen[cluster * size : (cluster + 1) * size] = piece
-    world = World(rng, unit, bytes(seen[:length]), habits)
+    world = kind(rng, unit, bytes(seen[:length]), habits)
     world.packing = size // unit if variant.is_packed else 0
     world.disk("file", built.image)
     if header.has_data_file:

@@ -175,6 +175,7 @@ class World:
         self.unit = unit
         self.base = self.first_base = base
         self.habits = habits
+        # How many the disk has at present; ``give_room`` makes room for more.
         self.units = len(base) // unit
         self.disks: dict[str, Disk] = {}
         self.events: list[tuple[str, Any]] = []
@@ -202,6 +203,12 @@ class World:
         # Units in a cluster that may be written compressed; 0: none may. And requests whose data does not compress.
         self.packing = 0
         self.noisy: set[int] = set()
+
+    def give_room(self, units: int) -> None:
+        """Let the guest's disk be able to grow by so many units."""
+        self.base += bytes(units * self.unit)
+        self.origin.count += units
+        self.live.units += [[self.origin] for _ in range(units)]
 
     def disk(self, name: str, data: bytes) -> Disk:
         """A new disk."""
@@ -569,7 +576,7 @@ class Replay:
         self.volatile: dict[str, list[Change]] = {name: [] for name in world.disks}
         self.started: dict[str, list[Change]] = {name: [] for name in world.disks}
         self._flushed = dict.fromkeys(world.disks, 0)
-        self.allowed = Allowed(world.units, world.origin)
+        self.allowed = Allowed(len(world.live.units), world.origin)
 
     def moments(self) -> Iterator[int]:
         """Go on by one event at a time."""
@@ -580,9 +587,15 @@ class Replay:
             elif what == "guest done":
                 if not subject.has_failed:
                     self._guest_relies_on(subject)
-            else:
+            elif isinstance(subject, Change):
                 self._disk_event(what, subject)
+            else:
+                self.step_event(what, subject)
             yield number
+
+    def step_event(self, what: str, subject: Any) -> None:
+        """Something else was done to the image: see ``qcow2_lives``."""
+        raise NotImplementedError
 
     def _guest_relies_on(self, op: GuestOp) -> None:
         if op.kind == Op.FLUSH:
