@@ -1,8 +1,8 @@
 """Whole lives of a qcow2 image in a ``World``: guests, and between them everything an administrator does to it.
 
-A ``Life`` keeps what is known of the image: its size, its snapshots with what they hold, its stored bitmaps. What a
-step may leave when it is interrupted is noted among the world's events, for ``LifeReplay``: until it has ended, what
-was before it and what is after it.
+A ``Life`` keeps what is known of the image: its size, its snapshots with what they hold, its stored bitmaps. What
+a step may leave when it is interrupted is noted among the world's events, for ``LifeReplay``: until it has ended,
+what was before it and what is after it.
 """
 
 from __future__ import annotations
@@ -223,9 +223,17 @@ class Life:
             step.shown = [zeroes]
             world.live.units[first : first + count] = [[zeroes] for _ in range(count)]
 
+    def end(self) -> LifeReplay:
+        """A replay of all of it."""
+        replay = LifeReplay(self)
+        for _moment in replay.moments():
+            pass
+        return replay
+
     async def random_step(self, nursery: trio.Nursery) -> None:
         """One of all."""
-        kinds = ["resize", "reopen"]
+        # Opening again is not to fail.
+        kinds = ["resize"] if self.world.fails else ["resize", "reopen"]
         if not self.header.has_data_file and self.header.refcount_order:
             kinds += ["snapshot", "snapshot"]
             if self.state.snapshots:
@@ -314,7 +322,7 @@ class Life:
         self.world.compare(await self.whole(), 0, self.world.live.units[: self.state.units])
 
 
-# -- after a power cut ----------------------------------------------------------------------------------------------
+# -- after a power cut --------------------------------------------------------------------------------------------
 
 
 class LifeReplay(Replay):

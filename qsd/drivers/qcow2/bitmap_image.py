@@ -54,7 +54,7 @@ class DriverImage:
         image.release(offset, count, Freeing.OTHER)
 
     async def change_header(self, **changes: Any) -> None:
-        """Write the header with other values."""
+        """Let the header have other values, on stable storage."""
         image = self._writable()
         before = image.header.bitmaps_extension()
         await image.change_header(**changes)

@@ -67,7 +67,7 @@ class BitmapImage(Protocol):
         """
 
     async def change_header(self, **changes: Any) -> None:
-        """Write the header with other values."""
+        """Let the header have other values, on stable storage; it is as before where that fails."""
 
     async def flush(self) -> None:
         """Everything done so far, reference counts included, reaches stable storage."""
@@ -191,7 +191,6 @@ class Qcow2Bitmaps:
         """What is in the file is out of date from now on. Raises OSError."""
         if self._is_stale:
             await self._change_header(None)
-            await self._image.flush()
             self._is_stale = False
         entries = [attrs.evolve(entry, flags=entry.flags | layout.IN_USE) for entry in self._entries]
         if entries != self._entries:
@@ -290,11 +289,9 @@ class Qcow2Bitmaps:
             await image.write(new.offset, data)
             extension = BitmapsExtension(len(entries), len(data), new.offset)
         await image.flush()
-        # From here on the file may lead to what is new, whatever happens.
-        made.keep()
         await self._change_header(extension)
+        made.keep()
         self._entries, self._directory = entries, new
-        await image.flush()
         if old.count:
             await self._release(old)
 

@@ -305,8 +305,10 @@ class Qcow2Driver(TellingDriver):
         if image.header.incompatible & DIRTY:
             await image.write_refcounts()
             await image.file.flush()
-            await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
-            await image.file.flush()
+            if image.needs_repair:
+                log.warning("%s stays marked as dirty: opening it to be written repairs it", self.node_name)
+            else:
+                await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
         if image.has_grown and image.file.length > image.virgin:
             await image.file.truncate(image.virgin, exact=False)
             image.has_grown = False
@@ -335,7 +337,6 @@ class Qcow2Driver(TellingDriver):
         try:
             if image.header.version >= 3:
                 await image.change_header(incompatible=image.header.incompatible | CORRUPT)
-                await image.file.flush()
         except OSError as error:
             log.error("marking %s as corrupt: %s", self.node_name, error)
         finally:

@@ -14,7 +14,6 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import attrs
 import trio
 
 from qsd.drivers.base import Child
@@ -22,7 +21,8 @@ from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.dirty import DirtyTables
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table
-from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, Header, serialise_header
+from qsd.drivers.qcow2.header_change import HeaderChanges
+from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, Header
 from qsd.drivers.qcow2.loading import read_table
 from qsd.drivers.qcow2.mapping import ClusterMap
 from qsd.drivers.qcow2.metadata_map import (
@@ -103,13 +103,15 @@ class Image:
         # Everything in the file from here on has never been written and reads as zeroes.
         self.virgin = 0
         self.has_grown = False
+        # Counts and flags do not agree: an operation is at work on them, or has failed. The mark is for a repair.
+        self.needs_repair = False
         # A read may be answered with pages of the file, as long as no cluster has ever changed its owner.
         self.lends = True
         self._making: dict[int, Cold] = {}
         self.encryption: Encryption | None = None
         # An entry alone says where a cluster is, and how to read it.
         self.is_hot = geometry.words == 1
-        self._header_lock = trio.Lock()
+        self.header_changes = HeaderChanges(self)
         self._extending = trio.Lock()
         # Held while tables are written or moved.
         self.tables_lock = trio.Lock()
@@ -241,7 +243,6 @@ class Image:
             error = 0
             try:
                 await self.change_header(incompatible=self.header.incompatible | DIRTY)
-                await self.file.flush()
             except OSError as problem:
                 error = problem.errno or errno.EIO
             done(error)
@@ -430,12 +431,5 @@ class Image:
     # -- the header -------------------------------------------------------------------------------------------
 
     async def change_header(self, **changes: Any) -> None:
-        """Write the header with other values; they hold once they are written. Raises OSError."""
-        async with self._header_lock:
-            header = attrs.evolve(self.header, **changes)
-            try:
-                data = serialise_header(header)
-            except QmpError:
-                raise OSError(errno.ENOSPC, "the header does not fit into its cluster") from None
-            await self.file.write(0, data)
-            self.header = header
+        """Let the header have other values: see ``HeaderChanges``. Raises OSError."""
+        await self.header_changes.change(changes)

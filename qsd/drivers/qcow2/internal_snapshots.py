@@ -43,12 +43,11 @@ async def create(driver: Qcow2Driver, name: str, now_ns: int) -> str:
     if len(image.snapshots) >= MAX_SNAPSHOTS:
         raise OSError(errno.EFBIG, "too many snapshots")
     await driver.writeback.finish()
-    await _mark(image)
+    needed_repair = await _mark(image)
     walk = _Walk(driver, image.map.l1)
     # The reference's clocks have microseconds, and the guest's, where there is no guest, is the same.
     moment = now_ns // 1000 * 1000
     made: list[tuple[int, int]] = []
-    before = image.snapshots
     try:
         await walk.add(1)
         await _set_flags(driver)
@@ -64,28 +63,26 @@ async def create(driver: Qcow2Driver, name: str, now_ns: int) -> str:
         )
         await _switch(driver, (*image.snapshots, snapshot), made)
     except OSError:
-        if image.snapshots is before:
-            await _undo(driver, walk, made)
+        await _undo(driver, walk, made, needed_repair=needed_repair)
         raise
-    await _unmark(driver)
+    await _unmark(driver, needed_repair=needed_repair)
     image.metadata.add(INACTIVE_L1, offset, clusters << image.geometry.cluster_bits)
     return snapshot.shown.id
 
 
-async def _undo(driver: Qcow2Driver, walk: _Walk | None, made: list[tuple[int, int]]) -> None:
+async def _undo(
+    driver: Qcow2Driver, walk: _Walk | None, made: list[tuple[int, int]], *, needed_repair: bool
+) -> None:
     """After a failure: everything is counted as before. What cannot be undone is left for a repair."""
     image = driver.image
     try:
-        # Before anything is counted less: a write that failed may have made the header lead there all the same.
-        await image.change_header()
-        await image.file.flush()
         for offset, clusters in made:
-            image.give_back(offset, clusters)
+            image.give_up(offset, clusters)
         if walk is not None:
             await walk.take_back()
             await _set_flags(driver)
-            await driver.writeback.finish()
-        await _unmark(driver)
+        await driver.writeback.finish()
+        await _unmark(driver, needed_repair=needed_repair)
     except OSError as error:
         log.error("%s: clusters stay counted for a change that was not made: %s", driver.node_name, error)
 
@@ -102,13 +99,12 @@ async def delete(driver: Qcow2Driver, snapshot_id: str) -> None:
     made: list[tuple[int, int]] = []
     try:
         await driver.writeback.finish()
-        await _mark(image)
+        needed_repair = await _mark(image)
         try:
             rest = tuple(snapshot for snapshot in image.snapshots if snapshot is not gone)
             await _switch(driver, rest, made)
         except OSError:
-            if gone in image.snapshots:
-                await _undo(driver, None, made)
+            await _undo(driver, None, made, needed_repair=needed_repair)
             raise
     except OSError as error:
         raise QmpError(f"Failed to remove snapshot from snapshot list: {errno_text(error.errno or 0)}") from None
@@ -116,7 +112,7 @@ async def delete(driver: Qcow2Driver, snapshot_id: str) -> None:
         await _release(driver, gone, l1)
         await _set_flags(driver)
         await driver.writeback.finish()
-        await _unmark(driver)
+        await _unmark(driver, needed_repair=needed_repair)
     except OSError as error:
         text = errno_text(error.errno or 0)
         raise QmpError(f"Failed to free the cluster and L1 table: {text}") from None
@@ -188,7 +184,6 @@ async def _switch(driver: Qcow2Driver, snapshots: tuple[StoredSnapshot, ...], ma
     image.snapshots, image.snapshot_clusters = snapshots, clusters
     image.metadata.remove(old, old_clusters << bits)
     image.metadata.add(SNAPSHOT_TABLE, offset, clusters << bits)
-    await image.file.flush()
     if old_clusters:
         image.give_up(old, old_clusters)
 
@@ -332,19 +327,20 @@ async def _flagged(driver: Qcow2Driver, entry: int) -> int:
 # -- the mark -----------------------------------------------------------------------------------------------------
 
 
-async def _mark(image: Image) -> None:
-    """Counts and flags may not agree from now on. Raises OSError."""
+async def _mark(image: Image) -> bool:
+    """Counts and flags may not agree from now on; whether they did not before. Raises OSError."""
     if image.header.version >= 3 and not image.header.incompatible & DIRTY:
         await image.change_header(incompatible=image.header.incompatible | DIRTY)
-        await image.file.flush()
+    needed_repair, image.needs_repair = image.needs_repair, True
+    return needed_repair
 
 
-async def _unmark(driver: Qcow2Driver) -> None:
-    """They agree again, unless counts are lazy. Where it cannot be written now, closing the image does it."""
+async def _unmark(driver: Qcow2Driver, *, needed_repair: bool) -> None:
+    """They agree as before, and unless counts are lazy as well. What cannot be written now is when it is closed."""
     image = driver.image
-    if image.header.incompatible & DIRTY and not image.settings.lazy_refcounts:
+    image.needs_repair = needed_repair
+    if image.header.incompatible & DIRTY and not image.settings.lazy_refcounts and not image.needs_repair:
         try:
             await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
-            await image.file.flush()
         except OSError as error:
             log.warning("%s stays marked as dirty: %s", driver.node_name, error)

@@ -70,5 +70,4 @@ async def change_backing_file(driver: Qcow2Driver, name: str, kind: str) -> None
         raise OSError(errno.EINVAL, "not a name for a backing file")
     header = image.header.with_extension(EXT_BACKING_FORMAT, kind.encode() if shown and kind else None)
     await image.change_header(backing_file=shown or None, extensions=header.extensions)
-    await image.file.flush()
     driver.own_backing = name

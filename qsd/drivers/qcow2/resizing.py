@@ -197,7 +197,6 @@ async def _take_size(driver: Qcow2Driver, size: int) -> None:
     image = driver.image
     with _failing("Failed to update the image size"):
         await image.change_header(size=size)
-        await image.file.flush()
     driver.length = size
     # How much the caches may take depends on the size.
     image.settings = settings_of(driver.options, image.header, discard_unmap=driver.mode.discard_unmap)

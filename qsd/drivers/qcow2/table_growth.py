@@ -65,7 +65,6 @@ async def grow_refcount_table(image: Image) -> None:
         await image.file.write(offset, big_endian(table))
         await image.file.flush()
         await image.change_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
-        await image.file.flush()
         # What has changed in the old table meanwhile is marked as dirty.
         table[:size] = refs.table
         refs.table = table
@@ -95,11 +94,10 @@ async def grow_l1_table(image: Image, entries: int) -> None:
             await image.file.write(first << bits, content + bytes((clusters << bits) - len(content)))
             await image.write_refcounts()
             await image.file.flush()
+            await image.change_header(l1_offset=first << bits, l1_size=entries)
         except OSError:
-            image.give_back(first << bits, clusters)
+            image.give_up(first << bits, clusters)
             raise
-        await image.change_header(l1_offset=first << bits, l1_size=entries)
-        await image.file.flush()
         l1.extend(table[len(l1) :])
         known = image.metadata
         known.remove(old_offset, old_bytes)

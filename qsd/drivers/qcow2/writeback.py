@@ -53,7 +53,12 @@ class WriteBack:
         """True when the file has everything."""
         image = self._image
         return not (
-            image.dirty or image.dirty.frozen or image.pending or self._is_running or image.has_dirty_refcounts
+            image.dirty
+            or image.dirty.frozen
+            or image.pending
+            or self._is_running
+            or image.has_dirty_refcounts
+            or not image.header_changes.is_certain
         )
 
     def request(self, done: Done) -> None:
@@ -117,6 +122,7 @@ class WriteBack:
             freed, image.pending = image.pending, []
             dirty.freeze(image.map.l1, image.cache.peek)
             try:
+                await image.header_changes.restore()
                 if not image.is_lazy:
                     await image.write_refcounts()
                 await self._sync()
