@@ -7,7 +7,7 @@ a child given by name is left as it is, or exchanged when it is another node.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qsd.actors.node import Node
     from qsd.qapi.schema.block import BlockdevOptions
 
+# The children that may become other nodes.
+_EXCHANGED: Final = frozenset({"file", "backing"})
 UNKNOWN_NODE = "Failed to find node with node-name='{}'"
 UNKNOWN_CHILD = "Cannot find device='' nor node-name='{}'"
 
@@ -112,6 +114,8 @@ def _refer(
     edge = info_of(node).children.get(name)
     if edge is not None and edge.node.name == child_name:
         return
+    if name not in _EXCHANGED:
+        raise QmpError(f"Cannot change the option '{name}'")
     child = topology.find(child_name, UNKNOWN_CHILD)
     if edge is None:
         plan.added.append(Edge(node, name, child, role, truncate))
