@@ -13,8 +13,9 @@ from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_monitor import SCRIPTS as _MONITOR
 from scripts_nodes import SCRIPTS as _NODES
 from scripts_objects import SCRIPTS as _OBJECTS
+from scripts_qcow2 import SCRIPTS as _QCOW2
 
-SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK, **_NODES, **_EXPORTS}
+SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK, **_NODES, **_EXPORTS, **_QCOW2}
 
 
 def lines() -> Iterator[tuple[str, list[str], str | None]]:
