@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
@@ -62,8 +62,9 @@ class NodeInfo:
 
     @property
     def has_root_parents(self) -> bool:
-        """True when an export or a job uses the node itself."""
-        return any(edge.parent is None for edge in self.parents)
+        """True when an export or the like uses the node itself, or it is a job's own filter."""
+        roots = (edge for edge in self.parents if isinstance(edge, RootEdge))
+        return any(edge.options.job is None or edge.name == MAIN_NODE for edge in roots)
 
 
 def info_of(node: Node) -> NodeInfo:
@@ -71,6 +72,10 @@ def info_of(node: Node) -> NodeInfo:
     info = node.info
     assert isinstance(info, NodeInfo)
     return info
+
+
+# What a job calls the node it has put into the graph.
+MAIN_NODE: Final = "main node"
 
 
 def check_not_in_job(node: Node) -> None:
@@ -194,15 +199,17 @@ class RootOptions:
     """How an export or a job (``job``) uses a node.
 
     ``allow_inactive``: take the node as it is, and let it be inactivated while in use; without it an inactive node
-    is activated, and a writing user keeps it active. ``on_resize`` is called (between awaits) after the length or
-    the limits have changed, ``on_swap`` after the edge leads to another node. ``amends``: while the edge is
-    there, the node's driver asks its children for what amending the image takes.
+    is activated, and a writing user keeps it active. ``needs_active``: do not activate it either, but refuse what
+    an inactive node does not allow: another process may own the image. ``on_resize`` is called (between awaits)
+    after the length or the limits have changed, ``on_swap`` after the edge leads to another node. ``amends``: while
+    the edge is there, the node's driver asks its children for what amending the image takes.
     """
 
     perm: Perm
     shared: Perm = Perm.ALL
     text: str = UNNAMED
     allow_inactive: bool = False
+    needs_active: bool = False
     on_resize: Callable[[], None] | None = None
     on_swap: Callable[[], None] | None = None
     name: str = "root"

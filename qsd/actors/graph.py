@@ -44,6 +44,7 @@ from qsd.actors.topology import Topology
 from qsd.actors.transaction import CommitFailed
 from qsd.block.dirty import Bar
 from qsd.block.permissions import Perm, perm_text
+from qsd.block.plan import NOT_WHEN_INACTIVE
 from qsd.drivers.base import Aio, ChildRole
 from qsd.errors import ActorStopped, QmpError, errno_text
 
@@ -295,7 +296,10 @@ class Graph(Actor):
     async def _attach_node(self, node: Node, options: RootOptions) -> RootEdge:
         topology = self.topology
         change = Change(topology, [node])
-        if not options.allow_inactive:
+        refused = options.perm & NOT_WHEN_INACTIVE
+        if options.needs_active and not node.active and refused:
+            raise QmpError(f"Permission '{perm_text(refused)}' unavailable on inactive node")
+        if not options.allow_inactive and not options.needs_active:
             for below in topology.below([node]):
                 if not below.active:
                     change.activate(below, active=True)
@@ -361,11 +365,9 @@ class Graph(Actor):
         if size < 0:
             raise QmpError("Parameter 'size' expects a >0 size")
         check_not_in_job(node)
-        if not node.active:
-            raise QmpError(f"Permission '{perm_text(Perm.RESIZE)}' unavailable on inactive node")
-        node.bitmaps.check_resizable(size)
-        edge = await self._attach(node.name, RootOptions(Perm.RESIZE, allow_inactive=True), _Claim())
+        edge = await self._attach(node.name, RootOptions(Perm.RESIZE, needs_active=True), _Claim())
         try:
+            node.bitmaps.check_resizable(size)
             # Not exactly: a device may be longer.
             await self._truncate(node, size, exact=False)
         finally:
@@ -394,9 +396,9 @@ class Graph(Actor):
 
 
 def _check_deletable(node: Node, info: NodeInfo) -> None:
-    check_not_in_job(node)
     if info.has_root_parents:
         raise QmpError(f"Node {node.name} is in use")
+    check_not_in_job(node)
     for edge in info.parents:
         if edge.role is ChildRole.COW:
             assert edge.parent is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from qsd.actors.drain import drained
-from qsd.actors.edges import info_of
+from qsd.actors.edges import RootEdge, info_of
 from qsd.actors.opening import UNKNOWN_REFERENCE as UNKNOWN
 from qsd.actors.read_only import set_read_only
 from qsd.errors import QmpError, errno_text
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def find_root(topology: Topology, name: str, change: Change | None = None) -> Node:
-    """The node ``name``, which no other node may use (as ``change`` describes it). Raises QmpError."""
+    """The node ``name``, which no other node and no job may use (as ``change`` describes it). Raises QmpError."""
     node = topology.find(name, UNKNOWN)
     parents = info_of(node).parents if change is None else change.edges_to(node)
-    if any(edge.parent is not None for edge in parents):
+    if any(edge.parent is not None or (isinstance(edge, RootEdge) and edge.options.job) for edge in parents):
         raise QmpError("Need a root block node")
     return node
 
@@ -57,6 +58,9 @@ async def change_backing_file(topology: Topology, device: str, image: str, backi
     async with topology.lock:
         top = find_root(topology, device)
         node = topology.find(image, "Cannot find device='' nor node-name='{}'")
+        if not node.active:
+            # The reference asserts.
+            raise QmpError(f"Could not change backing file to '{backing_file}': {errno_text(errno.EPERM)}")
         backing = info_of(node).children.get("backing")
         if backing is None:
             raise QmpError("not allowing backing file change on an image without a backing file")

@@ -210,7 +210,8 @@ class InternalSnapshotAction(GraphAction):
         node = self._node = find_root(self.tools.topology, self.device, change)
         if node.mode.read_only:
             raise QmpError(f"Device '{self.device}' is read only")
-        if not node.driver.can_snapshot():
+        # An inactive image may have another owner by now.
+        if not node.driver.can_snapshot() or not node.active:
             kind = node.driver.name
             raise QmpError(
                 f"Block format '{kind}' used by device '{self.device}' does not support internal snapshots"

@@ -121,6 +121,10 @@ async def test_filter_while_it_works(house: House) -> None:
         await house.graph.resize("top", 0)
     text = await house.refusal("blockdev-del", node_name="mid")
     assert text == "Node 'mid' is busy: block device is in use by block job: stream"
+    # As in the reference: who works on it counts as a user of the filter, which so is nobody's root.
+    assert await house.refusal("blockdev-del", node_name="flt") == "Node flt is in use"
+    text = await house.refusal("change-backing-file", device="flt", image_node_name="top", backing_file="x")
+    assert text == "Need a root block node"
     await house.execute("job-cancel", id="j")
     await settle()
     assert edge.node_name == "top"

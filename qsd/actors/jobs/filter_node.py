@@ -31,9 +31,12 @@ class FilterOptions(BlockdevOptions):
 
 
 async def open_filter(tools: GraphTools, kind: FilterKind, node: Node, name: str | None) -> Node:
-    """Open a filter above ``node``, with one pin of the caller's and nobody who uses it yet. Raises QmpError."""
+    """Open a filter above ``node``, with one pin of the caller's and nobody who uses it yet. Raises QmpError.
+
+    It is active, which the graph refuses above an inactive node: a job could not write to that.
+    """
     make: Any = FilterOptions  # mypy does not see what the base declares
-    options = make(driver=kind, node_name=name, file=node.name, read_only=node.mode.read_only, active=node.active)
+    options = make(driver=kind, node_name=name, file=node.name, read_only=node.mode.read_only)
     try:
         return await tools.opener.open(options)
     except QmpError as error:

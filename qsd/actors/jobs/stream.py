@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from qsd.actors.edges import Edge, check_not_in_job, info_of
+from qsd.actors.edges import MAIN_NODE, Edge, check_not_in_job, info_of
 from qsd.actors.jobs.block_job import BlockJob, BlockJobOptions
 from qsd.actors.jobs.filter_node import FilterKind, open_filter, put_in, take_out
 from qsd.actors.read_only import set_read_only
@@ -93,7 +93,7 @@ class StreamJob(BlockJob):
         check_not_in_job(task.top)
         put_in(change, task.top, self.filter)
         read, unchanged = Perm.CONSISTENT_READ, Perm.WRITE_UNCHANGED
-        self.use(change, self.filter, "main node", Perm.NONE, Perm.ALL)
+        self.use(change, self.filter, MAIN_NODE, Perm.NONE, Perm.ALL)
         self.use(change, task.top, "active node", read | unchanged, Perm.ALL & ~Perm.RESIZE)
         for node in task.between:
             self.use(change, node, "intermediate node", Perm.NONE, read | unchanged)
