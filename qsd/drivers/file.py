@@ -58,8 +58,8 @@ class FileDriver(Driver):
         if options.pr_manager is not None:
             raise QmpError(f"No persistent reservation manager with id '{options.pr_manager}'")
         self.io.aio_mode = aio
-        self._check_kind()
         writable = not mode.read_only and not mode.auto_read_only
+        self._check_kind(writable=writable)
         fd = self._open_fd(writable=writable, direct=mode.cache_direct)
         try:
             self._check_open(fd)
@@ -70,13 +70,13 @@ class FileDriver(Driver):
             self.io.fd = -1
             raise
 
-    def _check_kind(self) -> None:
+    def _check_kind(self, *, writable: bool) -> None:
         try:
             served.refuse_own(self._path)
             mode = os.stat(self._path).st_mode
         except OSError as error:
             raise self._cannot_open(error) from None
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode) and writable:
             raise QmpError(f"Could not open '{self._path}': Is a directory")
         self._check_type(mode)
 
@@ -99,6 +99,8 @@ class FileDriver(Driver):
         try:
             return os.open(self._place(), flags)
         except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                raise QmpError(f"Could not open '{self._path}': filesystem does not support O_DIRECT") from None
             raise self._cannot_open(error) from None
 
     def _place(self) -> str:
