@@ -166,7 +166,7 @@ class Aio(Protocol):
         """
 
     def soon(self, function: Callable[[], None]) -> None:
-        """Run ``function`` on the loop in its next round, when others have had their turns."""
+        """Run ``function`` on the loop in its next round, when others have had their turns. For any thread."""
 
     def flush(self) -> None:
         """Start what was queued: one system call for all of it."""

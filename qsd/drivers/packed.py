@@ -1,11 +1,11 @@
 """Compressed clusters: fetched many at a time, unpacked beside the loop, and kept for whoever reads on.
 
-Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor;
-each takes several clusters, because a thread takes as long to wake up as to unpack one. The loop takes a little in
-every round, so that everybody else has a turn. Who unpacks a cluster also copies it to where it is wanted, while it
-is in the processor's cache. Clusters that lie side by side in the file are fetched with one request. The last ones
-of which only a part was wanted stay in memory (``BUDGET`` bytes), because a reader of 4 KiB would otherwise unpack
-each cluster many times over.
+Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor.
+All take from one queue: a thread until it is empty, because it takes as long to wake up as to unpack a cluster; the
+loop a little in every round, so that everybody else has a turn. Who unpacks a cluster also copies it to where it is
+wanted, while it is in the processor's cache. Clusters that lie side by side in the file are fetched with one
+request. The last ones of which only a part was wanted stay in memory (``BUDGET`` bytes), because a reader of 4 KiB
+would otherwise unpack each cluster many times over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
@@ -31,9 +30,8 @@ FETCH: Final = 512 << 10
 GAP: Final = 4096
 # Bytes of buffers for packed clusters one node keeps: new ones would be zeroed first.
 KEPT: Final = 2 << 20
-# Threads of one node that unpack or pack, and the packed bytes one unpacks at a time (in a millisecond or less).
+# Threads of one node that unpack or pack.
 LANES: Final = min(len(os.sched_getaffinity(0)) - 1, 8)
-PORTION: Final = 128 << 10
 # The packed bytes the loop unpacks itself at a time: waking up a thread for less would take as long.
 AT_ONCE: Final = 64 << 10
 
@@ -109,6 +107,8 @@ class Unpacker:
         self._clusters: dict[int, Cluster] = {}
         self._wanted: list[Cluster] = []
         self._fetched: deque[Cluster] = deque()
+        # What threads have unpacked and the loop has not told yet.
+        self._unpacked: deque[Cluster] = deque()
         self._pool = AlignedPool(KEPT)
         self._running = 0
         self._goes_on = False
@@ -192,35 +192,63 @@ class Unpacker:
     # -- unpacking --------------------------------------------------------------------------------------------
 
     def _unpack_more(self) -> None:
-        """Let every lane that is free have its share; the loop is one of them, a little at a time."""
+        """Let every lane that is free begin; the loop is one of them, a little at a time."""
         fetched = self._fetched
         aio = self._driver.host.aio
-        while fetched and self._running < LANES and (self._running or not self._is_little()):
-            lanes = LANES - self._running + (self.at_once > 0)
-            portion = _portion(fetched, -(-len(fetched) // lanes), PORTION, is_any=True)
-            self._running += 1
-            aio.call(partial(self._unpack_all, portion), partial(self._unpacked, portion))
-        own = _portion(fetched, len(fetched), self.at_once, is_any=not LANES)
-        for cluster in own:
+        if fetched and self._running < LANES and (self._running or not self._is_little()):
+            for _ in range(min(LANES - self._running, len(fetched))):
+                self._running += 1
+                aio.call(self._unpack_all, self._lane_ended)
+        size = self.at_once
+        cluster = self._take(size, is_any=not LANES)
+        if cluster is None:
+            return
+        while cluster is not None:
+            size -= cluster.length
             self._unpack_one(cluster)
             self._ended(cluster)
-        if fetched and own and not self._goes_on:
+            cluster = self._take(size)
+        if fetched and not self._goes_on:
             self._goes_on = True
             aio.soon(self._go_on)
 
+    def _take(self, size: int, *, is_any: bool = False) -> Cluster | None:
+        """The next cluster, if it has ``size`` packed bytes at most or ``is_any`` size. A thread may be faster."""
+        try:
+            return self._fetched.popleft() if is_any or self._fetched[0].length <= size else None
+        except IndexError:
+            return None
+
     def _is_little(self) -> bool:
-        """Whether the loop is done sooner than a thread would have woken up."""
+        """Whether the loop is done sooner than a thread would have woken up. No thread is at the queue."""
         return sum(cluster.length for cluster in self._fetched) <= self.at_once
 
     def _go_on(self) -> None:
         self._goes_on = False
         self._unpack_more()
 
-    def _unpack_all(self, portion: list[Cluster]) -> int:
-        """Unpack, on a thread. Who begins to wait meanwhile is left to ``_ended``."""
-        for cluster in portion:
+    def _unpack_all(self) -> int:
+        """Unpack, on a thread, until nothing is left. Who begins to wait meanwhile is left to ``_ended``."""
+        fetched, unpacked = self._fetched, self._unpacked
+        while True:
+            try:
+                cluster = fetched.popleft()
+            except IndexError:
+                return 0
             self._unpack_one(cluster)
-        return 0
+            unpacked.append(cluster)
+            if len(unpacked) == 1:
+                self._driver.host.aio.soon(self._tell)
+
+    def _tell(self) -> None:
+        unpacked = self._unpacked
+        while unpacked:
+            self._ended(unpacked.popleft())
+
+    def _lane_ended(self, _result: int) -> None:
+        self._running -= 1
+        self._tell()
+        self._unpack_more()
 
     def _unpack_one(self, cluster: Cluster) -> None:
         assert cluster.packed is not None
@@ -229,12 +257,6 @@ class Unpacker:
             cluster.fill()
         except OSError as error:
             cluster.error = error.errno or errno.EIO
-
-    def _unpacked(self, portion: list[Cluster], _result: int) -> None:
-        self._running -= 1
-        for cluster in portion:
-            self._ended(cluster)
-        self._unpack_more()
 
     def _ended(self, cluster: Cluster) -> None:
         fetch, data = cluster.fetch, cluster.data
@@ -259,15 +281,6 @@ class Unpacker:
         while self._size > BUDGET and len(cache) > 2:
             oldest = next(iter(cache))
             self._size -= len(cache.pop(oldest))
-
-
-def _portion(fetched: deque[Cluster], most: int, size: int, *, is_any: bool) -> list[Cluster]:
-    """Take clusters from the queue, ``most`` and ``size`` packed bytes at most; the first is ``is_any``'s size."""
-    portion: list[Cluster] = []
-    while fetched and len(portion) < most and (fetched[0].length <= size or (is_any and not portion)):
-        size -= fetched[0].length
-        portion.append(fetched.popleft())
-    return portion
 
 
 def _joins(group: list[Cluster], cluster: Cluster) -> bool:

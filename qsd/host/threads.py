@@ -31,7 +31,8 @@ class ThreadPool:
     def __init__(self, limit: int = MAX_THREADS) -> None:
         self._limit = limit
         self._work: queue.SimpleQueue[tuple[Callable[[], int], Done] | None] = queue.SimpleQueue()
-        self._results: deque[tuple[Done, int]] = deque()
+        # Callbacks of functions that have ended, and what else is to run in the next round.
+        self._results: deque[tuple[Done, int] | Callable[[], None]] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._threads = 0
@@ -79,9 +80,12 @@ class ThreadPool:
             except OSError as error:
                 result = -(error.errno or 5)
             self._results.append((done, result))
-            with self._lock:  # the result may be taken, and the pool closed, before this is written
-                if not self._closed:
-                    os.eventfd_write(self._event, 1)
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:  # the result may be taken, and the pool closed, before this is written
+            if not self._closed:
+                os.eventfd_write(self._event, 1)
 
     def reap(self, _events: int = 0) -> None:
         """Deliver every result there is."""
@@ -94,9 +98,13 @@ class ThreadPool:
         try:
             # Not what is added meanwhile: that is for the next round.
             for _ in range(len(results)):
-                done, result = results.popleft()
-                self._pending -= 1
-                done(result)
+                item = results.popleft()
+                if isinstance(item, tuple):
+                    done, result = item
+                    self._pending -= 1
+                    done(result)
+                else:
+                    item()
         finally:
             self._is_reaping = False
         while self._deferred:
@@ -110,10 +118,9 @@ class ThreadPool:
             function()
 
     def soon(self, function: Callable[[], None]) -> None:
-        """Run ``function`` in the loop's next round."""
-        self._pending += 1
-        self._results.append((lambda _result: function(), 0))
-        os.eventfd_write(self._event, 1)
+        """Run ``function`` in the loop's next round. Any thread may call this."""
+        self._results.append(function)
+        self._wake()
 
     def close(self) -> None:
         """Let the threads go. Nothing may be in flight."""

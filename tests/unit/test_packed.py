@@ -199,15 +199,20 @@ def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> No
     driver.send()
     driver.end_fetch()
     assert len(driver.jobs) == 2
-    assert [*map(is_done, many)] == [False] * 8 + [True] * 2 + [False] * 2, "each lane has four"
-    one = driver.read(30)
+    assert [*map(is_done, many)] == [True] * 2 + [False] * 10
     assert len(driver.next_round) == 1
     driver.next_round.pop()()
-    assert [*map(is_done, many)] == [False] * 8 + [True] * 4
-    assert not driver.next_round
+    assert [*map(is_done, many)] == [True] * 4 + [False] * 8
+    assert len(driver.jobs) == 2, "both threads are at work"
+    driver.jobs[0][0]()
+    assert not is_done(many[-1]), "a thread tells nobody"
+    while driver.next_round:
+        driver.next_round.pop()()
+    assert is_done(many[-1])
+    one = driver.read(30)
     driver.send()
     driver.end_fetch()
-    assert is_done(one), "the threads have enough to do"
+    assert is_done(one), "the loop has time"
     driver.end_all()
     assert all(map(is_done, many))
     assert not driver.in_flight
