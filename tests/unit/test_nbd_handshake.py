@@ -198,3 +198,23 @@ def test_any_bytes_are_survived(data: bytes) -> None:
     handshake = ServerHandshake(Directory(DISK))
     handshake.receive(data)
     assert len(handshake._input) <= MAX_BUFFERED
+
+
+@pytest.mark.parametrize(
+    ("data", "while_sending", "told"),
+    [
+        (b"", False, None),
+        (CLIENT_FLAGS[:2], False, None),
+        (CLIENT_FLAGS, False, "Failed to read opts magic: why"),
+        (CLIENT_FLAGS + b"IHAVE", False, "Failed to read opts magic: why"),
+        (CLIENT_FLAGS + option(c.OPT_GO, b"x" * 9)[:-1], False, "Failed to read: why"),
+        (CLIENT_FLAGS + option(c.OPT_GO, b"x" * (1 << 16))[:100], False, "Failed to read: why"),
+        (CLIENT_FLAGS + option(c.OPT_LIST), True, "Unable to write to socket: why"),
+        (CLIENT_FLAGS + option(c.OPT_LIST) + option(c.OPT_ABORT), True, None),
+    ],
+)
+def test_a_client_that_goes_away(data: bytes, while_sending: bool, told: str | None) -> None:
+    handshake = ServerHandshake(Directory(DISK))
+    handshake.take_output()
+    handshake.receive(data)
+    assert handshake.complaint_of_loss("why", while_sending=while_sending) == told

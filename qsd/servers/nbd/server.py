@@ -189,10 +189,7 @@ class NbdConnection(Actor):
         seconds = self._service.handshake_seconds
         result: Negotiated | None = None
         with trio.move_on_after(seconds or float("inf")) as scope:
-            try:
-                result = await self._shake_hands()
-            except OSError as error:
-                self._complain(f"Failed to read: {error.strerror}")
+            result = await self._shake_hands()
         if scope.cancelled_caught:
             self._complain("handshake timed out")
         if result is None:
@@ -209,18 +206,26 @@ class NbdConnection(Actor):
         handshake = ServerHandshake(self._service)
         if NEGOTIATE_BEGIN.enabled:
             NEGOTIATE_BEGIN("{}", self.name)
-        while True:
-            await _send_all(stream, handshake.take_output())
-            if handshake.is_over:
-                break
-            if handshake.has_more:
-                handshake.receive(b"")
-                continue
-            data = await stream.recv(HANDSHAKE_READ)
-            if not data:
-                self._complain("Failed to read: Unexpected end-of-file before all data were read")
-                return None
-            handshake.receive(data)
+        while_sending = False
+        try:
+            while True:
+                while_sending = True
+                await _send_all(stream, handshake.take_output())
+                if handshake.is_over:
+                    break
+                if handshake.has_more:
+                    handshake.receive(b"")
+                    continue
+                while_sending = False
+                data = await stream.recv(HANDSHAKE_READ)
+                if not data:
+                    raise OSError(0, "Unexpected end-of-file before all data were read")
+                handshake.receive(data)
+        except OSError as error:
+            complaint = handshake.complaint_of_loss(error.strerror or str(error), while_sending=while_sending)
+            if complaint is not None:
+                self._complain(complaint)
+            return None
         if handshake.failure:
             self._complain(handshake.failure)
         return handshake.result

@@ -103,6 +103,18 @@ class ServerHandshake:
         """True when there is a result or a failure."""
         return self.result is not None or self.failure is not None
 
+    def complaint_of_loss(self, why: str, *, while_sending: bool) -> str | None:
+        """What to log when the connection is lost now; None for a client that has not begun, or has said goodbye.
+
+        Programs that look whether anybody listens, and those that only list exports, are no failures.
+        """
+        if self._step == self._client_flags or self.failure == "":
+            return None
+        if while_sending:
+            return f"Unable to write to socket: {why}"
+        what = "" if len(self._input) >= len(c.OPTS_MAGIC) or self._skip else " opts magic"
+        return f"Failed to read{what}: {why}"
+
     def receive(self, data: bytes) -> None:
         """Take what arrived, in any pieces.
 
