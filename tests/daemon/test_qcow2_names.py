@@ -18,12 +18,17 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def qmp(daemon: Start, tmp_path: Path) -> Qmp:
-    """A daemon, and beside it ``base.raw``, ``base.qcow2`` and ``top.qcow2`` on the former."""
+def running(daemon: Start) -> RunningDaemon:
+    return daemon()
+
+
+@pytest.fixture
+def qmp(running: RunningDaemon, tmp_path: Path) -> Qmp:
+    """A daemon's monitor, and beside it ``base.raw``, ``base.qcow2`` and ``top.qcow2`` on the former."""
     (tmp_path / "base.raw").write_bytes(b"base" * (MIB // 4))
     img("create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", MIB)
     img("create", "-q", "-f", "qcow2", "-b", tmp_path / "base.raw", "-F", "raw", tmp_path / "top.qcow2")
-    return daemon().qmp()
+    return running.qmp()
 
 
 def naming(path: Path, name: bytes, *, data_file: bool = False) -> Path:
@@ -68,7 +73,6 @@ def test_name_tells_another_backing_file_only(qmp: Qmp, tmp_path: Path) -> None:
     assert name_of(qmp, tmp_path, file=top) == "top.qcow2"
     assert name_of(qmp, tmp_path, file=top, backing={"driver": "raw", "file": base}) == "top.qcow2"
     assert name_of(qmp, tmp_path, file=top, backing=None) == {"backing": None, **tree}
-    assert name_of(qmp, tmp_path, file=top, backing="") == {"backing": None, **tree}
     assert name_of(qmp, tmp_path, file=top, backing=other) == {
         "backing": {"driver": "file", "filename": "base.qcow2"},
         **tree,
@@ -77,6 +81,12 @@ def test_name_tells_another_backing_file_only(qmp: Qmp, tmp_path: Path) -> None:
         "driver": "qcow2",
         "file": {"driver": "raw", "file": {"driver": "file", "filename": "base.qcow2"}},
     }
+
+
+def test_empty_name_instead_of_null_is_warned_about(running: RunningDaemon, qmp: Qmp, tmp_path: Path) -> None:
+    running.expected_stderr.append("deprecated")
+    assert "backing" in name_of(qmp, tmp_path, file=file_of(tmp_path / "top.qcow2"), backing="")
+    assert 'warning: Use of "backing": "" is deprecated; use "backing": null instead' in running.stderr()
 
 
 def test_name_of_an_overlay_follows_the_name_in_its_image(qmp: Qmp, tmp_path: Path) -> None:

@@ -43,8 +43,11 @@ async def open_backing(driver: Qcow2Driver) -> None:
     """Open the backing file. Raises QmpError."""
     wanted = driver.options.backing
     driver.own_backing = backing_name(driver.image)
-    # An empty name was how no backing file was asked for before there was null.
-    if "backing" in driver.children or wanted is NULL or wanted == "":
+    if wanted == "":
+        # How no backing file was asked for before there was null.
+        driver.host.warn('qsd: warning: Use of "backing": "" is deprecated; use "backing": null instead')
+        return
+    if "backing" in driver.children or wanted is NULL:
         return
     if wanted is not None:
         await driver.host.open_child("backing", ChildRole.COW, wanted)
