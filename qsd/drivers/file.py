@@ -12,7 +12,7 @@ import trio
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Driver, Host, Limits, Mode
-from qsd.drivers.file_io import FileIo
+from qsd.drivers.file_io import FUA, FileIo
 from qsd.errors import QmpError, errno_text
 from qsd.host import files, locks, served
 
@@ -58,6 +58,7 @@ class FileDriver(Driver):
         if options.pr_manager is not None:
             raise QmpError(f"No persistent reservation manager with id '{options.pr_manager}'")
         self.io.aio_mode = aio
+        self.io.fua = _fua(mode)
         writable = not mode.read_only and not mode.auto_read_only
         self._check_kind(writable=writable)
         fd = self._open_fd(writable=writable, direct=mode.cache_direct)
@@ -219,6 +220,7 @@ class FileDriver(Driver):
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """Take the options; the descriptor follows in ``commit_permissions``."""
         super().commit_reopen(options, mode)
+        self.io.fua = _fua(mode)
         self._next_mode = None
 
     def abort_reopen(self) -> None:
@@ -324,3 +326,7 @@ class HostDeviceDriver(FileDriver):
         if size > self.length:
             raise OSError(errno.ENOSPC, "the device ends here")
         return True
+
+
+def _fua(mode: Mode) -> int:
+    return 0 if mode.cache_no_flush else FUA

@@ -74,6 +74,8 @@ class FileIo:
         self.is_device = False
         self.direct = False
         self.writable = False
+        # The flag that asks for stable storage, 0 where nobody is to wait for that (``cache.no-flush``).
+        self.fua = FUA
         self.aio_mode = "threads"
         # How reads are tried on the spot: flags of preadv2, None for not at all. Found out by the first read.
         self._spot: int | None = _NOWAIT
@@ -135,7 +137,7 @@ class FileIo:
                     self._start_read(request, count)
                     started = True
             elif op == WRITE:
-                if is_burst and self._offload and not request.flags & FUA:
+                if is_burst and self._offload and not request.flags & self.fua:
                     offloaded.append(request)
                 else:
                     started |= self._write(request, is_burst)
@@ -157,7 +159,7 @@ class FileIo:
                 reads.append(request)
             elif op != WRITE:
                 started |= self._other(request)
-            elif request.flags & FUA:
+            elif request.flags & self.fua:
                 assert request.buffer is not None
                 self._start_write(request, request.buffer, 0)
                 started = True
@@ -243,7 +245,7 @@ class FileIo:
         buffer = request.buffer
         assert buffer is not None
         length = request.length
-        if request.flags & FUA or length > ON_THE_SPOT or self._slow_until:
+        if request.flags & self.fua or length > ON_THE_SPOT or self._slow_until:
             if self._slow_until and time.perf_counter_ns() > self._slow_until:
                 self._slow_until = 0
             self._start_write(request, buffer, 0)
@@ -275,7 +277,7 @@ class FileIo:
 
     def _start_write(self, request: Request, buffer: memoryview, done: int) -> None:
         self._driver.started()
-        dsync = bool(request.flags & FUA)
+        dsync = bool(request.flags & self.fua)
         rest = buffer[done:] if done else buffer
         if self.direct:
             rest = aligned(rest, self._driver.limits.min_mem_alignment)
@@ -368,7 +370,7 @@ class FileIo:
                 self._aio.flush()
             elif result < 0:
                 request.complete(-result)
-            elif flags & FUA:
+            elif flags & self.fua:
                 self._sync_then_complete(request)
             else:
                 request.complete(0)
@@ -402,7 +404,7 @@ class FileIo:
             else:
                 request.complete(0)
 
-        dsync = bool(request.flags & FUA)
+        dsync = bool(request.flags & self.fua)
         self._aio.write(self.fd, _ZEROES[:chunk], request.offset + done, ended, dsync=dsync)
 
     def _sync_then_complete(self, request: Request) -> None:

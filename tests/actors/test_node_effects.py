@@ -137,3 +137,39 @@ async def test_no_flush_keeps_flushes_from_the_disk(tmp_path: Path, no_flush: bo
         await made.edge.flush()
         flushes = [one for one in made.seen if one[0] is Op.FLUSH]
         assert len(flushes) == (0 if no_flush else 1)
+
+
+class WatchedAio:
+    """An aio engine; ``synced`` says of each of its writes whether it waits for the disk, of each sync yes."""
+
+    def __init__(self, aio: Any) -> None:
+        self._aio = aio
+        self.synced: list[bool] = []
+
+    def write(self, *args: Any, dsync: bool = False) -> None:
+        self.synced.append(dsync)
+        self._aio.write(*args, dsync=dsync)
+
+    def fsync(self, *args: Any) -> None:
+        self.synced.append(True)
+        self._aio.fsync(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._aio, name)
+
+
+async def test_no_flush_lets_no_write_wait_for_the_disk(tmp_path: Path) -> None:
+    """FUA is a flush of its own."""
+    async with whole_daemon(tmp_path) as whole:
+        made = await stack(whole, {"cache": {"no-flush": False}})
+        io = whole.daemon.services.graph.find("f").driver.io
+        watched = io._aio = WatchedAio(io._aio)
+        file = {"driver": "file", "node-name": "f", "filename": str(tmp_path / "img")}
+        for no_flush in (False, True, False):
+            await whole.run("blockdev-reopen", options=[{**file, "cache": {"no-flush": no_flush}}])
+            watched.synced.clear()
+            await made.edge.write(0, b"x" * 512, Flag.FUA)
+            await made.edge.write_zeroes(4096, 4096, Flag.FUA)
+            assert any(watched.synced) is not no_flush
+            if not no_flush:
+                assert watched.synced == [True, True]
