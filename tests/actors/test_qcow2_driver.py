@@ -51,6 +51,33 @@ async def test_tables_nobody_asks_for_are_forgotten(autojump_clock: trio.testing
         assert await read(driver, 0, 1) == b"x"
 
 
+REFCOUNTS = 4 * CLUSTER  # the least
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({"l2_cache_size": 0}, 1024),
+        ({"l2_cache_size": 2048}, 2048),
+        ({"cache_size": 2048, "l2_cache_size": 2048}, 2048),
+        ({"cache_size": REFCOUNTS + 2048, "refcount_cache_size": REFCOUNTS}, 2048),
+        ({"cache_size": REFCOUNTS + 2048}, 2048),
+        ({"cache_size": REFCOUNTS + 8192}, 8192),
+        ({"l2_cache_size": 1 << 40}, 8192),
+    ],
+    ids=str,
+)
+async def test_tables_take_no_more_memory_than_they_may(options: dict[str, int], limit: int) -> None:
+    async with opened(cache_clean_interval=0, l2_cache_entry_size=512, **options) as (driver, _file):
+        most = 0
+        for cluster in (*range(1024), *range(1023, -1, -7)):
+            await write(driver, cluster * CLUSTER, b"%d" % cluster)
+            await call(driver, Op.FLUSH, 0, 0)
+            most = max(most, driver.image.cache.size)
+        assert most == limit
+        assert await read(driver, 0, 1) == b"0"
+
+
 async def test_caches_are_left_alone_where_that_is_asked_for(autojump_clock: trio.testing.MockClock) -> None:
     async with opened(cache_clean_interval=0) as (driver, _file):
         await read(driver, 0, 1)
