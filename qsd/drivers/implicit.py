@@ -58,7 +58,9 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
         if format_name is not None:
             tree["driver"] = format_name
         elif "driver" not in tree:
-            tree["driver"] = _probe_tree(tree.get("file"))
+            if "file" not in tree:
+                raise QmpError("Must specify either driver or file")
+            tree["driver"] = _probe_tree(tree["file"])
         return checked_options(_completed(tree))
     file = protocol_options(name)
     wanted = probe(file["filename"]) if format_name is None else format_name

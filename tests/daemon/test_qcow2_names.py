@@ -134,6 +134,68 @@ def test_name_that_is_not_utf8_is_shown_so_that_clients_can_read_it(qmp: Qmp, tm
     assert shown(qmp)["image"]["backing-filename"] == "\ufffd"
 
 
+# A backing file's name whose format the image does not tell, and what comes of it; None: it is opened. Where the
+# reference says otherwise, that stands behind it.
+OTHERS: list[tuple[str, str | None]] = [
+    ("base.qcow2", None),
+    ("./base.raw", None),
+    ("file:base.raw", None),
+    ("/dev/null", None),
+    ('json:{"driver": "null-co"}', None),
+    ('json:{"file.filename": "base.raw"}', None),
+    ('json:{"file": {"driver": "file", "filename": "base.qcow2"}}', None),
+    ("missing", "Could not open 'missing': No such file or directory"),
+    ("x" * 400, f"Could not open '{'x' * 400}': File name too long"),
+    ("directory", "'file' driver requires 'directory' to be a regular file"),
+    ("fifo", "'file' driver requires 'fifo' to be a regular file"),  # waits for a writer
+    ("short.qcow2", "qcow2 header too short"),
+    ("host_device:base.raw", "'host_device' driver requires 'base.raw' to be either a character or block device"),
+    ("a:b", "Unknown protocol 'a'"),
+    ("raw:base.raw", "Unknown protocol 'raw'"),
+    ("fat:directory", "Unknown protocol 'fat'"),  # opens it
+    ("json:{}", "Must specify either driver or file"),
+    ("json:x", "Could not parse the JSON options: 1:1: JSON parse error, invalid keyword 'x'"),
+    ("json:[]", "Invalid JSON object given"),
+    ('json:{"driver": "nope"}', "Unknown driver 'nope'"),
+    ('json:{"driver": "raw", "file": "mine"}', "An image cannot name the node 'mine'"),  # opens it
+]
+
+
+def test_backing_file_of_any_name_is_opened_or_refused_at_once(
+    daemon: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(bytes(MIB))
+    img("create", "-q", "-f", "qcow2", "base.qcow2", MIB)
+    Path("short.qcow2").write_bytes(Path("base.qcow2").read_bytes()[:100])
+    Path("directory").mkdir()
+    os.mkfifo("fifo")
+    qmp = daemon().qmp()
+    qmp.execute("blockdev-add", driver="null-co", node_name="mine")
+    for name, text in OTHERS:
+        naming(Path("image"), name.encode())
+        arguments = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "image"}}
+        answer = qmp.command("blockdev-add", arguments)
+        wanted = None if text is None else f"Could not open backing file: {text}"
+        assert answer.get("error", {}).get("desc") == wanted, name
+        if text is None:
+            qmp.execute("blockdev-del", node_name="n")
+        assert [node["node-name"] for node in qmp.execute("query-named-block-nodes")] == ["mine"]
+
+
+@pytest.mark.parametrize("names", [("image",), ("image", "other")], ids=["itself", "one another"])
+def test_images_that_are_their_own_backing_files_are_refused(
+    qmp: Qmp, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name, backing in zip(names, (*names[1:], names[0]), strict=True):
+        naming(tmp_path / name, backing.encode())
+    text = qmp.refusal(
+        "blockdev-add", driver="qcow2", node_name="n", file=file_of(tmp_path / "image"), read_only=True
+    )
+    assert text.endswith("The chain of images is too long")
+    assert qmp.execute("query-named-block-nodes") == []
+
+
 def test_data_file_in_this_process_memory_is_refused(qmp: Qmp, tmp_path: Path) -> None:
     image = file_of(naming(tmp_path / "evil.qcow2", b"/proc/self/mem", data_file=True))
     text = "Could not refresh total sector count: Invalid argument"
