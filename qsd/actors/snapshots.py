@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qsd.actors.change import Change
-from qsd.actors.edges import Edge, check_not_in_job
+from qsd.actors.edges import Edge, check_not_in_job, info_of
 from qsd.actors.graph_actions import GraphAction, GraphTools, rehearse
 from qsd.actors.images import find_root
 from qsd.actors.opening import UNKNOWN_REFERENCE as UNKNOWN
@@ -69,11 +69,11 @@ class _OverlayAction(GraphAction):
         overlay = self.find_overlay()
         if overlay is None:
             return
-        can_be_overlay = overlay.driver.can_have_backing()
-        # Nodes above an overlay, filters say, see the same disk change with it.
-        if any(edge.parent is None or not can_be_overlay for edge in change.edges_to(overlay)):
+        # A node above it that asks nothing of it, a filter without users say, is no user.
+        idle = [edge for edge in info_of(overlay).parents if edge.parent is not None and not edge.perm]
+        if any(edge not in idle for edge in change.edges_to(overlay)):
             raise QmpError("The overlay is already in use")
-        if not can_be_overlay:
+        if not overlay.driver.can_have_backing():
             raise QmpError("The overlay does not support backing images")
         if "backing" in change.children_of(overlay):
             raise QmpError("The overlay already has a backing image")

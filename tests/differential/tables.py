@@ -10,12 +10,22 @@ from script import Script
 from scripts_block import SCRIPTS as _BLOCK
 from scripts_chardev import SCRIPTS as _CHARDEV
 from scripts_exports import SCRIPTS as _EXPORTS
+from scripts_images import SCRIPTS as _IMAGES
 from scripts_monitor import SCRIPTS as _MONITOR
 from scripts_nodes import SCRIPTS as _NODES
 from scripts_objects import SCRIPTS as _OBJECTS
 from scripts_qcow2 import SCRIPTS as _QCOW2
 
-SCRIPTS: dict[str, Script] = {**_MONITOR, **_OBJECTS, **_CHARDEV, **_BLOCK, **_NODES, **_EXPORTS, **_QCOW2}
+SCRIPTS: dict[str, Script] = {
+    **_MONITOR,
+    **_OBJECTS,
+    **_CHARDEV,
+    **_BLOCK,
+    **_NODES,
+    **_EXPORTS,
+    **_QCOW2,
+    **_IMAGES,
+}
 
 
 def lines() -> Iterator[tuple[str, list[str], str | None]]:
