@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qsd.block.permissions import Perm
-from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2 import bitmap_layout, layout
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.repair import Repaired, repair
 from qsd.errors import QmpError, errno_text
@@ -87,6 +88,7 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
         sys.stderr.write(f"{prog} check: This image format does not support checks\n")
         return UNSUPPORTED
     header = _header(image)
+    _check_bitmaps(header, image)
     progress = _show_progress if options.progress else _ignore
     found = Checker(header, image.read, image.length, progress).run()
     fixed = Repaired()
@@ -108,6 +110,22 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
 def _header(image: _Image) -> layout.Header:
     start = image.read(0, layout.PROBE_LENGTH)
     return layout.parse_header(image.read(0, layout.probe_cluster_size(start)))
+
+
+def _check_bitmaps(header: layout.Header, image: _Image) -> None:
+    """Raise QmpError when the image could not be opened for what it says about its bitmaps."""
+    extension = header.bitmaps_extension() if header.version >= 3 else None
+    if extension is None:
+        return
+    directory = image.read(extension.offset, extension.size)
+    for entry in bitmap_layout.parse_directory(directory, extension.count, header.cluster_size):
+        if entry.flags & bitmap_layout.IN_USE:
+            continue
+        try:
+            bitmap_layout.parse_table(image.read(entry.table_offset, entry.table_entries * 8), header.cluster_size)
+        except ValueError:
+            what = f"Could not read bitmap_table table from image for bitmap '{entry.text}'"
+            raise QmpError(f"{what}: {errno_text(errno.EINVAL)}") from None
 
 
 def _clear_marks(image: _Image, header: layout.Header) -> None:

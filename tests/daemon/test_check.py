@@ -169,3 +169,21 @@ def test_image_in_use_is_not_checked(tmp_path: Path) -> None:
     qemu.stdout.close()
     assert done.returncode == 1
     assert "lock" in done.stderr
+
+
+def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    data = image.read_bytes()
+    directory = data.index((1).to_bytes(2, "big") + b"\0\0\0\0b\0\0\0") - 18
+    table = int.from_bytes(data[directory : directory + 8], "big")
+    for place, value, text in [
+        (directory, 512, "Bitmap 'b' doesn't satisfy the constraints"),
+        (table, 512, "Could not read bitmap_table table from image for bitmap 'b': Invalid argument"),
+    ]:
+        damaged = bytearray(data)
+        damaged[place : place + 8] = value.to_bytes(8, "big")
+        image.write_bytes(damaged)
+        for program in (PROGRAM, (tool("qemu-img"),)):
+            done = run(*program, "check", image)
+            assert done.returncode == 1
+            assert text in done.stderr

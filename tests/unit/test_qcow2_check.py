@@ -218,3 +218,11 @@ def test_counts_of_a_large_sparse_image_take_little_memory() -> None:
     found = Checker(header, read, (1 << 50) + SIZE).run()
     assert found.corruptions
     assert entries == 32768
+
+
+def test_entry_that_leads_to_just_behind_the_file_is_a_corruption() -> None:
+    image = Image()
+    image.set_word(image.l2, len(image.data) | COPIED)
+    found = image.check()
+    assert found.corruptions
+    assert any(f"ERROR cluster {len(image.data) // SIZE} refcount=0 reference=1" in p for p in found.problems)

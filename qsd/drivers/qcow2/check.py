@@ -337,15 +337,16 @@ class Checker:
 
     def _differences(self) -> Iterator[tuple[int, int, int]]:
         nothing = array("H", bytes(2 * BLOCK))
-        # What is counted beyond the file's end is nobody's space.
+        # What is only counted beyond the file's end is nobody's space.
         end = -(-self._file_length // self._size)
         for index in sorted(set(self._counted.blocks) | set(self._used.blocks)):
             counted = self._counted.blocks.get(index, nothing)
             used = self._used.blocks.get(index, nothing)
             if counted == used:
                 continue
-            for position in range(min(BLOCK, end - (index << BLOCK_BITS))):
-                if counted[position] != used[position]:
+            inside = end - (index << BLOCK_BITS)
+            for position in range(BLOCK):
+                if counted[position] != used[position] and (position < inside or used[position]):
                     yield (index << BLOCK_BITS) + position, counted[position], used[position]
 
     def _check_flags(self) -> None:
