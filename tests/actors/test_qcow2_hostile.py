@@ -16,13 +16,14 @@ from typing import Any, Final
 import attrs
 import pytest
 import trio
+import trio.testing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from qcow2_builder import build
 from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
 
 from qsd.drivers.qcow2 import layout
-from qsd.drivers.qcow2.geometry import OFFSET_MASK
+from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
 from qsd.errors import QmpError
 from qsd.messages import Flag, Request
@@ -228,18 +229,82 @@ def test_victims_are_sound(name: str, read_only: bool) -> None:
 CLUSTERS: Final = 60
 
 
-def full_table(on_the_spot: float) -> HostileWorld:
-    """A refcount table with thousands of entries that all lead to one full block: few bytes, much to look at."""
+def full_table(on_the_spot: float, *, is_shared: bool = False) -> HostileWorld:
+    """A refcount table with thousands of entries that lead to full blocks: all to one, if it is shared."""
     victim = VICTIMS["512"]
     image = bytearray(victim.image)
-    block = len(image)
-    image += b"\xff" * victim.cluster
-    struct.pack_into(">QI", image, 48, len(image), CLUSTERS)
-    image += struct.pack(">Q", block) * (CLUSTERS * victim.cluster // 8)
+    entries = CLUSTERS * victim.cluster // 8
+    table = len(image)
+    first = table + CLUSTERS * victim.cluster
+    blocks = [first + (0 if is_shared else number) * victim.cluster for number in range(entries)]
+    struct.pack_into(">QI", image, 48, table, CLUSTERS)
+    image += struct.pack(f">{entries}Q", *blocks)
+    image += b"\xff" * (1 if is_shared else entries) * victim.cluster
     world = HostileWorld(random.Random(1), 512, bytes(512), attrs.evolve(HABITS, on_the_spot=on_the_spot))
-    world.most_requests = CLUSTERS * victim.cluster // 8 + 100
+    world.most_requests = entries + CLUSTERS + 100
     world.disk("file", bytes(image))
     return world
+
+
+def write_to(world: HostileWorld, offset: int, data: bytes) -> str:
+    """Write, flush and close; what went wrong."""
+    said = ""
+
+    async def write() -> None:
+        nonlocal said
+        async with trio.open_nursery() as nursery:
+            driver = make_driver(world, nursery)
+            await world.finish(driver.open)
+            try:
+                await world.finish(SlowRead(driver).write, offset, data)
+                await world.finish(SlowRead(driver).flush)
+            except OSError as error:
+                said = str(error)
+            await world.finish(driver.close)
+            while world.is_busy:
+                # The mark that the image is corrupt.
+                await world.go_on()
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+    run_seeded(1, write)
+    return said
+
+
+def test_refcount_block_for_two_places_is_not_believed() -> None:
+    world = full_table(0.8, is_shared=True)
+    assert "Input/output error" in write_to(world, 0, bytes(1 << 13))
+    assert any("used twice" in warning for warning in world.warnings), world.warnings
+    assert world.requests < 400, "the search ends where it meets the first of them"
+
+
+@pytest.mark.parametrize(
+    ("place", "leads_to", "kind"),
+    [
+        # L2 table, refcount block (victim.tables: 0 L1, 1 refcount table, 2 L1 of the snapshot, 3 snapshot table).
+        ("l2", 0, "active L1 table"),
+        ("l2", 1, "refcount table"),
+        ("l2", 3, "snapshot table"),
+        ("block", 0, "active L1 table"),
+        ("block", 1, "refcount table"),
+        ("block", 3, "snapshot table"),
+    ],
+)
+def test_metadata_that_is_other_metadata_too_is_not_written(place: str, leads_to: int, kind: str) -> None:
+    victim = VICTIMS["4k"]
+    image = bytearray(victim.image)
+    target = victim.tables[leads_to][0]
+    if place == "l2":
+        struct.pack_into(">Q", image, victim.tables[0][0], target | COPIED)
+    else:
+        struct.pack_into(">Q", image, victim.tables[1][0], target)
+    world = HostileWorld(random.Random(1), 512, bytes(512), HABITS)
+    world.disk("file", bytes(image))
+    assert "Input/output error" in write_to(world, 0, b"x" * (20 << 12))
+    assert any(f"overlaps with {kind}" in warning for warning in world.warnings), world.warnings
+    after = world.disks["file"].data
+    start, length = victim.tables[leads_to]
+    assert after[start : start + length] == image[start : start + length]
 
 
 def test_search_for_a_free_cluster_lets_others_run() -> None:

@@ -24,7 +24,7 @@ class Host:
     def __init__(self) -> None:
         self.claimed: list[int] = []
 
-    def block_made(self, cluster: int) -> None:
+    def block_made(self, cluster: int, index: int) -> None:
         pass
 
     def claim(self, first: int, count: int) -> None:

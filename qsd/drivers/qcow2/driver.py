@@ -175,11 +175,8 @@ class Qcow2Driver(TellingDriver):
         """Load what only writers need; unknown autoclear features are no longer to be trusted."""
         if mends and image.header.incompatible & DIRTY:
             await mend(self, image)
+        await image.begin_writing()
         header = image.header
-        size = (header.refcount_table_clusters << header.cluster_bits) // 8
-        table = await read_table(image.file, header.refcount_table_offset, size, "Could not read refcount table")
-        image.begin_writing(table)
-        await image.guard_snapshots()
         if mends and header.autoclear & ~KNOWN_AUTOCLEAR:
             try:
                 await image.change_header(autoclear=header.autoclear & KNOWN_AUTOCLEAR)

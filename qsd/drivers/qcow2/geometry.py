@@ -75,9 +75,12 @@ def swap(words: array[int]) -> None:
         words.byteswap()
 
 
+_ONE_ZERO: Final = array("Q", [0])
+
+
 def empty_table(size: int) -> array[int]:
     """A table of zeroes of ``size`` bytes."""
-    return array("Q", bytes(size))
+    return _ONE_ZERO * (size // 8)
 
 
 _CHUNK: Final = 64

@@ -21,21 +21,17 @@ from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.dirty import DirtyTables
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table
+from qsd.drivers.qcow2.guarding import guard, used_twice
 from qsd.drivers.qcow2.header_change import HeaderChanges
-from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, Header
+from qsd.drivers.qcow2.layout import DIRTY, Header
 from qsd.drivers.qcow2.loading import read_table
 from qsd.drivers.qcow2.mapping import ClusterMap
 from qsd.drivers.qcow2.metadata_map import (
     ACTIVE_L1,
     ACTIVE_L2,
-    BITMAP_DIRECTORY,
-    ENCRYPTION_HEADER,
-    INACTIVE_L1,
     INACTIVE_L2,
-    MAIN_HEADER,
     REFCOUNT_BLOCK,
     REFCOUNT_TABLE,
-    SNAPSHOT_TABLE,
     MetadataMap,
     checks_of,
 )
@@ -58,8 +54,6 @@ GROW_MIN: Final = 1 << 20
 GROW_MAX: Final = 64 << 20
 # With this many runs of clusters waiting to become free a write-back begins though nobody has asked for one.
 MANY_FREED: Final = 4096
-# Of so many snapshots the L1 tables are guarded, and so many clusters of each: images may claim any number.
-MOST_GUARDED: Final = 1024
 
 
 class Freeing(Enum):
@@ -128,38 +122,16 @@ class Image:
 
     # -- becoming writable ------------------------------------------------------------------------------------
 
-    def begin_writing(self, table: array[int]) -> None:
-        """The image can be written from now on; ``table`` is its refcount table."""
-        header, file = self.header, self.file
-        self.refs = Refcounts(
-            file, header.cluster_bits, header.refcount_order, table, self.settings.refcount_cache, self
-        )
-        cluster = header.cluster_size
+    async def begin_writing(self) -> None:
+        """Load what only writers need: the image can be written from now on. Raises QmpError."""
+        header, file, cluster = self.header, self.file, self.geometry.cluster_size
+        size = header.refcount_table_clusters * cluster // 8
+        table = await read_table(file, header.refcount_table_offset, size, "Could not read refcount table")
+        await guard(self, table)
+        shared = await used_twice(table, BLOCK_OFFSET)
+        limit = self.settings.refcount_cache
+        self.refs = Refcounts(file, header.cluster_bits, header.refcount_order, table, limit, self, shared)
         self.virgin = -(-file.length // cluster) * cluster
-        known = self.metadata
-        directory = header.bitmaps_extension()
-        if directory is not None:
-            known.add(BITMAP_DIRECTORY, directory.offset, directory.size)
-        for snapshot in self.snapshots[:MOST_GUARDED]:
-            known.add(INACTIVE_L1, snapshot.l1_offset, min(snapshot.l1_size * 8, cluster * MOST_GUARDED))
-        known.add_tables(ACTIVE_L2, self.map.l1)
-        known.add_tables(REFCOUNT_BLOCK, table, BLOCK_OFFSET)
-        known.add(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * cluster)
-        known.add(ACTIVE_L1, header.l1_offset, header.l1_size * 8)
-        known.add(SNAPSHOT_TABLE, header.snapshots_offset, self.snapshot_clusters * cluster)
-        known.add(MAIN_HEADER, 0, cluster)
-        if self.encryption is not None:
-            for offset, length in self.encryption.places(header):
-                known.add(ENCRYPTION_HEADER, offset, length)
-
-    async def guard_snapshots(self) -> None:
-        """Let the tables of snapshots be known as metadata, where overlap-check wants that. Raises QmpError."""
-        if INACTIVE_L2 not in self.metadata.checked:
-            return
-        for snapshot in self.snapshots:
-            if snapshot.l1_size * 8 <= MAX_L1_BYTES:
-                l1 = await read_table(self.file, snapshot.l1_offset, snapshot.l1_size, "Could not read L1 table")
-                self.metadata.add_tables(INACTIVE_L2, l1, replaces=False)
 
     # -- the host of ``Refcounts`` ----------------------------------------------------------------------------
 
@@ -195,6 +167,16 @@ class Image:
         text = f"Preventing invalid write on metadata (overlaps with {kind})"
         self.driver.corrupt(text, offset=offset, size=length)
         raise OSError(errno.EIO, text)
+
+    def check_block(self, offset: int) -> None:
+        """Raise OSError when the refcount block that stands there is other metadata too."""
+        self._check_kind(offset, REFCOUNT_BLOCK)
+
+    def _check_kind(self, offset: int, wanted: str) -> None:
+        """Metadata of a kind is going to be changed; refuse where it would destroy metadata of another."""
+        kind = self.metadata.clusters.get(offset >> self.geometry.cluster_bits)
+        if kind is not None and kind not in (wanted, INACTIVE_L2):
+            self.overlap(kind, offset, self.geometry.cluster_size)
 
     def reach(self, child: Child, end: int) -> None:
         """Let a child that is written to be at least ``end`` bytes long. Raises Cold, OSError.
@@ -364,6 +346,7 @@ class Image:
         table = self.map.slice_at(number)
         dirty = self.dirty
         if not dirty.is_pinned(number):
+            self._check_kind(self.map.slice_offset(number), ACTIVE_L2)
             if dirty.pinned >= self.cache.limit:
                 raise Cold("write-back", self.driver.writeback.request)
             if len(dirty.slices) >= self.cache.limit >> 1:
@@ -375,6 +358,7 @@ class Image:
         making = self._making.get(index)
         if making is not None:
             raise making
+        self._check_kind(self.header.l1_offset + index * 8, ACTIVE_L1)
         entry = self.map.l1[index]
         offset, _count, is_fresh = self.allocate(1)
         if not entry & OFFSET_MASK and is_fresh:
@@ -419,8 +403,9 @@ class Image:
         except (Cold, OSError):
             return False
 
-    def block_made(self, cluster: int) -> None:
+    def block_made(self, cluster: int, index: int) -> None:
         """A new refcount block stands there."""
+        self._check_kind(self.header.refcount_table_offset + index * 8, REFCOUNT_TABLE)
         self.metadata.add(REFCOUNT_BLOCK, cluster << self.geometry.cluster_bits, 1)
 
     def _link_table(self, index: int, offset: int) -> None:

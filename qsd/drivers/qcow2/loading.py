@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2.geometry import empty_table, swap
 from qsd.drivers.qcow2.layout import PROBE_LENGTH, Header, parse_header, probe_cluster_size
 from qsd.drivers.qcow2.snapshot_table import MAX_ENTRY, MAX_TABLE, StoredSnapshot, parse_entry
 from qsd.errors import QmpError, errno_text
+
+# Bytes of a table read at a time.
+_PIECE: Final = 1 << 18
 
 
 async def read_header(file: Child) -> Header:
@@ -28,11 +32,13 @@ async def read_table(file: Child, offset: int, entries: int, failure: str) -> ar
     """A table of 64-bit words; what lies beyond the end of the file is zeroes."""
     table = empty_table(entries * 8)
     try:
-        found = await _read(file, offset, entries * 8)
+        # In pieces: the table is in memory once, and others run meanwhile.
+        with memoryview(table).cast("B") as view:
+            for start in range(0, min(len(view), file.length - offset), _PIECE):
+                found = await _read(file, offset + start, min(_PIECE, len(view) - start))
+                view[start : start + len(found)] = found
     except OSError as error:
         raise QmpError(f"{failure}: {errno_text(error.errno or 0)}") from None
-    with memoryview(table).cast("B") as view:
-        view[: len(found)] = found
     swap(table)
     return table
 

@@ -10,7 +10,11 @@ from array import array
 from collections.abc import Iterable
 from typing import Any, Final
 
+from qsd.drivers.qcow2.cluster_table import ClusterTable
 from qsd.drivers.qcow2.geometry import OFFSET_MASK
+
+# From so many tables on they are kept in few bytes each, where a look-up takes longer (0.4 us).
+MANY: Final = 1 << 16
 
 MAIN_HEADER: Final = "qcow2_header"
 ACTIVE_L1: Final = "active L1 table"
@@ -64,31 +68,44 @@ class MetadataMap:
     def __init__(self, cluster_bits: int, checked: frozenset[str]) -> None:
         self._bits = cluster_bits
         self.checked = checked
-        self.clusters: dict[int, str] = {}
+        self.clusters: dict[int, str] | ClusterTable = {}
+
+    def expect(self, clusters: int) -> None:
+        """So many clusters are going to be added. Call before anything is."""
+        if clusters > MANY:
+            self.clusters = ClusterTable(clusters)
+
+    def _put(self, clusters: Iterable[int], kind: str) -> None:
+        if isinstance(self.clusters, ClusterTable):
+            self.clusters.put(clusters, kind)
+        else:
+            self.clusters.update(dict.fromkeys(clusters, kind))
+
+    def _covered(self, offset: int, length: int) -> range:
+        """The clusters of a range of bytes."""
+        return range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1 if length else 0)
 
     def add(self, kind: str, offset: int, length: int) -> None:
         """A structure of ``length`` bytes stands at ``offset``."""
-        if kind in self.checked and length:
-            for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
-                self.clusters[cluster] = kind
+        if kind in self.checked:
+            self._put(self._covered(offset, length), kind)
 
     def add_tables(self, kind: str, entries: array[int], mask: int = OFFSET_MASK, *, replaces: bool = True) -> None:
         """Every entry that is not 0 leads to one cluster of that kind; ``replaces``: whatever it was before."""
         if kind in self.checked:
-            bits = self._bits
-            found = {(entry & mask) >> bits: kind for entry in entries if entry & mask}
-            self.clusters.update(found if replaces else {each: kind for each in found if each not in self.clusters})
+            bits, known = self._bits, self.clusters
+            found = [(entry & mask) >> bits for entry in entries if entry & mask]
+            self._put(found if replaces else [each for each in found if each not in known], kind)
 
     def remove(self, offset: int, length: int) -> None:
         """What stood there is gone."""
-        if length:
-            for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
-                self.clusters.pop(cluster, None)
+        for cluster in self._covered(offset, length):
+            self.clusters.pop(cluster, None)
 
     def forget(self, kind: str, offset: int) -> None:
         """The cluster at ``offset`` is no longer of that kind, if it was."""
         if self.clusters.get(offset >> self._bits) == kind:
-            del self.clusters[offset >> self._bits]
+            self.clusters.pop(offset >> self._bits)
 
     def find(self, clusters: Iterable[int]) -> str | None:
         """The kind of the first of ``clusters`` that holds metadata."""

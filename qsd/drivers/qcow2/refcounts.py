@@ -35,8 +35,11 @@ class RefcountHost(Protocol):
     def claim(self, first: int, count: int) -> None:
         """Make clusters fit for use. Raises Cold, OSError."""
 
-    def block_made(self, cluster: int) -> None:
-        """A cluster holds a new refcount block from now on."""
+    def block_made(self, cluster: int, index: int) -> None:
+        """A cluster holds new refcount block ``index`` from now on. Raises OSError before anything has changed."""
+
+    def check_block(self, offset: int) -> None:
+        """Raise OSError when the block that stands there, and may be written, is other metadata too."""
 
     def corrupt(self, text: str) -> OSError:
         """The image is broken; the error to raise."""
@@ -49,7 +52,14 @@ class Refcounts:
     """See the module. Clusters are numbers of host clusters."""
 
     def __init__(
-        self, file: Child, cluster_bits: int, order: int, table: array[int], limit: int, host: RefcountHost
+        self,
+        file: Child,
+        cluster_bits: int,
+        order: int,
+        table: array[int],
+        limit: int,
+        host: RefcountHost,
+        shared: frozenset[int] = frozenset(),
     ) -> None:
         self.file = file
         self.order = order
@@ -79,9 +89,11 @@ class Refcounts:
         )
         # Where the last bytes allocated end: the rest of that host cluster is free for more. 0: there is none.
         self.tail = 0
-        # The lowest cluster that may be free, and blocks known to have none.
+        # The lowest cluster that may be free, and a byte for each block: whether it is known to have none.
         self.first_free = 0
-        self._full: set[int] = set()
+        self._full = bytearray(len(table))
+        # Where blocks stand that the table has more than one entry for.
+        self._shared = shared
 
     # -- looking ----------------------------------------------------------------------------------------------
 
@@ -100,9 +112,13 @@ class Refcounts:
         where = self.table[index] & BLOCK_OFFSET if index < len(self.table) else 0
         if where & (self._cluster_size - 1):
             raise self._host.corrupt(f"Refblock offset {where:#x} unaligned (reftable index: {index:#x})")
+        if where in self._shared:
+            # Clusters of two places would be counted as one; a small file could have us look at a million blocks.
+            raise self._host.corrupt(f"Refblock offset {where:#x} used twice (reftable index: {index:#x})")
         return where
 
     def _load(self, index: int, where: int, done: Callable[[int], None]) -> None:
+        self._host.check_block(where)
         packed = bytearray(self._cluster_size)
 
         def loaded(error: int) -> None:
@@ -128,7 +144,7 @@ class Refcounts:
         while True:
             index = cluster >> self.block_bits
             at = -1
-            if index not in self._full:
+            if index >= len(self._full) or not self._full[index]:
                 block = self.block(index)
                 if block is None:
                     block = self._make_block(index)
@@ -136,7 +152,7 @@ class Refcounts:
                 if at >= 0:
                     break
                 # All below ``first_free`` is used, so the search saw all of the block that could be free.
-                self._full.add(index)
+                self._mark_full(index, is_full=True)
             cluster = self.first_free = (index + 1) << self.block_bits
         stop = min(at + count, self.entries)
         end = at + 1
@@ -149,6 +165,11 @@ class Refcounts:
         self.touch(index, at, end)
         self.first_free = first + end - at
         return first, end - at
+
+    def _mark_full(self, index: int, *, is_full: bool) -> None:
+        if index >= len(self._full):
+            self._full.extend(bytes(len(self.table) - len(self._full)))
+        self._full[index] = is_full
 
     def allocate_contiguous(self, count: int) -> int:
         """``count`` free clusters in a row: the first. For tables; raises Cold, OSError.
@@ -245,11 +266,11 @@ class Refcounts:
 
     def _put_block(self, index: int, cluster: int) -> array[int]:
         """Let block ``index``, which does not exist, be in a cluster."""
+        self._host.block_made(cluster, index)
         block = codec.zeroes(self.entries, self.order)
         self.table[index] = cluster << self._cluster_bits
         self.dirty_table.add(index // TABLE_SECTOR)
         self.new_blocks.add(index)
-        self._host.block_made(cluster)
         self.dirty[index] = (0, self.entries)
         self.cache.insert(index, block)
         return block
@@ -290,7 +311,7 @@ class Refcounts:
                 block[position] += difference
                 if not block[position]:
                     _extend(freed, (index << self.block_bits) + position)
-            self._full.discard(index)
+            self._mark_full(index, is_full=False)
         if freed:
             self.first_free = min(self.first_free, freed[0][0])
             last = self.tail >> self._cluster_bits
