@@ -11,9 +11,10 @@ from typing import Final
 import attrs
 import pytest
 import trio
+import trio.testing
 from qcow2_lives import Life, LifeReplay, look_into, mended, noted
 from qcow2_variants import VARIANTS, Variant
-from qcow2_world import Habits, check, run_seeded
+from qcow2_world import Habits, check, make_driver, run_seeded
 
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.errors import QmpError
@@ -159,3 +160,59 @@ def test_steps_that_fail_were_not_made(name: str) -> None:
     for seed in range(FIRST, FIRST + EFFORT):
         with noted(f"variant {name}, seed {seed}"):
             live_badly_and_cut(VARIANTS[name], seed)
+
+
+async def give_up_step(life: Life, events: int) -> bool:
+    """Make and delete a snapshot, cancelled after so many events of the files; whether that was in time."""
+    world = life.world
+    async with trio.open_nursery() as nursery:
+        await life.open(nursery)
+        await world.run(life.driver)
+        await world.finish(life.driver.writeback.finish)
+        end = len(world.events) + events
+        scope = trio.CancelScope()
+
+        async def change() -> None:
+            with scope:
+                await life.driver.create_snapshot("new", 1)
+                await life.driver.delete_snapshot("1")
+
+        async def stop() -> None:
+            while len(world.events) < end and world.is_busy:
+                await world.go_on()
+                await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+
+        async with trio.open_nursery() as both:
+            both.start_soon(change)
+            await trio.testing.wait_all_tasks_blocked()
+            await stop()
+            # What is shielded ends.
+            while world.is_busy:
+                await world.go_on()
+                await trio.testing.wait_all_tasks_blocked()
+        seen = await life.whole()
+        await world.finish(life.driver.close)
+        nursery.cancel_scope.cancel()
+    world.warnings.clear()
+    world.compare(seen, 0, world.live.units[: life.state.units])
+    image = bytearray(world.disks["file"].data)
+    found = mended(image) if parse_header(bytes(image[: 1 << 21])).incompatible & DIRTY else check(image)
+    assert not found.corruptions, found.problems
+    async with trio.open_nursery() as nursery:
+        life.driver = make_driver(world, nursery, read_only=True)
+        await world.finish(life.driver.open)
+        assert await life.whole() == seen
+        nursery.cancel_scope.cancel()
+    return scope.cancelled_caught
+
+
+@pytest.mark.parametrize("name", ["snapshot", "v2-snapshot", "lazy-snapshot"])
+def test_snapshot_commands_may_be_cancelled_anywhere(name: str) -> None:
+    variant = attrs.evolve(VARIANTS["v2"], has_snapshot=True) if name == "v2-snapshot" else VARIANTS[name]
+    for events in range(0, 1000, 1 if EFFORT > 1 else 5):
+        with noted(f"after {events} events"):
+            life = Life(variant, random.Random(5), attrs.evolve(HABITS, requests=20))
+            if not run_seeded(5, give_up_step, life, events):
+                break
+    assert events > 20

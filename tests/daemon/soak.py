@@ -1,16 +1,18 @@
 """kill -9 under load, again and again: ``python tests/daemon/soak.py ROUNDS`` (``make soak``).
 
-A guest writes through NBD, sixteen requests at a time, and flushes now and then; in the middle of it the daemon is
-killed. What is left must check without corruptions, by qemu-img and by ``qsd check``, and the next daemon must show
-everything that was flushed. The same images live through all rounds.
+A guest writes through NBD, sixteen requests at a time, and flushes now and then, while bitmaps and snapshots come
+and go; in the middle of it the daemon is killed. What is left must check without corruptions, by qemu-img and by
+``qsd check``, and the next daemon must show everything that was flushed. The same images live through all rounds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -27,15 +29,22 @@ import attrs
 from guest import Allowed, GuestOp, assert_shown
 from harness import RunningDaemon, run
 from nbd_reader import FLUSH, TRIM, WRITE, WRITE_ZEROES, NbdReader
-from qcow2_images import VARIANTS, find
+from qcow2_images import SIZE, VARIANTS, Made, find, img
 
+from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.messages import Op
 
 DEPTH: Final = 16
 # <fcntl.h>; the module has no name for it.
 F_OFD_SETLKW: Final = 38
 MONITOR: Final = ("--chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "--monitor", "qmp")
-KILLED: Final = ("plain", "snapshots", "chain", "cluster-512", "extended", "chain-extended", "v2", "data-file")
+KILLED: Final = (
+    *("plain", "snapshots", "chain", "luks", "cluster-512", "extended", "chain-extended", "v2", "data-file"),
+    *("data-file-raw", "lazy", "refcount-1"),
+)
+SECRET: Final = "secret,id=s,data=password"
+ENCRYPTION: Final = "encrypt.format=luks,encrypt.key-secret=s"
+TAKE, DROP = "blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync"
 COMMANDS: Final = {Op.WRITE: WRITE, Op.WRITE_ZEROES: WRITE_ZEROES, Op.DISCARD: TRIM, Op.FLUSH: FLUSH}
 
 
@@ -56,6 +65,21 @@ class Disk:
 
     def __attrs_post_init__(self) -> None:
         self.see(self.base)
+
+    @property
+    def key(self) -> str:
+        """Options of the node that name its key."""
+        return f",{ENCRYPTION}" if self.name == "luks" else ""
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Whether bitmaps are stored in it."""
+        return self.name != "v2"
+
+    @property
+    def keeps_snapshots(self) -> bool:
+        """Whether there are snapshots, and a mark for one that is interrupted."""
+        return self.name not in ("v2", "data-file", "data-file-raw", "refcount-1")
 
     def see(self, data: bytes) -> None:
         """From now on the disk is known to hold ``data``."""
@@ -108,9 +132,8 @@ class Load(NbdReader):
             self._stream.close()
             self.socket.close()
 
-    def run(self, disk: Disk, answers: int) -> dict[int, GuestOp]:
-        """Go on until so many answers have come; what is under way then, by cookie."""
-        under_way: dict[int, GuestOp] = {}
+    def run(self, disk: Disk, answers: int, under_way: dict[int, GuestOp]) -> None:
+        """Go on until so many answers have come; ``under_way`` has what is then, by cookie."""
         while answers:
             while len(under_way) < DEPTH:
                 op, data = disk.request()
@@ -120,7 +143,6 @@ class Load(NbdReader):
                 self.socket.sendall(header + data)
             self.take_answer(disk, under_way)
             answers -= 1
-        return under_way
 
     def take_answer(self, disk: Disk, under_way: dict[int, GuestOp]) -> bool:
         """Wait for an answer; False when there are no more."""
@@ -140,8 +162,9 @@ class Load(NbdReader):
 def serving(disk: Disk, place: Path) -> Iterator[RunningDaemon]:
     """A daemon with the disk as export ``d``."""
     arguments = [
+        *("--object", SECRET),
         *("--blockdev", f"driver=file,node-name=f,filename={disk.path}"),
-        *("--blockdev", "driver=qcow2,node-name=n,file=f,discard=unmap"),
+        *("--blockdev", f"driver=qcow2,node-name=n,file=f,discard=unmap{disk.key}"),
         *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
         *("--export", "type=nbd,id=e,node-name=n,name=d,writable=on"),
     ]
@@ -161,7 +184,17 @@ def kill_once(disk: Disk, place: Path) -> None:
     """Look at what the last round has left, write, be killed, and check the image."""
     with serving(disk, place) as running, Load(place / "nbd.sock", "d") as load:
         look_again(disk, load)
-        under_way = load.run(disk, disk.rng.randrange(1, 400))
+        under_way: dict[int, GuestOp] = {}
+        load.run(disk, disk.rng.randrange(1, 400), under_way)
+        qmp = running.qmp()
+        if disk.keeps_bitmaps:
+            name = f"b{disk.numbers}"
+            qmp.execute("block-dirty-bitmap-add", node="n", name=name, persistent=True)
+        if disk.keeps_snapshots:
+            # Nobody waits for it: it is to be killed in the midst.
+            command = disk.rng.choice((TAKE, DROP, DROP))
+            qmp.send(json.dumps({"execute": command, "arguments": {"device": "n", "name": "s"}}))
+        load.run(disk, disk.rng.randrange(1, 20), under_way)
         running.expected_code = -signal.SIGKILL
         running.terminate(signal.SIGKILL)
         # What had been answered has ended.
@@ -189,20 +222,35 @@ def look_again(disk: Disk, client: NbdReader) -> None:
 
 
 def check(disk: Disk) -> None:
-    """Leaks at most, by both checks."""
-    done = subprocess.run(
-        [find("qemu-img"), "check", disk.path], capture_output=True, text=True, timeout=60, check=False
-    )
+    """Leaks at most, by both checks; of an image that is marked dirty, when it has been repaired."""
+    if parse_header(disk.path.read_bytes()[: 1 << 21]).incompatible & DIRTY:
+        path = disk.path.with_suffix(".repaired")
+        shutil.copy(disk.path, path)
+        repaired = run("check", "-r", "all", path)
+        assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    else:
+        path = disk.path
+    image = f"driver=qcow2,file.driver=file,file.filename={path}{disk.key}"
+    command = [find("qemu-img"), "check", "--object", SECRET, "--image-opts", image]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (0, 3), done.stdout + done.stderr
-    ours = run("check", disk.path)
+    ours = run("check", path)
     assert ours.returncode in (0, 3), ours.stdout + ours.stderr
+
+
+def encrypted(place: Path) -> Made:
+    """A new image that is encrypted; what it holds shows when it is first opened."""
+    path = place / "image.qcow2"
+    options = f"{ENCRYPTION},encrypt.iter-time=10"
+    img("create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options, path, SIZE)
+    return Made(path, bytes(SIZE))
 
 
 def make(name: str, place: Path, seed: int) -> Disk:
     """A disk of that variant."""
     here = place / name
     here.mkdir()
-    made = VARIANTS[name](here)
+    made = encrypted(here) if name == "luks" else VARIANTS[name](here)
     return Disk(name, made.path, 512 if "512" in name else 4096, made.data, random.Random(seed))
 
 

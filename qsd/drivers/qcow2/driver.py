@@ -299,6 +299,10 @@ class Qcow2Driver(TellingDriver):
         """Write everything; then the image is clean, and needs no room ahead. Raises OSError, QmpError."""
         image = self.image
         await self.writeback.finish()
+        if image.needs_repair and image.header.version < 3:
+            # Nothing can be marked: what has failed leaves leaks at most.
+            await internal_snapshots.set_flags(self)
+            await self.writeback.finish()
         if image.header.incompatible & DIRTY:
             await image.write_refcounts()
             await image.file.flush()

@@ -50,7 +50,7 @@ async def create(driver: Qcow2Driver, name: str, now_ns: int) -> str:
     made: list[tuple[int, int]] = []
     try:
         await walk.add(1)
-        await _set_flags(driver)
+        await set_flags(driver)
         offset, clusters = await _write_l1(driver, made)
         snapshot = StoredSnapshot(
             l1_offset=offset,
@@ -80,7 +80,7 @@ async def _undo(
             image.give_up(offset, clusters)
         if walk is not None:
             await walk.take_back()
-            await _set_flags(driver)
+            await set_flags(driver)
         await driver.writeback.finish()
         await _unmark(driver, needed_repair=needed_repair)
     except OSError as error:
@@ -110,7 +110,7 @@ async def delete(driver: Qcow2Driver, snapshot_id: str) -> None:
         raise QmpError(f"Failed to remove snapshot from snapshot list: {errno_text(error.errno or 0)}") from None
     try:
         await _release(driver, gone, l1)
-        await _set_flags(driver)
+        await set_flags(driver)
         await driver.writeback.finish()
         await _unmark(driver, needed_repair=needed_repair)
     except OSError as error:
@@ -276,7 +276,7 @@ def _runs(image: Image, table: int, words: array[int]) -> Iterator[tuple[int, in
 # -- flags --------------------------------------------------------------------------------------------------------
 
 
-async def _set_flags(driver: Qcow2Driver) -> None:
+async def set_flags(driver: Qcow2Driver) -> None:
     """Let COPIED say in the active tables which clusters nobody else refers to. Raises OSError."""
     image = driver.image
     geometry = image.geometry
