@@ -226,3 +226,15 @@ def test_entry_that_leads_to_just_behind_the_file_is_a_corruption() -> None:
     found = image.check()
     assert found.corruptions
     assert any(f"ERROR cluster {len(image.data) // SIZE} refcount=0 reference=1" in p for p in found.problems)
+    length = len(image.data)
+    assert image.repair().corruptions == 0
+    assert len(image.data) == length + SIZE, "others count no cluster that is not in the file"
+
+
+def test_cluster_that_was_cut_off_is_a_corruption() -> None:
+    image = Image()
+    del image.data[-SIZE:]
+    found = image.check()
+    assert (found.corruptions, found.leaks) == (1, 0)
+    assert image.repair().corruptions == 0
+    assert len(image.data) == found.image_end + SIZE

@@ -337,17 +337,19 @@ class Checker:
 
     def _differences(self) -> Iterator[tuple[int, int, int]]:
         nothing = array("H", bytes(2 * BLOCK))
-        # What is only counted beyond the file's end is nobody's space.
+        # What is counted beyond the file's end is nobody's space, and what is used there counts as not counted.
         end = -(-self._file_length // self._size)
         for index in sorted(set(self._counted.blocks) | set(self._used.blocks)):
             counted = self._counted.blocks.get(index, nothing)
             used = self._used.blocks.get(index, nothing)
-            if counted == used:
-                continue
-            inside = end - (index << BLOCK_BITS)
-            for position in range(BLOCK):
-                if counted[position] != used[position] and (position < inside or used[position]):
-                    yield (index << BLOCK_BITS) + position, counted[position], used[position]
+            inside = max(0, min(BLOCK, end - (index << BLOCK_BITS)))
+            if counted[:inside] != used[:inside]:
+                for position in range(inside):
+                    if counted[position] != used[position]:
+                        yield (index << BLOCK_BITS) + position, counted[position], used[position]
+            for position in range(inside, last_used(used, BLOCK) + 1):
+                if used[position]:
+                    yield (index << BLOCK_BITS) + position, 0, used[position]
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""

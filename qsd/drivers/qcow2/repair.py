@@ -63,6 +63,10 @@ def repair(
     fixed = 0
     if not leaks_only:
         fixed += counted.set(found, write, raises=True)
+        if fixed:
+            # What is counted now may stand just behind the file's end: clusters there are nobody's, for others.
+            end = found.used.last() + 1 << header.cluster_bits
+            write(end - 1, read(end - 1, 1))
         flush()
         fixed += _set_flags(header, read, write, found)
     leaks = 0 if found.is_lossy else counted.set(found, write, raises=False)
