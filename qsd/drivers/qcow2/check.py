@@ -5,7 +5,8 @@ leaked: space is lost, nothing else. A cluster that is used more often than coun
 is a corruption. Where the image says which, the figures are those of ``qemu-img check``.
 
 Memory: twice two bytes for each cluster of the image that is used or counted, and what is told. Every table is
-bounded by the header's checks before it is read; tables that lead to each other in circles are read once.
+bounded by the header's checks before it is read, and all of them together by the file's length, for those of a
+sound image do not overlap. An L2 table is looked at once, however many entries lead to it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Findings:
 
 
 class Checker:
-    """One check. ``file_length`` is the image file's, in bytes; ``progress(done, total)`` counts L1 entries.
+    """One check. ``file_length`` is the image file's, in bytes; ``progress(done, total)`` counts the L1 entries of
+    the disk as it is now.
 
     Of what is found the first ``max_problems`` lines are kept.
     """
@@ -88,7 +90,10 @@ class Checker:
         self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
         self.findings.differences, self.findings.wrong_flags = self._differences, self._wrong_flags
         self._used, self._counted = self.findings.used, self.findings.counted
-        self._last_data = -1
+        # How many L1 entries lead to each L2 table, of all L1 tables and of the active one.
+        self._tables, self._active_tables = Counts(), Counts()
+        # Bytes of tables there may still be.
+        self._room = file_length + self._size
         self._refcount_blocks: list[tuple[int, int]] = []
 
     def run(self) -> Findings:
@@ -97,6 +102,7 @@ class Checker:
         self._load_refcounts()
         self._walk_l1(self._header.l1_offset, self._header.l1_size, is_active=True)
         self._walk_snapshots()
+        self._walk_tables()
         self._walk_bitmaps()
         self._walk_crypto()
         self._check_refcount_blocks()
@@ -106,16 +112,16 @@ class Checker:
 
     # -- what is used -----------------------------------------------------------------------------------------
 
-    def _corrupt(self, text: str) -> None:
-        self.findings.corruptions += 1
+    def _corrupt(self, text: str, times: int = 1) -> None:
+        self.findings.corruptions += times
         self._tell(f"ERROR {text}")
 
     def _tell(self, line: str) -> None:
         if len(self.findings.problems) < self._max_problems:
             self.findings.problems.append(line)
 
-    def _use(self, offset: int, length: int, what: str, *, counts: bool = False) -> bool:
-        """Count the clusters of a range as used once more; False when it reaches beyond the file.
+    def _use(self, offset: int, length: int, what: str, times: int = 1, *, counts: bool = False) -> bool:
+        """Count the clusters of a range as used once more, or so many times; False when it reaches beyond the file.
 
         ``counts``: it is a part of the refcount structure.
         """
@@ -124,14 +130,14 @@ class Checker:
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
         # A last cluster may be cut short: the file ends where its data does.
         if last << self._bits >= self._file_length + self._size or offset + length > layout.MAX_SIZE:
-            self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file")
+            self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file", times)
             if counts:
                 self.findings.needs_rebuild = True
             else:
                 self.findings.is_lossy = True
             return False
         for cluster in range(first, last + 1):
-            self._used.add(cluster)
+            self._used.add(cluster, times)
         if counts:
             self.findings.structures.extend(range(first, last + 1))
         return True
@@ -180,9 +186,9 @@ class Checker:
                 self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
             self.findings.is_lossy = True
             return
-        for index, entry in enumerate(self._words(offset, entries)):
-            if is_active:
-                self._progress(index, entries)
+        if not self._has_room(entries * 8, "L1 table"):
+            return
+        for entry in self._words(offset, entries):
             if entry & _L1_RESERVED:
                 self._corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             table = entry & OFFSET_MASK
@@ -193,29 +199,49 @@ class Checker:
                 self.findings.is_lossy = True
                 continue
             if self._use(table, self._size, "L2 table"):
-                self._walk_l2(table, is_active=is_active)
-        if is_active:
-            self._progress(entries, entries)
+                self._tables.add(table >> self._bits)
+                if is_active:
+                    self._active_tables.add(table >> self._bits)
 
-    def _walk_l2(self, table: int, *, is_active: bool) -> None:
+    def _has_room(self, length: int, what: str) -> bool:
+        """Whether all tables together can still be parts of the file that do not overlap."""
+        self._room -= length
+        if self._room < 0:
+            self._corrupt(f"{what} overlaps with others")
+            self.findings.is_lossy = True
+        return self._room >= 0
+
+    def _walk_tables(self) -> None:
+        """Look at every L2 table once, and count for each L1 entry that leads to it."""
+        entries = self._header.l1_size
+        done = entries - sum(map(sum, self._active_tables.blocks.values()))
+        self._progress(done, entries)
+        for table, times in self._tables.items():
+            active = self._active_tables.get(table)
+            self._walk_l2(table << self._bits, times, active)
+            done += active
+            self._progress(done, entries)
+
+    def _walk_l2(self, table: int, times: int, active: int) -> None:
+        """Count what a table refers to: so many times, ``active`` of them for the disk as it is now."""
         step = 2 if self._header.has_extended_l2 else 1
         words = self._words(table, self._size // 8)
         if not any(words):
             return
         has_data_file = self._header.has_data_file
         findings = self.findings
-        self._last_data = -1
+        last_data = -1
         for index in range(0, len(words), step):
             entry = words[index]
             if step == 2:
-                self._check_subclusters(entry, words[index + 1])
+                self._check_subclusters(entry, words[index + 1], times)
             if not entry:
                 continue
             if entry & COMPRESSED:
-                self._use_compressed(entry, is_active=is_active)
+                self._use_compressed(entry, times, active)
                 continue
             if entry & _L2_RESERVED:
-                self._corrupt(f"found l2 entry with reserved bits set: {entry:x}")
+                self._corrupt(f"found l2 entry with reserved bits set: {entry:x}", times)
             offset = entry & OFFSET_MASK
             if not offset and not has_data_file:
                 continue
@@ -223,39 +249,37 @@ class Checker:
                 continue
             if offset % self._size:
                 what = "Preallocated zero cluster" if entry & ZERO_FLAG and step == 1 else "Data cluster"
-                self._corrupt(f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted.")
-            if is_active:
-                findings.allocated_clusters += 1
-                if self._last_data >= 0 and offset != self._last_data + self._size:
-                    findings.fragmented_clusters += 1
-                self._last_data = offset
+                self._corrupt(f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted.", times)
+            findings.allocated_clusters += active
+            if last_data >= 0 and offset != last_data + self._size:
+                findings.fragmented_clusters += active
+            last_data = offset
             if not has_data_file:
-                self._use(offset, self._size, "data cluster")
+                self._use(offset, self._size, "data cluster", times)
 
-    def _check_subclusters(self, entry: int, bitmap: int) -> None:
+    def _check_subclusters(self, entry: int, bitmap: int, times: int) -> None:
         """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
         if entry & COMPRESSED:
             if bitmap:
-                self._corrupt(f"Compressed cluster at {entry & OFFSET_MASK:#x} has a subcluster bitmap")
+                self._corrupt(f"Compressed cluster at {entry & OFFSET_MASK:#x} has a subcluster bitmap", times)
         elif entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
             if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
                 place = f"offset={entry & OFFSET_MASK:#x}"
-                self._corrupt(f"{place}: Allocated cluster has corrupted subcluster allocation bitmap")
+                self._corrupt(f"{place}: Allocated cluster has corrupted subcluster allocation bitmap", times)
         elif bitmap & 0xFFFF_FFFF:
-            self._corrupt("Unallocated cluster has non-zero subcluster allocation map")
+            self._corrupt("Unallocated cluster has non-zero subcluster allocation map", times)
 
-    def _use_compressed(self, entry: int, *, is_active: bool) -> None:
+    def _use_compressed(self, entry: int, times: int, active: int) -> None:
         if entry & COPIED:
-            self._corrupt("compressed cluster has the COPIED flag")
+            self._corrupt("compressed cluster has the COPIED flag", times)
         shift = 62 - (self._bits - 8)
         offset = entry & ((1 << shift) - 1)
         sectors = (entry >> shift & ((1 << (self._bits - 8)) - 1)) + 1
-        self._use(offset & ~511, sectors * 512, "compressed cluster")
-        if is_active:
-            self.findings.allocated_clusters += 1
-            self.findings.compressed_clusters += 1
-            # It never follows its neighbour cluster by cluster.
-            self.findings.fragmented_clusters += 1
+        self._use(offset & ~511, sectors * 512, "compressed cluster", times)
+        self.findings.allocated_clusters += active
+        self.findings.compressed_clusters += active
+        # It never follows its neighbour cluster by cluster.
+        self.findings.fragmented_clusters += active
 
     # -- what else stands in the image ------------------------------------------------------------------------
 
@@ -295,6 +319,8 @@ class Checker:
             position += -(-(ENTRY.size + extra + name_size) // 8) * 8
             if entries * self._size > 1 << 40 or not self._use(table, entries * 8, "bitmap table"):
                 continue
+            if not self._has_room(entries * 8, "bitmap table"):
+                return
             for entry in self._words(table, entries):
                 if entry & OFFSET_MASK:
                     self._use(entry & OFFSET_MASK, self._size, "bitmap data")
@@ -353,19 +379,20 @@ class Checker:
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
-        for _place, entry, cluster in self._flagged():
+        for _place, entry, cluster, times in self._flagged():
             count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
-                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}")
+                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
-        for place, entry, cluster in self._flagged():
+        for place, entry, cluster, _times in self._flagged():
             is_alone = cluster is None or self._used.get(cluster) == 1
             if bool(entry & COPIED) != is_alone:
                 yield place, entry ^ COPIED
 
-    def _flagged(self) -> Iterator[tuple[int, int, int | None]]:
-        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to.
+    def _flagged(self) -> Iterator[tuple[int, int, int | None, int]]:
+        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, and
+        how often it stands for guest clusters.
 
         None is a cluster of another file: those are not counted, and all of them may be written in place. The
         tables are read once more instead of kept: they may be larger than all the counts.
@@ -380,12 +407,11 @@ class Checker:
             table = l1_entry & OFFSET_MASK
             if not table or table % self._size:
                 continue
-            yield header.l1_offset + 8 * position, l1_entry, table >> self._bits
-            if table >= self._file_length:
-                continue
-            words = self._words(table, self._size // 8)
+            yield header.l1_offset + 8 * position, l1_entry, table >> self._bits, 1
+        for table, times in self._active_tables.items():
+            words = self._words(table << self._bits, self._size // 8)
             for index in range(0, len(words), step):
                 entry = words[index]
                 if entry & leads and not entry & COMPRESSED:
-                    place = table + 8 * index
-                    yield place, entry, None if has_data_file else (entry & OFFSET_MASK) >> self._bits
+                    place = (table << self._bits) + 8 * index
+                    yield place, entry, None if has_data_file else (entry & OFFSET_MASK) >> self._bits, times

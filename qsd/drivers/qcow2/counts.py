@@ -6,6 +6,7 @@ Pure.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from typing import Final
 
 BLOCK_BITS: Final = 15
@@ -35,6 +36,13 @@ class Counts:
         """The count of a cluster."""
         block = self.blocks.get(cluster >> BLOCK_BITS)
         return 0 if block is None else block[cluster & (BLOCK - 1)]
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """Clusters whose number is not 0, in their order, with the number."""
+        for index in sorted(self.blocks):
+            for at, number in enumerate(self.blocks[index]):
+                if number:
+                    yield index * BLOCK + at, number
 
     def put(self, first: int, counts: array[int]) -> None:
         """Set counts of clusters in a row; those of a block that does not exist are 0."""
