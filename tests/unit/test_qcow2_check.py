@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import attrs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from qsd.drivers.qcow2.counts import Counts
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import COPIED, NewImage, header_cluster, metadata, place
 from qsd.drivers.qcow2.repair import repair
+from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
 
 SIZE = 1 << 16
 
@@ -25,7 +27,7 @@ class Image:
         self, *, allocates: bool = True, size: int = 20 * SIZE, incompatible: int = 0, order: int = 4
     ) -> None:
         header = Header(cluster_bits=16, size=size, incompatible=incompatible, refcount_order=order)
-        placement = place(NewImage(header=header, allocates=True))
+        placement = place(NewImage(header=header, allocates=allocates))
         self.header = placement.header
         self.data = bytearray(placement.end * SIZE)
         for offset, part in [(0, header_cluster(placement.header)), *metadata(placement)]:
@@ -238,3 +240,51 @@ def test_cluster_that_was_cut_off_is_a_corruption() -> None:
     assert (found.corruptions, found.leaks) == (1, 0)
     assert image.repair().corruptions == 0
     assert len(image.data) == found.image_end + SIZE
+
+
+def test_table_that_many_entries_lead_to_is_looked_at_once_and_counted_for_each() -> None:
+    """A hostile image's L1 table repeated one full L2 table four million times: days of work."""
+    entries = 64
+    image = Image(allocates=False, size=entries * 8192 * SIZE)
+    assert image.header.l1_size == entries
+    table = len(image.data)
+    data = table + SIZE
+    image.write(data, bytes(SIZE))
+    for index in range(8192):
+        image.set_word(table + 8 * index, data | COPIED)
+    for index in range(entries):
+        image.set_word(image.header.l1_offset + 8 * index, table)
+    reads: list[int] = []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append(offset)
+        return image.read(offset, length)
+
+    found = Checker(image.header, read, len(image.data)).run()
+    assert reads.count(table) == 2, "once for what it refers to, once for its flags"
+    assert found.allocated_clusters == entries * 8192
+    assert found.fragmented_clusters == entries * 8191
+    assert found.used.get(table // SIZE) == entries
+    assert found.used.get(data // SIZE) == entries * 8192
+    # Both clusters, and the flag of every entry.
+    assert found.corruptions == 2 + entries * 8192
+
+
+def test_tables_that_cannot_all_be_parts_of_the_file_are_not_walked() -> None:
+    """Thousands of snapshots could share one large L1 table, byte by byte."""
+    image = Image(size=8192 * SIZE * 512, allocates=False)
+    snapshots, l1 = 300, image.header.l1_offset
+    table = len(image.data)
+    for number in range(snapshots):
+        fields = (l1, 512, 1, 1, 0, 0, 0, 0, 16)
+        image.write(table + 64 * number, ENTRY_OF_SNAPSHOT.pack(*fields) + bytes(16) + b"ab")
+    image.header = attrs.evolve(image.header, snapshot_count=snapshots, snapshots_offset=table)
+    reads: list[int] = []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append(offset)
+        return image.read(offset, length)
+
+    found = Checker(image.header, read, len(image.data)).run()
+    assert found.is_lossy
+    assert reads.count(l1) * 4096 <= len(image.data) + 2 * SIZE
