@@ -29,7 +29,7 @@ def header(key_bytes: int = 64, mode: str = "xts-plain64") -> Header:
         digest=bytes(range(20)),
         digest_salt=bytes(range(32)),
         digest_iterations=1234,
-        uuid="c72b007d-ceb3-4cad-94fb-4156d8c3ec77",
+        uuid=b"c72b007d-ceb3-4cad-94fb-4156d8c3ec77",
         slots=(attrs.evolve(slots[0], is_active=True, iterations=5678, salt=b"s" * 32), *slots[1:]),
     )
 

@@ -61,7 +61,7 @@ def sealed(
         digest=digest,
         digest_salt=digest_salt,
         digest_iterations=1000,
-        uuid="",
+        uuid=b"",
         slots=(attrs.evolve(slots[0], is_active=True, iterations=1000, salt=salt), *slots[1:]),
     )
     return header, spec, master, material

@@ -61,8 +61,14 @@ class Header:
     digest: bytes
     digest_salt: bytes
     digest_iterations: int
-    uuid: str
+    # As it stands there, up to 40 bytes: it is text that anybody may have written.
+    uuid: bytes
     slots: tuple[KeySlot, ...]
+
+    @property
+    def uuid_text(self) -> str:
+        """The UUID to be shown."""
+        return self.uuid.split(b"\0")[0].decode(errors="replace")
 
     @property
     def material_bytes(self) -> int:
@@ -122,7 +128,7 @@ def parse_header(data: bytes, *, is_detached: bool = False) -> Header:
         digest=digest,
         digest_salt=salt,
         digest_iterations=iterations,
-        uuid=uuid.split(b"\0")[0].decode(errors="replace"),
+        uuid=uuid.rstrip(b"\0"),
         slots=(),
     )
     if payload * SECTOR < ALIGNMENT and not (is_detached and not payload):
@@ -179,7 +185,7 @@ def serialise_header(header: Header) -> bytes:
         header.digest,
         header.digest_salt,
         header.digest_iterations,
-        header.uuid.encode(),
+        header.uuid,
     )
     slots = (
         _SLOT.pack(

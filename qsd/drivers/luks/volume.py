@@ -145,7 +145,7 @@ def volume_info(volume: Volume) -> dict[str, Any]:
         "detached-header": not header.payload_offset,
         "payload-offset": header.payload_offset,
         "master-key-iters": header.digest_iterations,
-        "uuid": header.uuid,
+        "uuid": header.uuid_text,
         "slots": [
             {"active": True, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": slot.offset}
             if slot.is_active
@@ -239,24 +239,25 @@ def _format(options: FormatOptions, password: bytes, is_detached: bool) -> Forma
     time = DEFAULT_ITER_TIME if options.iter_time is None else options.iter_time
     digest_iterations = keys.count_iterations(name, layout.DIGEST_BYTES, time, keys.DIGEST_SHARE)
     iterations = keys.count_iterations(name, spec.key_bytes, time)
-    digest_salt, digest = keys.master_digest(name, master, digest_iterations)
     header = Header(
         cipher_name=spec.algorithm.family,
         cipher_mode=spec.mode_text,
         hash_name=name,
         payload_offset=0 if is_detached else options.area_bytes,
         key_bytes=spec.key_bytes,
-        digest=digest,
-        digest_salt=digest_salt,
+        digest=b"",
+        digest_salt=b"",
         digest_iterations=digest_iterations,
-        uuid=str(uuid.uuid4()),
+        uuid=str(uuid.uuid4()).encode(),
         slots=layout.new_slots(spec.key_bytes),
     )
+    first = attrs.evolve(header.slots[0], is_active=True, iterations=iterations)
+    # Before it is done: what takes too long to open takes as long to make.
+    keys.check_work(header.with_slot(0, first))
+    digest_salt, digest = keys.master_digest(name, master, digest_iterations)
     salt, material = keys.seal_slot(name, spec, master, password, iterations)
-    first = attrs.evolve(header.slots[0], is_active=True, iterations=iterations, salt=salt)
-    header = header.with_slot(0, first)
-    keys.check_work(header)
-    return Formatted(header, material, spec, master)
+    header = attrs.evolve(header, digest=digest, digest_salt=digest_salt)
+    return Formatted(header.with_slot(0, attrs.evolve(first, salt=salt)), material, spec, master)
 
 
 # -- key slots --------------------------------------------------------------------------------------------------
@@ -295,8 +296,12 @@ async def erase_key(volume: Volume, index: int) -> None:
 
 
 async def find_slots(volume: Volume, password: bytes, run: InThread = in_thread) -> list[int]:
-    """The active slots that ``password`` opens. Raises OSError."""
+    """The active slots that ``password`` opens. Raises QmpError, OSError."""
+    from qsd.drivers.luks.keys import check_work
+
     header = volume.header
+    # It may have been read again since the volume was opened.
+    check_work(header)
     return [
         index
         for index in header.active_slots

@@ -34,6 +34,8 @@ REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 _L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 _REFCOUNT_RESERVED: Final = 0x1FF
+# Bytes: five hundred times what a LUKS header with its key slots takes. Every cluster of it is counted.
+_MAX_ENCRYPTION_HEADER: Final = 1 << 30
 
 
 @attrs.define
@@ -327,7 +329,12 @@ class Checker:
 
     def _walk_crypto(self) -> None:
         extension = self._header.crypto_extension()
-        if extension is not None:
+        if extension is None:
+            return
+        if extension.length > _MAX_ENCRYPTION_HEADER:
+            self._corrupt(f"encryption header at {extension.offset:#x} has {extension.length} bytes")
+            self.findings.is_lossy = True
+        else:
             self._use(extension.offset, extension.length, "encryption header")
 
     # -- the verdict ------------------------------------------------------------------------------------------
@@ -354,8 +361,9 @@ class Checker:
         """The cluster behind the last that is counted or used, inside the file."""
         end = -(-self._file_length // self._size)
         blocks = self._counted.blocks, self._used.blocks
-        for index in range((end - 1) >> BLOCK_BITS, -1, -1):
-            inside = min(BLOCK, end - (index << BLOCK_BITS))
+        # Only where there are any: a file may be exabytes long, and holes.
+        for index in sorted(set().union(*blocks), reverse=True):
+            inside = max(0, min(BLOCK, end - (index << BLOCK_BITS)))
             last = max(last_used(kind.get(index), inside) for kind in blocks)
             if last >= 0:
                 return (index << BLOCK_BITS) + last + 1

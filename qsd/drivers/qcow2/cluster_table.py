@@ -73,6 +73,10 @@ class ClusterTable:
                 self._left -= not found
                 places[at] = wanted << _CODE_BITS | code
 
+    def highest(self) -> int:
+        """The highest cluster there is or was, -1 when there was none."""
+        return max((max(self._places) >> _CODE_BITS) - 1, max(self._more, default=-1))
+
     def add(self, cluster: int) -> None:
         """Put a cluster in, as into a set."""
         self.put((cluster,), "in")

@@ -22,6 +22,7 @@ from qsd.drivers.qcow2.layout import CRYPT_AES, CRYPT_LUKS, CRYPT_NONE, Header
 from qsd.errors import QmpError, errno_text
 
 if TYPE_CHECKING:
+    from qsd.drivers.qcow2.driver import Qcow2Driver
     from qsd.drivers.qcow2.mapping import ClusterMap
 
 FORMATS: Final = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
@@ -31,11 +32,16 @@ _MAX_LENGTH: Final = 0x7FFF_FFFF_C000_0000
 
 @attrs.define(eq=False)
 class Encryption:
-    """What an open image is encrypted with. ``volume``: of ``luks``."""
+    """What an open image is encrypted with. ``volume``: of ``luks``.
+
+    ``overlap``: other metadata that stands where the LUKS header or a key slot is: its kind, and the offset and
+    bytes of that place. Known when the image can be written.
+    """
 
     format: str
     sealer: Sealer
     volume: Volume | None = None
+    overlap: tuple[str, int, int] | None = None
 
     def cover(self, mapping: ClusterMap) -> None:
         """Let the guest's data be read and written through the cipher."""
@@ -130,13 +136,20 @@ def crypto_area(header: Header, file: Child) -> ChildArea:
     return ChildArea(file, extension.offset, extension.length)
 
 
-async def amend_encryption(encryption: Encryption | None, options: Any, *, force: bool, driver: Driver) -> None:
-    """Add or erase key slots: ``options`` is ``QCryptoBlockAmendOptions``. Raises QmpError, OSError."""
+async def amend_encryption(
+    encryption: Encryption | None, options: Any, *, force: bool, driver: Qcow2Driver
+) -> None:
+    """Add or erase key slots: ``options`` is ``QCryptoBlockAmendOptions``. Raises QmpError, OSError.
+
+    Where an image says that a key slot is other metadata too, that would be destroyed (by the reference it is).
+    """
     if encryption is None:
         raise QmpError("image is not encrypted, can't amend")
     if options.format.value != "luks":
         raise QmpError("Amend can't be used to change the qcow2 encryption format")
     if encryption.volume is None:
         raise QmpError("Only LUKS encryption options can be amended for qcow2 with blockdev-amend")
+    if encryption.overlap is not None:
+        driver.image.overlap(*encryption.overlap)
     opened_with = _secret_name(driver.options)
     await amend_volume(encryption.volume, options, force=force, secret=driver.host.secret, opened_with=opened_with)

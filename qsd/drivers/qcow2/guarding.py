@@ -67,7 +67,11 @@ async def guard(image: Image, refcount_table: array[int]) -> None:
     known.add(SNAPSHOT_TABLE, header.snapshots_offset, image.snapshot_clusters * cluster)
     known.add(MAIN_HEADER, 0, cluster)
     if image.encryption is not None:
-        for offset, length in image.encryption.places(header):
+        places = image.encryption.places(header)
+        image.encryption.overlap = next(
+            ((found, *place) for place in places if (found := known.kind_at(*place)) is not None), None
+        )
+        for offset, length in places:
             known.add(ENCRYPTION_HEADER, offset, length)
     if INACTIVE_L2 in known.checked:
         await _guard_snapshots(image)

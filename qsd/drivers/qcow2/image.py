@@ -115,6 +115,12 @@ class Image:
         """Whether the guest's data goes through a cipher."""
         return self.encryption is not None
 
+    @property
+    def encryption_end(self) -> int:
+        """Bytes that the file has at least when what opens the image is all there."""
+        places = [] if self.encryption is None else self.encryption.places(self.header)
+        return max((offset + length for offset, length in places), default=0)
+
     def take_snapshots(self, snapshots: tuple[StoredSnapshot, ...], table_length: int) -> None:
         """The internal snapshots, and how many bytes the image's table of them has."""
         self.snapshots = snapshots
@@ -131,7 +137,7 @@ class Image:
         shared = await used_twice(table, BLOCK_OFFSET)
         limit = self.settings.refcount_cache
         self.refs = Refcounts(file, header.cluster_bits, header.refcount_order, table, limit, self, shared)
-        self.virgin = -(-file.length // cluster) * cluster
+        self.virgin = max(-(-file.length // cluster) * cluster, self.encryption_end)
 
     # -- the host of ``Refcounts`` ----------------------------------------------------------------------------
 

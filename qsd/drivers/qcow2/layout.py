@@ -170,8 +170,9 @@ class Header:
         return None if data is None else parse_bitmaps_extension(data, self.cluster_size)
 
     def crypto_extension(self) -> CryptoExtension | None:
-        """Where the LUKS header is. Raises QmpError."""
-        data = self.extension(EXT_CRYPTO)
+        """Where the LUKS header is; of several pointers the last counts, as in the reference. Raises QmpError."""
+        found = [extension.data for extension in self.extensions if extension.type == EXT_CRYPTO]
+        data = found[-1] if found else None
         return None if data is None else parse_crypto_extension(data, self.cluster_size)
 
     def with_extension(self, kind: int, data: bytes | None) -> Header:

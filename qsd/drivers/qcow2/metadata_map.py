@@ -107,6 +107,16 @@ class MetadataMap:
         if self.clusters.get(offset >> self._bits) == kind:
             self.clusters.pop(offset >> self._bits)
 
+    def kind_at(self, offset: int, length: int) -> str | None:
+        """The kind of the first cluster of a range of bytes that holds metadata."""
+        return self.find(self._covered(offset, length))
+
+    def end(self) -> int:
+        """A cluster behind all that hold metadata; there may be others in between."""
+        known = self.clusters
+        last = known.highest() if isinstance(known, ClusterTable) else max(known, default=-1)
+        return last + 1
+
     def find(self, clusters: Iterable[int]) -> str | None:
         """The kind of the first of ``clusters`` that holds metadata."""
         known = self.clusters

@@ -159,27 +159,29 @@ async def _cut_file(driver: Qcow2Driver) -> None:
         end = await _end_of_use(driver) << image.geometry.cluster_bits
         if end < image.file.length:
             await image.file.truncate(end, exact=False)
-            image.virgin = end
+            image.virgin = max(end, image.encryption_end)
             image.has_grown = False
     except (OSError, QmpError) as error:
         log.warning("%s: the image file stays longer than it has to be: %s", driver.node_name, error)
 
 
 async def _end_of_use(driver: Qcow2Driver) -> int:
-    """The cluster behind the last that is counted, inside the file. Raises OSError."""
+    """The cluster behind the last that is counted or holds metadata, inside the file. Raises OSError."""
     image = driver.image
     refs = image.refs
     end = -(-image.file.length >> image.geometry.cluster_bits)
-    while end:
+    # Counts may be wrong, and what opens an encrypted image is usually the last in the file.
+    least = min(end, image.metadata.end())
+    while end > least:
         index = end - 1 >> refs.block_bits
         first = index << refs.block_bits
         block = await driver.settled(refs.block, index)
         if block is not None:
             for position in range(end - first - 1, -1, -1):
                 if block[position]:
-                    return first + position + 1
+                    return max(least, first + position + 1)
         end = first
-    return 0
+    return least
 
 
 # -- both ---------------------------------------------------------------------------------------------------------

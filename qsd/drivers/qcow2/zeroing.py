@@ -279,6 +279,10 @@ class Zeroer(EntryChanger):
         hears = image.settings.discard_request and not image.geometry.has_data_file and not image.is_encrypted
         if kept is None or not host or not hears:
             return
+        kind = image.metadata.kind_at(host, self._size)
+        if kind is not None:
+            # An entry of a broken image: zeroes would be written over the image's own tables.
+            image.overlap(kind, host, self._size)
         if kept and kept[-1][0] + kept[-1][1] == host:
             kept[-1] = kept[-1][0], kept[-1][1] + self._size
         else:
