@@ -170,7 +170,9 @@ def test_hostile_field_gets_the_references_words(edit: Callable[[bytearray], Non
 
 def test_detached_header_needs_no_payload() -> None:
     assert refusal(number(104, 0), is_detached=True) is None
-    assert refusal(number(104, 7), is_detached=True) == "LUKS payload is overlapping with the header"
+    # In the other file the data may begin anywhere (cryptsetup's --align-payload).
+    assert refusal(number(104, 7), is_detached=True) is None
+    assert refusal(number(104, 64), is_detached=True) is None
 
 
 # In the order in which the reference finds them.

@@ -50,7 +50,7 @@ class KeySlot:
 class Header:
     """A header whose fields fit together; whether its algorithms exist is for ``algorithms.find_cipher`` to say.
 
-    ``payload_offset`` in bytes; 0 means that the header is detached from the data.
+    ``payload_offset`` in bytes; 0 means that the header is detached from the data, which may then begin anywhere.
     """
 
     cipher_name: str
@@ -108,7 +108,7 @@ def new_slots(key_bytes: int) -> tuple[KeySlot, ...]:
 def parse_header(data: bytes, *, is_detached: bool = False) -> Header:
     """Read the header from the first ``LENGTH`` bytes (zeroes where the image is shorter).
 
-    ``is_detached``: the payload is elsewhere, so an offset of 0 is allowed. Raises QmpError. Nothing here takes
+    ``is_detached``: the payload is elsewhere, so its offset may be anything. Raises QmpError. Nothing here takes
     more than the header's own bytes, whatever they say; slots lie inside the 2 TiB that their fields can name.
     """
     magic, version, *names, payload, key_bytes, digest, salt, iterations, uuid = _HEAD.unpack_from(data)
@@ -131,12 +131,12 @@ def parse_header(data: bytes, *, is_detached: bool = False) -> Header:
         uuid=uuid.rstrip(b"\0"),
         slots=(),
     )
-    if payload * SECTOR < ALIGNMENT and not (is_detached and not payload):
+    if payload * SECTOR < ALIGNMENT and not is_detached:
         raise QmpError("LUKS payload is overlapping with the header")
     if not iterations:
         raise QmpError("LUKS key iteration count is zero")
     raw_slots = tuple(_SLOT.iter_unpack(data[_HEAD.size : LENGTH]))
-    return attrs.evolve(header, slots=_check_slots(raw_slots, header))
+    return attrs.evolve(header, slots=_check_slots(raw_slots, header, is_detached=is_detached))
 
 
 def _text(raw: bytes, what: str) -> str:
@@ -146,7 +146,9 @@ def _text(raw: bytes, what: str) -> str:
     return text.decode(errors="replace")
 
 
-def _check_slots(raw_slots: tuple[tuple[int, int, bytes, int, int], ...], header: Header) -> tuple[KeySlot, ...]:
+def _check_slots(
+    raw_slots: tuple[tuple[int, int, bytes, int, int], ...], header: Header, *, is_detached: bool
+) -> tuple[KeySlot, ...]:
     # A slot takes whole units of the alignment, as in the reference.
     length = _aligned(header.material_bytes)
     for index, (state, iterations, _salt, sector, stripes) in enumerate(raw_slots):
@@ -161,7 +163,7 @@ def _check_slots(raw_slots: tuple[tuple[int, int, bytes, int, int], ...], header
             raise QmpError(f"Keyslot {index} iteration count is zero")
         if offset < ALIGNMENT:
             raise QmpError(f"Keyslot {index} is overlapping with the LUKS header")
-        if header.payload_offset and offset + length > header.payload_offset:
+        if not is_detached and offset + length > header.payload_offset:
             raise QmpError(f"Keyslot {index} is overlapping with the encrypted payload")
         for later, (_state, _iterations, _later_salt, other, _stripes) in enumerate(raw_slots):
             if later > index and offset < other * SECTOR + length and other * SECTOR < offset + length:
