@@ -240,6 +240,33 @@ def test_detached_header_both_ways(volume: Volume, tmp_path: Path) -> None:
         qmp.execute("blockdev-del", node_name=name)
 
 
+@pytest.mark.parametrize("start", [512, 4096])
+def test_detached_data_begins_where_the_header_says(volume: Volume, tmp_path: Path, start: int) -> None:
+    """Within what would be the header's own place, too: that is another file."""
+    qmp, place = volume
+    for name in ("h", "d"):
+        (tmp_path / name).touch()
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / name))
+    assert create(qmp, driver="luks", file="d", header="h", size=SIZE, **{"key-secret": "s"}, **FAST) is None
+    qmp.execute("blockdev-add", driver="luks", node_name="l", file="d", header="h", key_secret="s")
+    with exported(qmp, place, writable=True) as client:
+        client.write(0, DATA)
+    for name in ("l", "h", "d"):
+        qmp.execute("blockdev-del", node_name=name)
+    header = (tmp_path / "h").read_bytes()
+    (tmp_path / "h").write_bytes(header[:104] + (start // 512).to_bytes(4, "big") + header[108:])
+    (tmp_path / "d").write_bytes(bytes(start) + (tmp_path / "d").read_bytes())
+    for name in ("h", "d"):
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / name))
+    qmp.execute("blockdev-add", driver="luks", node_name="l", file="d", header="h", key_secret="s")
+    with exported(qmp, place) as client:
+        assert client.read(0, SIZE) == DATA
+    for name in ("l", "h", "d"):
+        qmp.execute("blockdev-del", node_name=name)
+    more = {"header.driver": "file", "header.filename": str(tmp_path / "h")}
+    assert content_of(tmp_path / "d", tmp_path / "out", **more) == DATA
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from qsd.drivers.qcow2.dirty import L1_SECTOR
+from qsd.drivers.qcow2.guarding import PIECE
 from qsd.drivers.qcow2.image import Freed, Freeing
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2
 from qsd.drivers.qcow2.storing import write_all
@@ -180,8 +181,7 @@ class WriteBack:
 
     async def _give_up_run(self, first: int, count: int, why: Freeing) -> None:
         image = self._image
-        if image.metadata.find(range(first, first + count)) is not None:
-            await self._refuse_metadata(first, count)
+        await self._refuse_metadata(first, count)
         if image.passes_discard(why):
             cluster = first
             while cluster < first + count:
@@ -207,13 +207,17 @@ class WriteBack:
         An L2 entry of a broken image leads there: a discard would make a hole in the image's own tables, or in what
         its keys are in. (Tables of snapshots lose theirs one by one, and the last while they are guarded still.)
         """
-        image = self._image
-        for cluster in range(first, first + count):
-            kind = image.metadata.clusters.get(cluster)
-            if kind in (None, INACTIVE_L1, INACTIVE_L2):
-                continue
-            if await self._driver.settled(image.refs.get, cluster) == 1:
-                bits = image.geometry.cluster_bits
-                text = f"Preventing freeing of metadata ({kind})"
-                self._driver.corrupt(text, offset=cluster << bits, size=1 << bits)
-                raise OSError(errno.EINVAL, text)
+        known, bits = self._image.metadata, self._image.geometry.cluster_bits
+        for start in range(first, first + count, PIECE):
+            piece = range(start, min(start + PIECE, first + count))
+            for cluster in piece if known.find(piece) is not None else ():
+                kind = known.clusters.get(cluster)
+                if kind in (None, INACTIVE_L1, INACTIVE_L2):
+                    continue
+                if await self._driver.settled(self._image.refs.get, cluster) == 1:
+                    text = f"Preventing freeing of metadata ({kind})"
+                    self._driver.corrupt(text, offset=cluster << bits, size=1 << bits)
+                    raise OSError(errno.EINVAL, text)
+            if count > PIECE:
+                # All of a disk may have been discarded: others run meanwhile.
+                await trio.lowlevel.checkpoint()
