@@ -37,6 +37,7 @@ from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.extensions import CryptoExtension
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
+from qsd.drivers.qcow2.repair import repair
 from qsd.drivers.qcow2.resizing import resize
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
@@ -564,3 +565,27 @@ async def test_check_does_not_go_through_a_file_that_is_all_encryption_header() 
     assert found.corruptions == 1
     assert found.problems[0] == f"ERROR encryption header at {made.luks.offset:#x} has {1 << 60} bytes"
     assert found.is_lossy, "what it may be is not given up"
+
+
+async def test_new_refcounts_are_not_written_over_keys_that_are_cut_off() -> None:
+    """The end of the key slots is missing, the refcounts are lost: what is left of the keys is no free space."""
+    made = await encrypted()
+    header = made.header
+    broken = edited(made.image, [(header.refcount_table_offset, struct.pack(">Q", 1 << 40))])
+    disk = Disk(broken[: made.slot(7) + CLUSTER])
+    before = bytes(disk.data)
+
+    def look(offset: int, length: int) -> bytes:
+        return bytes(disk.data[offset : offset + length]).ljust(length, b"\0")
+
+    def put(offset: int, data: bytes) -> None:
+        disk.grow(offset + len(data))
+        disk.data[offset : offset + len(data)] = data
+
+    found = Checker(header, look, disk.length).run()
+    assert repair(header, look, put, found, leaks_only=False).corruptions
+    assert disk.data[made.luks.offset : len(before)] == before[made.luks.offset :]
+    async with opened(disk) as (driver, _host):
+        # They are not counted, but guarded.
+        assert await answer(write, driver, SIZE // 2, DATA) == "[Errno 5] Input/output error"
+    assert disk.data[made.luks.offset :][:LENGTH] == before[made.luks.offset :][:LENGTH]

@@ -138,6 +138,7 @@ def test_tables_that_lead_to_each_other_end() -> None:
 
 @settings(deadline=None, max_examples=150)
 @example(298, 3)  # a refcount block that was an L2 table too: setting counts broke the table
+@example(1292, 2)  # new refcounts were written where a broken entry led to, and were an L2 table then
 @example(723, 4)  # clusters counted far beyond the end of the file were to be kept
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_any_damage_is_survived_and_repairs_never_make_it_worse(seed: int, bits: int) -> None:

@@ -34,6 +34,8 @@ REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 _L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 _REFCOUNT_RESERVED: Final = 0x1FF
+# Clusters behind the file's end that a new refcount structure may come to stand in: for 2 TiB at 64 KiB.
+_NEARBY: Final = 1024
 # Bytes: five hundred times what a LUKS header with its key slots takes. Every cluster of it is counted.
 _MAX_ENCRYPTION_HEADER: Final = 1 << 30
 
@@ -53,6 +55,9 @@ class Findings:
     compressed_clusters: int = 0
     fragmented_clusters: int = 0
     image_end: int = 0
+    # The cluster behind what something leads to that reaches beyond the end of the file, if it begins nearby. It is
+    # not ``used``; what is written there would be taken for it.
+    claimed_end: int = 0
     problems: list[str] = attrs.field(factory=list)
     # Cluster, counted, used, where they differ.
     differences: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
@@ -133,6 +138,7 @@ class Checker:
         # A last cluster may be cut short: the file ends where its data does.
         if last << self._bits >= self._file_length + self._size or offset + length > layout.MAX_SIZE:
             self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file", times)
+            self._claim(offset, length)
             if counts:
                 self.findings.needs_rebuild = True
             else:
@@ -143,6 +149,12 @@ class Checker:
         if counts:
             self.findings.structures.extend(range(first, last + 1))
         return True
+
+    def _claim(self, offset: int, length: int) -> None:
+        far = -(-self._file_length // self._size) + _NEARBY
+        if offset >> self._bits < far:
+            end = (offset + length - 1 >> self._bits) + 1
+            self.findings.claimed_end = max(self.findings.claimed_end, min(end, far))
 
     def _words(self, offset: int, count: int) -> array[int]:
         words = array("Q")
@@ -334,6 +346,7 @@ class Checker:
         if extension.length > _MAX_ENCRYPTION_HEADER:
             self._corrupt(f"encryption header at {extension.offset:#x} has {extension.length} bytes")
             self.findings.is_lossy = True
+            self._claim(extension.offset, extension.length)
         else:
             self._use(extension.offset, extension.length, "encryption header")
 

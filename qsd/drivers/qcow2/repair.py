@@ -150,7 +150,8 @@ def rebuild(header: Header, write: Write, found: Findings, flush: Callable[[], N
     per_block = refcount_codec.block_entries(bits, order)
     if any(block and max(block) > refcount_codec.max_refcount(order) for block in counts.blocks.values()):
         return False
-    start = 1 + max(counts.last(), max(found.structures, default=-1))
+    # Of what is cut off by the file's end nothing is counted: what is left of the keys of an encrypted image, say.
+    start = max(1 + max(counts.last(), max(found.structures, default=-1)), found.claimed_end)
     used = _blocks_of(counts, per_block)
     clusters, indices = _place(start, used, per_block, bits)
     if clusters << bits > layout.MAX_REFCOUNT_TABLE_BYTES:
