@@ -10,8 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsd.drivers.qcow2 import layout, refcount_codec
+from qsd.drivers.qcow2.bitmap_layout import ENTRY as ENTRY_OF_BITMAP
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.counts import Counts
+from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import COPIED, NewImage, header_cluster, metadata, place
 from qsd.drivers.qcow2.repair import repair
@@ -289,3 +291,21 @@ def test_tables_that_cannot_all_be_parts_of_the_file_are_not_walked() -> None:
     found = Checker(image.header, read, len(image.data)).run()
     assert found.is_lossy
     assert reads.count(l1) * 4096 <= len(image.data) + 2 * SIZE
+
+
+def test_bitmap_table_of_gigabytes_is_not_read() -> None:
+    """In a sparse file of terabytes there is room for it."""
+    image = Image()
+    directory = len(image.data)
+    image.write(directory, ENTRY_OF_BITMAP.pack(1 << 40, 1 << 24, 0, 1, 16, 1, 0) + b"b")
+    where = BitmapsExtension(1, ENTRY_OF_BITMAP.size + 8, directory).serialise()
+    header = attrs.evolve(image.header, autoclear=layout.BITMAPS).with_extension(layout.EXT_BITMAPS, where)
+    longest = 0
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal longest
+        longest = max(longest, length)
+        return image.read(offset, length)
+
+    Checker(header, read, 1 << 44).run()
+    assert longest <= SIZE

@@ -19,7 +19,7 @@ from typing import Final
 import attrs
 
 from qsd.drivers.qcow2 import layout, refcount_codec
-from qsd.drivers.qcow2.bitmap_layout import ENTRY
+from qsd.drivers.qcow2.bitmap_layout import ENTRY, MAX_DATA
 from qsd.drivers.qcow2.counts import BLOCK, BLOCK_BITS, Counts, last_used
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
@@ -331,7 +331,9 @@ class Checker:
                 return
             table, entries, _flags, _type, _bits, name_size, extra = ENTRY.unpack_from(directory, position)
             position += -(-(ENTRY.size + extra + name_size) // 8) * 8
-            if entries * self._size > 1 << 40 or not self._use(table, entries * 8, "bitmap table"):
+            # With a larger one the image cannot be opened at all, which is told elsewhere.
+            is_possible = entries * self._size <= max(MAX_DATA, self._size)
+            if not is_possible or not self._use(table, entries * 8, "bitmap table"):
                 continue
             if not self._has_room(entries * 8, "bitmap table"):
                 return
