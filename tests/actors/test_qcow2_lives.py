@@ -76,7 +76,7 @@ async def cut(life: Life, rng: random.Random) -> None:
 def live_and_cut(variant: Variant, seed: int) -> Life:
     """One life, with some power cuts."""
     rng = random.Random(seed)
-    life = Life(variant, rng, attrs.evolve(HABITS))
+    life = Life(variant, rng, HABITS)
     run_seeded(seed, live, life)
     run_seeded(seed, cut, life, rng)
     return life

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.mapped import READ, fill_zeroes
 from qsd.drivers.qcow2.geometry import COPIED
+from qsd.drivers.qcow2.writing import WRITE, EntryChanger
 from qsd.drivers.runs import Cold
 from qsd.host.memory import AlignedPool
-from qsd.messages import Op, ReplyQueue, Request
+from qsd.messages import ReplyQueue, Request
 
 if TYPE_CHECKING:
     from array import array
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
     from qsd.drivers.qcow2.driver import Qcow2Driver
     from qsd.drivers.qcow2.image import Image
-    from qsd.drivers.qcow2.writing import Changing
+    from qsd.drivers.qcow2.writing import Writer
 
-WRITE: Final = Op.WRITE.value
 # Bytes of clusters put together for one write, and the most clusters.
 TOGETHER: Final = 512 << 10
 MOST: Final = 32
@@ -76,21 +76,16 @@ class Burst(ReplyQueue):
             self.bursts.go_on(self)
 
 
-class Bursts:
-    """See the module. ``busy`` is the writer's: guest cluster -> who is about to change its entry."""
+class Bursts(EntryChanger):
+    """See the module."""
 
-    def __init__(self, driver: Qcow2Driver, image: Image, busy: dict[int, Changing]) -> None:
-        self._driver = driver
-        self._image = image
-        self._busy = busy
-        geometry = image.geometry
-        self._bits = geometry.cluster_bits
-        self._size = geometry.cluster_size
-        self._mask = geometry.cluster_size - 1
-        self._slice_bits = geometry.slice_bits
-        self._slice_mask = geometry.slice_mask
+    def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
+        super().__init__(driver, image, writer)
+        # Guest cluster -> who is about to change its entry.
+        self._busy = writer.busy
+        self._mask = self._size - 1
         self._pool = AlignedPool(KEPT)
-        is_plain = geometry.words == 1 and not geometry.has_data_file and not image.is_encrypted
+        is_plain = self._words == 1 and not image.geometry.has_data_file and not image.is_encrypted
         # Requests one burst takes; 0 for an image whose clusters are never plain enough.
         self.most = min(TOGETHER >> self._bits, MOST) if is_plain else 0
 

@@ -186,7 +186,7 @@ class Qcow2Driver(TellingDriver):
     def _begin_writing(self) -> None:
         image = self.image
         self.writer = Writer(self, image)
-        self.bursts = Bursts(self, image, self.writer.busy)
+        self.bursts = Bursts(self, image, self.writer)
         self.zeroer = Zeroer(self, image, self.writer)
         self.packer = Packer(self, image, self.writer)
         self.writeback = WriteBack(image)
