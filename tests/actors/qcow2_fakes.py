@@ -23,6 +23,7 @@ from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
 CLUSTER = 1 << 16
+SECTOR = 512
 
 
 class MemoryFile(SlowPath):
@@ -91,19 +92,36 @@ def cut(before: bytes, log: list[tuple[int, bytes] | int | None]) -> Iterator[by
     """What is on the disk when the power fails at any point of ``log``.
 
     The writes since the last flush all, or every second of them, or none: what no flush has ordered comes in any
-    order.
+    order, but for changes of the file's length. The last one is torn, too: a disk writes sectors.
     """
     on_disk = bytearray(before)
     since: list[tuple[int, bytes] | int] = []
     for step in [*log, None]:
         if step is not None:
+            for torn in _torn(step):
+                yield bytes(_applied(on_disk, [*since, torn]))
+                yield bytes(_applied(on_disk, [*filter(_is_length, since), torn]))
             since.append(step)
             yield bytes(_applied(on_disk, since))
             continue
-        for kept in (since[::2], since[1::2], [], since[-1:]):
-            yield bytes(_applied(on_disk, kept))
+        yield bytes(on_disk)
+        for kept in (since[::2], since[1::2], since[-1:]):
+            yield bytes(_applied(on_disk, [each for each in since if each in kept or _is_length(each)]))
         on_disk = _applied(on_disk, since)
         since = []
+
+
+def _is_length(step: tuple[int, bytes] | int) -> bool:
+    return isinstance(step, int)
+
+
+def _torn(step: tuple[int, bytes] | int) -> Iterator[tuple[int, bytes]]:
+    """Only the first sector of a write, or all but the first."""
+    if not isinstance(step, int) and len(step[1]) > SECTOR:
+        offset, data = step
+        first = SECTOR - offset % SECTOR
+        yield offset, data[:first]
+        yield offset + first, data[first:]
 
 
 def _applied(data: bytearray, steps: list[tuple[int, bytes] | int]) -> bytearray:

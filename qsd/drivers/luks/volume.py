@@ -214,10 +214,17 @@ class Formatted:
     master: bytes
 
     async def write(self, area: Area) -> None:
-        """Write it: the header last, so that a half written one is no LUKS volume. Raises OSError."""
-        await area.write(self.header.slots[0].offset, self.material)
+        """Write it: the header's first sector last. Cut off, it is no LUKS volume, nor what was there before.
+
+        Raises OSError.
+        """
+        header = serialise_header(self.header)
+        await area.write(0, bytes(layout.SECTOR))
         await area.flush()
-        await area.write(0, serialise_header(self.header))
+        await area.write(self.header.slots[0].offset, self.material)
+        await area.write(layout.SECTOR, header[layout.SECTOR :])
+        await area.flush()
+        await area.write(0, header[: layout.SECTOR])
         await area.flush()
 
 

@@ -1,6 +1,7 @@
 """blockdev-create for ``qcow2``: what the options ask for, and writing it into a protocol node.
 
-The header is written last, when everything it leads to is there: a creation that was cut off leaves no image.
+The header's first sector is written last, when everything else is on the disk: a creation that was cut off leaves
+no image, neither the new one nor what stood there.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) ->
         await _write(host, placement, file, data, options)
         if volume is not None:
             await volume.write(crypto_area(placement.header, file))
-        first = _header_cluster(placement.header, options)
-        await file.write(0, first)
-        await file.flush()
+        await _finish(file, _header_cluster(placement.header, options))
 
 
 def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
@@ -193,6 +192,7 @@ async def _write(
     await file.truncate(placement.end * cluster, exact=False)
     # What stood there must not be taken for an image while this one is made.
     await file.write(0, bytes(cluster))
+    await file.flush()
     for offset, part in metadata(placement):
         await file.write(offset, part)
     if data is not None:
@@ -202,6 +202,17 @@ async def _write(
     if mode in ("falloc", "full"):
         target, start = (file, placement.data * cluster) if data is None else (data, 0)
         await _give_space(host, target, start, start + size, is_full=mode == "full")
+    if data is not None:
+        await data.flush()
+
+
+async def _finish(file: Child, header: bytes) -> None:
+    """Write the header: what makes it one arrives as a whole, for a disk writes sectors."""
+    if len(header) > SECTOR:
+        await file.write(SECTOR, header[SECTOR:])
+    await file.flush()
+    await file.write(0, header[:SECTOR])
+    await file.flush()
 
 
 async def _give_space(host: CreateHost, child: Child, start: int, end: int, *, is_full: bool) -> None:
