@@ -17,6 +17,7 @@ import errno
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter_ns
 from typing import Any, ClassVar, Final, TypeVar
 
 import attrs
@@ -37,8 +38,9 @@ Handler = Callable[[Any, Request], None]
 
 READ: Final = Op.READ.value
 
-# After so many rounds of ``send`` the loop has its turn.
-MANY_ROUNDS: Final = 256
+# After so many rounds of ``send`` it looks at the clock, and after so many nanoseconds more the loop has its turn.
+MANY_ROUNDS: Final = 16
+SLICE_NS: Final = 2_000_000
 ZEROES: Final = memoryview(bytes(1 << 20))
 
 
@@ -134,11 +136,13 @@ class MappedDriver(Driver):
         if self._sending:
             return
         self._sending = True
-        rounds = 0
+        rounds = end = 0
         try:
             while self._outbox or self._resumed:
                 rounds += 1
-                if rounds > MANY_ROUNDS:
+                if rounds == MANY_ROUNDS:
+                    end = perf_counter_ns() + SLICE_NS
+                elif end and perf_counter_ns() > end:
                     # An image can be made so that one request looks at a million tables. Let others run.
                     self.started()
                     self.host.spawn(self._send_later, name="go on")
@@ -240,16 +244,24 @@ class MappedDriver(Driver):
                 if backing is not None and offset + length <= backing.length:
                     self.post(backing, request)
                     return
-        self._read_runs(request, run)
+        self._read_runs(request, run, Gather(self, request))
 
-    def _read_runs(self, request: Request, run: Run) -> None:
+    def _read_rest(self, request: Request) -> None:
+        """Go on with a read whose metadata did not all fit: its parts are those of the whole.
+
+        A gather for each rest would be one in the other, and their ends as many calls deep.
+        """
+        gather = request.reply
+        assert isinstance(gather, Gather)
+        self._read_runs(request, self.lookup(request.offset, request.length), gather)
+
+    def _read_runs(self, request: Request, run: Run, gather: Gather) -> None:
         """Read along several runs, or along one that takes more than passing the request on."""
         buffer = request.buffer
         assert buffer is not None
         offset, end = request.offset, request.offset + request.length
         runs = [run]
         position = offset + run[1]
-        gather = Gather(self, request)
         while position < end:
             try:
                 run = self.lookup(position, end - position)
@@ -257,7 +269,7 @@ class MappedDriver(Driver):
                 # The rest is a request of its own: with little room for metadata, the whole might never be warm.
                 gather.left += 1
                 rest = Request(READ, position, end - position, buffer[position - offset :], gather)
-                self.resume(partial(self.serve, rest))
+                self.resume(partial(self.serve_with, type(self)._read_rest, rest))
                 break
             position += run[1]
             runs.append(_joined(runs.pop(), run, runs))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
-from qcow2_fakes import CLUSTER, check, opened, read, write
+from qcow2_fakes import CLUSTER, MemoryFile, check, new_image, opened, opened_on, read, write
 
 from qsd.drivers.calls import call
+from qsd.drivers.qcow2.layout import Header
 from qsd.messages import Flag, Op
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
@@ -76,6 +77,21 @@ async def test_tables_take_no_more_memory_than_they_may(options: dict[str, int],
             most = max(most, driver.image.cache.size)
         assert most == limit
         assert await read(driver, 0, 1) == b"0"
+
+
+async def test_read_along_any_number_of_tables_that_are_not_in_memory() -> None:
+    """A read of 32 MiB of an image with clusters of 512 bytes never ended: its parts were nested too deep."""
+    file = MemoryFile(new_image(Header(size=20 << 20, cluster_bits=9), allocates=True))
+    places = range(0, 20 << 20, (1 << 20) - 7000)
+    async with opened_on(file) as driver:
+        for place in places:
+            await write(driver, place, b"%08d" % place)
+        await driver.close()
+    async with opened_on(file) as driver:
+        found = await read(driver, 0, 20 << 20)
+        assert [found[place : place + 8] for place in places] == [b"%08d" % place for place in places]
+        await trio.testing.wait_all_tasks_blocked()
+        assert driver.in_flight == 0
 
 
 async def test_caches_are_left_alone_where_that_is_asked_for(autojump_clock: trio.testing.MockClock) -> None:
