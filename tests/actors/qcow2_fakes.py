@@ -111,6 +111,20 @@ def cut(before: bytes, log: list[tuple[int, bytes] | int | None]) -> Iterator[by
         since = []
 
 
+def cut_somewhere(before: bytes, log: list[tuple[int, bytes] | int | None], rng: random.Random) -> bytes:
+    """One of the images there may be when the power fails at a random moment."""
+    end = rng.randrange(len(log) + 1)
+    flushed = max((at for at in range(end) if log[at] is None), default=0)
+    chance = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+    kept = [each for each in log[:flushed] if each is not None]
+    for each in log[flushed:end]:
+        if each is not None and (_is_length(each) or rng.random() < chance):
+            kept.append(each)
+            if rng.random() < 0.1:
+                kept[-1:] = list(_torn(each))[:1] or [each]
+    return bytes(_applied(bytearray(before), kept))
+
+
 def _is_length(step: tuple[int, bytes] | int) -> bool:
     return isinstance(step, int)
 

@@ -196,6 +196,9 @@ class World:
         # Whether requests of the disks fail at all, and at present; which one does, and how.
         self.fails = self.is_failing = False
         self.fail_at = -1
+        # So many in a row; of all requests, or of those that write the image's header.
+        self.fail_times = 1
+        self.fails_headers = False
         self.fail_with = errno.EIO
         self.fails_writing_only = False
         self.failures = 0
@@ -259,7 +262,7 @@ class World:
 
     def refuse_growth(self, disk: Disk, size: int) -> None:
         """Raise OSError when it is time for an error."""
-        error = self._error()
+        error = 0 if self.fails_headers else self._error()
         if error:
             raise OSError(error, "as arranged")
 
@@ -267,14 +270,18 @@ class World:
         if not self.is_failing:
             return 0
         self.fail_at -= 1
-        if self.fail_at == 0 or self.rng.random() < self.habits.failing:
+        if -self.fail_times < self.fail_at <= 0 or self.rng.random() < self.habits.failing:
             self.failures += 1
             return self.fail_with
         return 0
 
     def _end(self, disk: Disk, request: Request, change: Change) -> None:
         op = Op(request.op)
-        is_immune = disk.name == "backing" or (self.fails_writing_only and op in (Op.READ, Op.FLUSH))
+        is_immune = (
+            disk.name == "backing"
+            or (self.fails_writing_only and op in (Op.READ, Op.FLUSH))
+            or (self.fails_headers and (disk.name != "file" or op != Op.WRITE or request.offset))
+        )
         error = 0 if is_immune else self._error()
         if op == Op.READ:
             assert request.buffer is not None
@@ -285,9 +292,10 @@ class World:
             if op == Op.WRITE:
                 assert bytes(request.buffer or b"") == change.data, "a buffer was changed while it was lent"
             if error:
-                # Some of its sectors may have been written.
+                # Some of its sectors may have been written, or all of it.
                 stop = change.offset + self.rng.randrange(len(change.data) + 1)
-                change.data = change.data[: max(0, stop // SECTOR * SECTOR - change.offset)]
+                if self.rng.random() < 0.7:
+                    change.data = change.data[: max(0, stop // SECTOR * SECTOR - change.offset)]
             if op in CHANGES:
                 disk.apply(change)
             self.events.append(("failed" if error else "done", change))

@@ -98,7 +98,9 @@ async def live_badly(life: Life, told: list[str]) -> None:
         for _ in range(STEPS):
             if world.units:
                 await world.run(life.driver)
-            world.fail_at = life.rng.choice((1, 2, 3, 5, 8, 12, 20, 40))
+            world.fails_headers = life.rng.random() < 0.3
+            world.fail_at = life.rng.choice((1, 1, 2, 3) if world.fails_headers else (1, 2, 3, 5, 8, 12, 20, 40))
+            world.fail_times = life.rng.choice((1, 1, 2, 3, 10))
             world.fail_with = life.rng.choice((errno.EIO, errno.ENOSPC))
             try:
                 await life.random_step(nursery)

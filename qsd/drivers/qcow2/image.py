@@ -330,6 +330,8 @@ class Image:
 
     async def write_refcounts(self) -> None:
         """Write changed refcounts. Raises OSError."""
+        # Not while the file may have a header that leads to what they say is free.
+        await self.header_changes.restore()
         refs = self.refs
         await self.extend(
             self.file, max(map(refs.block_offset, refs.dirty), default=0) + self.geometry.cluster_size
