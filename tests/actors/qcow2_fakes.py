@@ -6,6 +6,7 @@ import errno
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import attrs
@@ -18,12 +19,27 @@ from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import DATA_FILE, DATA_FILE_RAW, DIRTY, EXTENDED_L2, Header, parse_header
 from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
-from qsd.messages import Op, Request
+from qsd.messages import BlockState, Extent, Op, Request
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
 CLUSTER = 1 << 16
 SECTOR = 512
+
+
+def extents_of(data: bytes | bytearray, request: Request) -> list[Extent]:
+    """Answer a BLOCK_STATUS: what is zero is a hole, sector by sector."""
+    found: list[Extent] = []
+    offset, end = request.offset, request.offset + request.length
+    while offset < end:
+        stop = min(end, (offset // SECTOR + 1) * SECTOR)
+        state = (BlockState.DATA if any(data[offset:stop]) else BlockState.ZERO) | BlockState.ALLOCATED
+        if found and found[-1].state == state:
+            found[-1] = Extent(found[-1].length + stop - offset, state)
+        else:
+            found.append(Extent(stop - offset, state))
+        offset = stop
+    return found[: request.extents_wanted]
 
 
 class MemoryFile(SlowPath):
@@ -39,7 +55,7 @@ class MemoryFile(SlowPath):
         self.name, self.node_name = "file", "file"
         self.fails = False
         self.room = -1
-        self.node: Any = None
+        self.node: Any = SimpleNamespace(driver=self)
         self.log: list[tuple[int, bytes] | int | None] = []
 
     @property
@@ -62,6 +78,8 @@ class MemoryFile(SlowPath):
                     self._put(request.offset, bytes(request.buffer or bytes(request.length)))
             elif request.op == Op.DISCARD:
                 self._put(request.offset, bytes(request.length))
+            elif request.op == Op.BLOCK_STATUS:
+                request.result = extents_of(self.data, request)
             elif request.op == Op.FLUSH:
                 self.log.append(None)
                 error = errno.EIO if self.fails else 0
@@ -77,6 +95,9 @@ class MemoryFile(SlowPath):
             self.log.append(size)
             self.data.extend(bytes(size - self.length))
         return True
+
+    def allocated_size(self) -> int:
+        return self.length
 
     async def quiesce(self) -> None:
         """Nothing is ever in flight."""

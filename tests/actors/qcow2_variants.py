@@ -118,7 +118,7 @@ def make_world(
     kinds = (NOTHING,) if variant.is_empty or header.is_data_file_raw else variant.kinds
     built = build(header, rng, kinds=kinds, has_snapshot=variant.has_snapshot)
     # A backing file that is shorter than the image.
-    below = rng.randbytes(length * 3 // 4 // 512 * 512) if variant.has_backing else b""
+    below = _noise_and_zeroes(rng, length * 3 // 4 // 512 * 512, unit) if variant.has_backing else b""
     seen = bytearray(below.ljust(length, b"\0"))
     for cluster, content in enumerate(built.guest):
         if content is None:
@@ -138,3 +138,12 @@ def make_world(
     if variant.has_backing:
         world.disk("backing", below)
     return world, built
+
+
+def _noise_and_zeroes(rng: random.Random, length: int, unit: int) -> bytes:
+    """Runs of both, so that clusters are zero altogether, in part, and not at all."""
+    parts: list[bytes] = []
+    while len(parts) * unit < length:
+        count = rng.choice((1, 2, 12, 40))
+        parts += [rng.randbytes(unit) for _ in range(count)] if rng.randrange(2) else [bytes(unit)] * count
+    return b"".join(parts)[:length]

@@ -20,6 +20,7 @@ import trio
 import trio.testing
 from guest import SECTOR as SECTOR
 from guest import Allowed, GuestOp, assert_shown
+from qcow2_fakes import extents_of
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath
@@ -231,7 +232,7 @@ class World:
         change = Change(disk.name, op, request.offset, request.length, covers=disk.changes_done)
         if op == Op.READ:
             disk.largest_read = max(disk.largest_read, request.length)
-        else:
+        elif op != Op.BLOCK_STATUS:
             if op == Op.WRITE:
                 assert request.buffer is not None
                 assert len(request.buffer) == request.length
@@ -288,6 +289,8 @@ class World:
             if not error:
                 got = disk.data[request.offset : request.offset + request.length]
                 request.buffer[:] = got.ljust(request.length, b"\0")
+        elif op == Op.BLOCK_STATUS:
+            request.result = extents_of(disk.data, request)
         else:
             if op == Op.WRITE:
                 assert bytes(request.buffer or b"") == change.data, "a buffer was changed while it was lent"

@@ -182,12 +182,13 @@ class Planner:
                     head, tail = guest & sub_mask, -guest_end & sub_mask
                 else:
                     host, _count, is_fresh = self._image.allocate(1)
-                    if entry & OFFSET_MASK:
-                        # Shared or compressed: the whole cluster moves.
+                    if entry & COMPRESSED:
                         touched = ALL_ALLOCATED
-                        head, tail = guest - base, base + self._mask + 1 - guest_end
-                    else:
-                        head, tail = guest & sub_mask, -guest_end & sub_mask
+                    elif entry & OFFSET_MASK:
+                        # Shared: what it has stored moves, with whatever lies between that and the data.
+                        touched = _spanned(touched | bitmap & ALL_ALLOCATED)
+                    head = guest - base - (_lowest(touched) << sub_bits)
+                    tail = (touched.bit_length() << sub_bits) - (guest_end - base)
                     plan.targets.append(Target(cluster, 1, host, True, touched))
                 if cluster == first and head:
                     self._fill_head(plan, guest - head, is_fresh)
@@ -232,6 +233,15 @@ def _widen(plan: Plan) -> None:
     runs[0] = (plan.low, stop, host - (start - plan.low))
     start, stop, host = runs[-1]
     runs[-1] = (start, plan.high, host)
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _spanned(bits: int) -> int:
+    """The bits from the lowest to the highest that is set."""
+    return subclusters(_lowest(bits), bits.bit_length() - 1)
 
 
 def subclusters(first: int, last: int) -> int:

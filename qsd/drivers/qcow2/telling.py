@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qsd.drivers.base import Child, Host, Mode
 from qsd.drivers.filenames import name_above_file
@@ -15,6 +15,9 @@ from qsd.errors import QmpError
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
+
+# Clusters of an image that may be holes before it is looked at where they are.
+SLACK: Final = 2
 
 
 class TellingDriver(MappedDriver):
@@ -40,11 +43,15 @@ class TellingDriver(MappedDriver):
 
     @property
     def asks_data(self) -> bool:
-        """True where much of the file is a hole: metadata was preallocated, and reads as zeroes."""
+        """True where much of the file is a hole: metadata was preallocated, and reads as zeroes.
+
+        Room that the file has ahead is none of that.
+        """
         if self._is_sparse is None:
             image = self.image
             used = facts.allocated_size({"file": image.file})
-            is_sparse = used is not None and used < image.file.length * 9 // 10
+            end, cluster = min(image.file.length, image.virgin or image.file.length), image.geometry.cluster_size
+            is_sparse = used is not None and max(used * 10 // 9, used + SLACK * cluster) <= end
             # What is encrypted is never known to be zeroes.
             self._is_sparse = is_sparse and not image.header.has_data_file and not image.is_encrypted
         return self._is_sparse

@@ -19,18 +19,19 @@ import trio
 from qsd.drivers.calls import call
 from qsd.drivers.gather import Callback, Gather
 from qsd.drivers.mapped import ZEROES as ZERO_BYTES
-from qsd.drivers.qcow2.geometry import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+from qsd.drivers.qcow2.edges import NO_FALLBACK, EdgeZeroer, Range
+from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.image import Freeing
-from qsd.drivers.qcow2.planning import subclusters
-from qsd.drivers.qcow2.writing import FUA, WRITE, EntryChanger
+from qsd.drivers.qcow2.writing import FUA, EntryChanger
 from qsd.drivers.runs import UNALLOCATED, ZERO
 from qsd.messages import Flag, Op, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
+    from qsd.drivers.qcow2.image import Image
+    from qsd.drivers.qcow2.writing import Writer
 
 MAY_UNMAP: Final = Flag.MAY_UNMAP.value
-NO_FALLBACK: Final = Flag.NO_FALLBACK.value
 
 # Runs of host clusters that lost what they held and keep their place: offset, bytes.
 Kept = list[tuple[int, int]]
@@ -38,6 +39,10 @@ Kept = list[tuple[int, int]]
 
 class Zeroer(EntryChanger):
     """See the module."""
+
+    def __init__(self, driver: Qcow2Driver, image: Image, writer: Writer) -> None:
+        super().__init__(driver, image, writer)
+        self._edges = EdgeZeroer(driver, image, writer, self._zero_one)
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -47,22 +52,28 @@ class Zeroer(EntryChanger):
             self._writer.make_durable(request)
         offset, end = request.offset, request.offset + request.length
         first, last = -(-offset // self._size), self._end_cluster(end)
+        if self._is_raw or (not self._can_mark_zero and self._image.driver.backing is not None):
+            # A raw data file holds what is seen; version 2 cannot say that a cluster hides the backing file.
+            if not self._writer.is_blocked(request, offset >> self._bits, end - 1 >> self._bits):
+                self._zero_stored(request, first, last)
+            return
         if first >= last:
             self._zero_edges(request, [(offset, end)])
             return
-        if self._writer.is_blocked(request, first, last - 1):
+        edges = [(offset, first << self._bits), (min(end, last << self._bits), end)]
+        if request.flags & NO_FALLBACK and any(start < stop for start, stop in edges):
+            # What fails must not have changed the rest.
+            head, tail = edges
+            self._edges.zero_in_order(request, [head, (head[1], tail[0]), tail])
             return
-        if (not self._can_mark_zero and self._image.driver.backing is not None) or self._is_raw:
-            # Version 2 cannot say that a cluster hides the backing file; a raw data file holds what is seen.
-            self._zero_stored(request)
+        if self._writer.is_blocked(request, first, last - 1):
             return
         if first >> self._slice_bits != last - 1 >> self._slice_bits:
             self._driver.started()
-            self._driver.host.spawn(self._zero_long, request, first, last, name="write zeroes")
+            self._driver.host.spawn(self._zero_long, request, first, last, edges, name="write zeroes")
             return
         kept: Kept = []
         self.zero_clusters(first, last, request.flags, kept=kept)
-        edges = [(offset, min(end, first << self._bits)), (max(offset, last << self._bits), end)]
         self._zero_edges(request, edges, kept)
 
     def discard(self, request: Request) -> None:
@@ -75,13 +86,15 @@ class Zeroer(EntryChanger):
             return
         if self._writer.is_blocked(request, first, last - 1):
             return
+        if self._is_raw:
+            self._discard_raw(request, first, last)
+            return
         if first >> self._slice_bits != last - 1 >> self._slice_bits:
             self._driver.started()
             self._driver.host.spawn(self._discard_long, request, first, last, name="discard")
             return
         kept: Kept = []
-        if not self._is_raw:
-            self.discard_clusters(first, last, kept=kept)
+        self.discard_clusters(first, last, kept=kept)
         self._discard_data(request, first, last, kept)
 
     def _end_cluster(self, end: int) -> int:
@@ -98,43 +111,15 @@ class Zeroer(EntryChanger):
 
     # -- edges ------------------------------------------------------------------------------------------------
 
-    def _zero_edges(self, request: Request, edges: list[tuple[int, int]], kept: Kept | None = None) -> None:
+    def _zero_edges(self, request: Request, edges: list[Range], kept: Kept | None = None) -> None:
         """Zero what is less than a cluster, tell the file of clusters that were kept, complete the request."""
         gather = Gather(self._driver, request)
         self._pass_discards(gather, kept or [])
-        for start, end in edges:
-            if start < end:
-                gather.left += 1
-                edge = Request(Op.WRITE_ZEROES.value, start, end - start, None, gather, request.flags)
-                self._driver.resume(partial(self._driver.serve_with, self._zero_edge, edge))
+        self._edges.zero(gather, edges)
         gather.end()
 
-    def _zero_edge(self, _driver: Qcow2Driver, edge: Request) -> None:
-        """Zero a part of one cluster (or of two neighbours). Raises Cold, OSError."""
-        offset, end = edge.offset, edge.offset + edge.length
-        middle = (offset // self._size + 1) * self._size
-        if middle < end:
-            self._zero_edges(edge, [(offset, middle), (middle, end)])
-            return
-        if self._reads_zero(offset, end):
-            edge.complete()
-            return
-        cluster = offset >> self._bits
-        base = cluster << self._bits
-        if self._can_mark_zero and not self._is_raw:
-            if self._reads_zero(base, offset) and self._reads_zero(end, base + self._size):
-                if not self._writer.is_blocked(edge, cluster, cluster):
-                    self.zero_clusters(cluster, cluster + 1, edge.flags)
-                    edge.complete()
-                return
-            if self._words == 2 and self._zero_subclusters(edge, cluster, offset - base, end - base):
-                return
-        if edge.flags & NO_FALLBACK:
-            edge.complete(errno.EOPNOTSUPP)
-            return
-        length = end - offset
-        data = ZERO_BYTES[:length] if length <= len(ZERO_BYTES) else memoryview(bytes(length))
-        self._writer.write(_as_write(edge, data))
+    def _zero_one(self, cluster: int, flags: int) -> None:
+        self.zero_clusters(cluster, cluster + 1, flags)
 
     def _reads_zero(self, start: int, end: int) -> bool:
         backing = self._image.driver.backing
@@ -145,37 +130,16 @@ class Zeroer(EntryChanger):
             start += run
         return True
 
-    def _zero_subclusters(self, edge: Request, cluster: int, low: int, high: int) -> bool:
-        """Mark whole subclusters; False when the range is not made of them."""
-        bits = self._image.geometry.subcluster_bits
-        mask = (1 << bits) - 1
-        index = cluster & self._slice_mask
-        if (low | high) & mask:
-            return False
-        if self._writer.is_blocked(edge, cluster, cluster):
-            return True
-        number = cluster >> self._slice_bits
-        table = self._image.writable_slice(number)
-        entry, bitmap = table[2 * index], table[2 * index + 1]
-        if entry & COMPRESSED or (entry & OFFSET_MASK and not entry & COPIED):
-            return False
-        marked = subclusters(low >> bits, (high >> bits) - 1)
-        self._image.dirty.touch(number, table, 2 * index, 2 * index + 2)
-        table[2 * index + 1] = bitmap & ~marked | marked << 32
-        edge.complete()
-        return True
-
     # -- where bytes have to be written -----------------------------------------------------------------------
 
-    def _zero_stored(self, request: Request) -> None:
-        if not self._is_raw:
-            if request.flags & NO_FALLBACK:
-                raise OSError(errno.EOPNOTSUPP, "version 2 has no zero clusters")
-            self._driver.started()
-            self._driver.host.spawn(self._write_zero_bytes, request, name="write zero bytes")
-            return
+    def _zero_stored(self, request: Request, first: int, last: int) -> None:
+        if not self._is_raw and request.flags & NO_FALLBACK:
+            raise OSError(errno.EOPNOTSUPP, "version 2 has no zero clusters")
         self._driver.started()
-        self._driver.host.spawn(self._zero_raw, request, name="write zeroes")
+        if self._is_raw:
+            self._driver.host.spawn(self._zero_raw, request, first, last, name="write zeroes")
+        else:
+            self._driver.host.spawn(self._write_zero_bytes, request, name="write zero bytes")
 
     async def _write_zero_bytes(self, request: Request) -> None:
         """Clusters that read as zeroes already stay as they are; the others are written."""
@@ -192,31 +156,44 @@ class Zeroer(EntryChanger):
             error = problem.errno or errno.EIO
         self._ended(request, error)
 
-    async def _zero_raw(self, request: Request) -> None:
-        """Whatever the entries are: what leads to the data file reads as zeroes then, and the rest did before."""
+    def _discard_raw(self, request: Request, first: int, last: int) -> None:
+        """A discard may leave anything, but a raw data file has what the guest sees: both are zeroed, or none."""
+        # Zeroes are stored as noise where data is encrypted: that would be no discard.
+        if self._image.is_encrypted or not self._image.settings.discard_request:
+            request.complete()
+            return
+        end = min(last << self._bits, self._driver.length)
+        request.offset, request.flags = first << self._bits, MAY_UNMAP | NO_FALLBACK
+        request.length = end - request.offset
+        self._driver.started()
+        self._driver.host.spawn(self._zero_raw, request, first, last, name="discard")
+
+    async def _zero_raw(self, request: Request, first: int, last: int) -> None:
+        """The data file reads as zeroes first, whatever the entries are; then those of whole clusters say so."""
         data = self._image.map.data
         error = 0
         try:
             inside = max(0, min(request.length, data.length - request.offset))
             if inside:
                 await call(data, Op.WRITE_ZEROES, request.offset, inside, None, request.flags & ~FUA)
+            await self.walk(first, last, partial(self.zero_clusters, flags=request.flags))
         except OSError as problem:
             error = problem.errno or errno.EIO
+            if request.op == Op.DISCARD and error == errno.EOPNOTSUPP:
+                error = 0
         self._ended(request, error)
 
     # -- whole clusters ---------------------------------------------------------------------------------------
 
-    async def _zero_long(self, request: Request, first: int, last: int) -> None:
+    async def _zero_long(self, request: Request, first: int, last: int, edges: list[Range]) -> None:
         kept: Kept = []
         if await self._walk(request, first, last, partial(self.zero_clusters, flags=request.flags, kept=kept)):
-            offset, end = request.offset, request.offset + request.length
-            self._zero_edges(request, [(offset, first << self._bits), (min(end, last << self._bits), end)], kept)
+            self._zero_edges(request, edges, kept)
             self._driver.send()
 
     async def _discard_long(self, request: Request, first: int, last: int) -> None:
         kept: Kept = []
-        change = _nothing if self._is_raw else partial(self.discard_clusters, kept=kept)
-        if await self._walk(request, first, last, change):
+        if await self._walk(request, first, last, partial(self.discard_clusters, kept=kept)):
             self._discard_data(request, first, last, kept)
             self._driver.send()
 
@@ -298,14 +275,7 @@ class Zeroer(EntryChanger):
         data = self._image.map.data
         offset = first << self._bits
         length = min(last << self._bits, data.length) - offset
-        # Holes in a file of encrypted data read as noise; only an entry that says zero hides them.
-        keeps = self._is_raw and self._image.is_encrypted
-        if (
-            not self._image.geometry.has_data_file
-            or not self._image.settings.discard_request
-            or keeps
-            or length <= 0
-        ):
+        if not self._image.geometry.has_data_file or not self._image.settings.discard_request or length <= 0:
             request.complete()
             return
         request.offset, request.length = offset, length
@@ -317,8 +287,7 @@ class Zeroer(EntryChanger):
         ``kept`` takes up those that keep their place although they might be unmapped.
         """
         image = self._image
-        has_backing = image.driver.backing is not None
-        if not has_backing and image.map.unmapped(first, last - first) >= last - first:
+        if not self._can_mark_zero and image.map.unmapped(first, last - first) >= last - first:
             return
         number = first >> self._slice_bits
         table = image.writable_slice(number)
@@ -329,40 +298,34 @@ class Zeroer(EntryChanger):
             for entry in table[low * self._words : high * self._words : self._words]:
                 if entry & COPIED:
                     self._keep(entry, kept)
-        change(number, table, low, high, unmaps, has_backing)
+        change(number, table, low, high, unmaps)
         image.pressure()
 
-    def _zero_plain(
-        self, number: int, table: array[int], first: int, last: int, unmaps: bool, has_backing: bool
-    ) -> None:
+    def _zero_plain(self, number: int, table: array[int], first: int, last: int, unmaps: bool) -> None:
         image = self._image
         zero = ZERO_FLAG if self._can_mark_zero else 0
         image.dirty.touch(number, table, first, last)
         for index in range(first, last):
             entry = table[index]
             if not entry:
-                if has_backing:
-                    table[index] = zero
+                table[index] = zero
             elif entry & ZERO_FLAG and not entry & COMPRESSED and not (unmaps and entry & OFFSET_MASK):
                 continue
-            elif entry & COPIED and not unmaps and zero:
+            elif zero and not unmaps and not entry & COMPRESSED:
+                # Shared with a snapshot or not: what is written there later finds its place, or moves.
                 table[index] = entry | zero
             else:
                 image.release_entry(entry, Freeing.REQUEST)
                 table[index] = zero
 
-    def _zero_extended(
-        self, number: int, table: array[int], first: int, last: int, unmaps: bool, has_backing: bool
-    ) -> None:
+    def _zero_extended(self, number: int, table: array[int], first: int, last: int, unmaps: bool) -> None:
         image = self._image
         image.dirty.touch(number, table, 2 * first, 2 * last)
         for word in range(2 * first, 2 * last, 2):
             entry, bitmap = table[word], table[word + 1]
-            if not entry & ~COPIED and not has_backing and not bitmap:
-                continue
             if bitmap == ALL_ZERO and not entry & COMPRESSED and not (unmaps and entry & OFFSET_MASK):
                 continue
-            if not (entry & COPIED and not unmaps):
+            if unmaps or entry & COMPRESSED:
                 image.release_entry(entry, Freeing.REQUEST)
                 table[word] = 0
             table[word + 1] = ALL_ZERO
@@ -386,7 +349,9 @@ class Zeroer(EntryChanger):
             return
         number = first >> self._slice_bits
         table = image.writable_slice(number)
-        has_backing = image.driver.backing is not None
+        hides = image.driver.backing is not None and not uncovers
+        # Zeroes of subclusters may stay where zeroes are wanted.
+        changes = ALL_ALLOCATED | (ALL_ZERO if uncovers else 0)
         low, high = first & self._slice_mask, (last - 1 & self._slice_mask) + 1
         words = self._words
         image.dirty.touch(number, table, words * low, words * high)
@@ -395,7 +360,7 @@ class Zeroer(EntryChanger):
         for word in range(words * low, words * high, words):
             entry = table[word]
             bitmap = table[word + 1] if words == 2 else 0
-            if not entry and not bitmap and (uncovers or not has_backing):
+            if not entry and not bitmap & changes and not hides:
                 continue
             if keeps and entry & COPIED and not entry & COMPRESSED:
                 self._keep(entry, kept)
@@ -406,14 +371,3 @@ class Zeroer(EntryChanger):
             if words == 2:
                 table[word + 1] = 0 if uncovers else ALL_ZERO
         image.pressure()
-
-
-def _nothing(_cluster: int, _stop: int) -> None:
-    """The clusters stay as they are: the external data file is raw, and hears of the discard itself."""
-
-
-def _as_write(edge: Request, data: memoryview) -> Request:
-    edge.op = WRITE
-    edge.buffer = data
-    edge.flags = 0
-    return edge
