@@ -1,0 +1,213 @@
+"""Headers that cannot be written, once or again and again: nothing is lost, nobody waits, and the error is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import attrs
+import pytest
+from qcow2_fakes import KIB, Bench, MemoryFile, cut_somewhere, examine, opened_on, read
+
+from qsd.block.bitmap import DirtyBitmap
+from qsd.block.dirty import NamedBitmap
+from qsd.drivers.calls import call
+from qsd.drivers.qcow2.bitmap_image import DriverImage
+from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
+from qsd.drivers.qcow2.driver import Qcow2Driver
+from qsd.drivers.qcow2.layout import DIRTY, LAZY_REFCOUNTS, Header, parse_header
+from qsd.errors import QmpError
+from qsd.messages import Op, Request
+
+EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+ALWAYS: Final = 1 << 30
+
+
+class Headless(MemoryFile):
+    """A file whose header can be written ``before`` times, and then for ``times`` times it cannot.
+
+    Of those that fail the first ``arriving`` are written all the same.
+    """
+
+    before = ALWAYS
+    times = 0
+    arriving = 0
+    failures = 0
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if request.op == Op.WRITE and not request.offset:
+                self.before -= 1
+                if self.before < 0 < self.times:
+                    self.times -= 1
+                    self.failures += 1
+                    if self.failures <= self.arriving:
+                        self._put(0, bytes(request.buffer or b""))
+                    request.complete(errno.EIO)
+                    continue
+            super().submit([request])
+
+
+async def take(bench: Bench, driver: Qcow2Driver) -> None:
+    await bench.create_snapshot(driver)
+
+
+async def drop(bench: Bench, driver: Qcow2Driver) -> None:
+    await bench.delete_snapshot(driver, "1")
+
+
+async def grow(bench: Bench, driver: Qcow2Driver) -> None:
+    await bench.resize(driver, 40 << 20)
+
+
+async def shrink(bench: Bench, driver: Qcow2Driver) -> None:
+    await bench.resize(driver, 40 * KIB)
+
+
+async def fill(bench: Bench, driver: Qcow2Driver) -> None:
+    """So much is written that the refcount table moves."""
+    start = 1800 * KIB
+    data = bench.rng.randbytes(len(bench.disk) - start)
+    try:
+        await bench.write(driver, start, data)
+    finally:
+        bench.disk[:] = await read(driver, 0, len(bench.disk))
+
+
+async def store(bench: Bench, driver: Qcow2Driver) -> None:
+    bits = DirtyBitmap(len(bench.disk), 512)
+    bits.set(0, 5000)
+    store = Qcow2Bitmaps(DriverImage(driver), print)
+    await store.load(driver.length)
+    await store.mark_in_use()
+    await store.store([NamedBitmap("b", bits, is_persistent=True)])
+
+
+@attrs.frozen
+class Case:
+    do: Callable[[Bench, Qcow2Driver], Awaitable[None]]
+    header: Header
+    options: dict[str, Any] = attrs.field(factory=dict)
+
+
+TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_size": 1}
+# More refcount blocks than the cache may hold.
+SMALL: Final = Header(size=700 * KIB, cluster_bits=9)
+OLD: Final = attrs.evolve(SMALL, version=2)
+LAZY: Final = attrs.evolve(SMALL, compatible=LAZY_REFCOUNTS)
+# A refcount table of 64 blocks of 64 counts.
+WIDE: Final = Header(size=2100 * KIB, cluster_bits=9, refcount_order=6)
+CASES: Final = {
+    "take": Case(take, SMALL, TINY),
+    "take-v2": Case(take, OLD, TINY),
+    "take-lazy": Case(take, LAZY, TINY),
+    "drop": Case(drop, SMALL, TINY),
+    "drop-v2": Case(drop, OLD, TINY),
+    "drop-lazy": Case(drop, LAZY),
+    "grow": Case(grow, SMALL),
+    "grow-v2": Case(grow, OLD, TINY),
+    "shrink": Case(shrink, SMALL),
+    "fill": Case(fill, WIDE, TINY),
+    "fill-lazy": Case(fill, attrs.evolve(WIDE, compatible=LAZY_REFCOUNTS), TINY),
+    "store": Case(store, SMALL),
+}
+
+
+# How many headers in a row cannot be written, and how many of these arrive.
+HARDSHIPS: Final = [(1, 0), (2, 1), (ALWAYS, 1)]
+if EFFORT > 1:
+    HARDSHIPS += [(1, 1), (2, 0), (3, 1), (3, ALWAYS), (ALWAYS, 0), (ALWAYS, ALWAYS)]
+
+
+async def made(case: Case) -> Bench:
+    """An image with a snapshot, half of which has been written since."""
+    bench = Bench(case.header, random.Random(1))
+    async with bench.open() as driver:
+        if case.do is fill:
+            await bench.write(driver, 0, b"x" * 1800 * KIB)
+        else:
+            await bench.write(driver, 0, bench.rng.randbytes(600 * KIB))
+        if case.do not in (grow, shrink, fill):
+            await bench.create_snapshot(driver)
+            await bench.write(driver, 0, bench.rng.randbytes(300 * KIB))
+        await driver.close()
+    assert (examine(bench.file.data).corruptions, examine(bench.file.data).leaks) == (0, 0)
+    return bench
+
+
+@pytest.mark.parametrize(("times", "arriving"), HARDSHIPS)
+@pytest.mark.parametrize("name", CASES)
+async def test_header_that_cannot_be_written(name: str, times: int, arriving: int) -> None:
+    case = CASES[name]
+    start = await made(case)
+    before = bytes(start.file.data)
+    for number in range(20):
+        bench = Bench(case.header, random.Random(number))
+        bench.file, bench.disk, bench.snapshots = Headless(before), bytearray(start.disk), dict(start.snapshots)
+        file: Any = bench.file
+        async with bench.open(**case.options) as driver:
+            file.before, file.times, file.arriving = number, times, arriving
+            try:
+                await case.do(bench, driver)
+            except (OSError, QmpError):
+                assert file.failures
+                assert_sound(bytes(file.data))
+                # What was to be cut off may be gone.
+                bench.disk[40 * KIB :] = await read(driver, 40 * KIB, driver.length - 40 * KIB)
+            await go_on(bench, driver, file)
+            await driver.close()
+        if not file.failures:
+            break
+        assert_consistent(before, file, bench.rng)
+        assert_sound(bytes(file.data))
+        async with bench.open() as driver:
+            await bench.compare(driver)
+            await driver.close()
+        await bench.compare_snapshots(bench.file.data)
+    else:
+        raise AssertionError("it never works")
+    assert number
+
+
+async def go_on(bench: Bench, driver: Qcow2Driver, file: Headless) -> None:
+    """The guest writes and flushes, first while the header cannot be written."""
+    at = len(bench.disk) // 2
+    assert len(bench.disk) == driver.length
+    for is_possible in (False, True):
+        try:
+            await bench.write(driver, at, b"more")
+        except OSError:
+            assert not is_possible
+        # A deletion may have failed behind the switch.
+        bench.snapshots = {each.id: bench.snapshots[each.id] for each in driver.snapshots()}
+        try:
+            await call(driver, Op.FLUSH, 0, 0)
+        except OSError:
+            assert not is_possible
+        else:
+            await look(bench, bytes(file.data))
+        file.times = 0
+        at += 4 * KIB
+
+
+async def look(bench: Bench, data: bytes) -> None:
+    """What was flushed is there for who opens the file now."""
+    async with opened_on(MemoryFile(data)) as driver:
+        await bench.compare(driver)
+    await bench.compare_snapshots(data)
+
+
+def assert_consistent(before: bytes, file: MemoryFile, rng: random.Random) -> None:
+    """Cut off at any moment, too."""
+    for _ in range(2 * EFFORT):
+        assert_sound(cut_somewhere(before, file.log, rng))
+
+
+def assert_sound(data: bytes) -> None:
+    found = examine(data)
+    header = parse_header(data[: 2 << 20])
+    flags = sum("OFLAG_COPIED" in each for each in found.problems) if header.version < 3 else 0
+    assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems
