@@ -400,3 +400,106 @@ async def test_killed_amendment_leaves_a_volume_that_opens(monkeypatch: pytest.M
     assert volume.header.active_slots == (0,)
     with pytest.raises(QmpError, match="Invalid password"):
         await open_volume(Bytes(bytearray(area.states[-1])), b"other")
+
+
+# Which slots a password opens in the end.
+AMENDED: dict[str, Any] = {
+    "add": {"r": [1], "s": [0], "t": [2]},
+    "erase": {"r": [], "s": [0], "t": []},
+    "overwrite": {"r": [1], "s": [], "t": [0]},
+    "overwrite other": {"r": [], "s": [0], "t": [1]},
+}
+# How many requests in a row fail, and how much of what they were to write is there.
+HARDSHIPS = [(1, 1.0), (1000, 1.0), (1, 0.0), (2, 0.9), (1000, 0.0), (2, 1.0), (1, 0.9)]
+
+
+async def slots_of(data: bytearray, passwords: dict[str, bytes]) -> dict[str, list[int]]:
+    from qsd.drivers.luks.volume import find_slots, open_volume
+
+    for password in passwords.values():
+        try:
+            volume = await open_volume(Bytes(data), password)
+        except QmpError:
+            continue
+        return {name: await find_slots(volume, each) for name, each in passwords.items()}
+    raise AssertionError("nothing opens it")
+
+
+class Failing(Bytes):
+    """From its write or flush number ``first`` on so many fail; of a write some is there, or all."""
+
+    first = -1
+    times = 0
+    keeps = 0.0
+
+    def _fails(self) -> bool:
+        self.first -= 1
+        self.times -= self.first < 0
+        return self.first < 0 <= self.times
+
+    async def write(self, offset: int, data: bytes) -> None:
+        fails = self._fails()
+        kept = int(len(data) * self.keeps) // 512 * 512 if fails and self.keeps < 1 else len(data)
+        await super().write(offset, data[:kept])
+        if fails:
+            raise OSError(errno.EIO, "as arranged")
+
+    async def flush(self) -> None:
+        if self._fails():
+            raise OSError(errno.EIO, "as arranged")
+
+
+AMENDMENTS: dict[str, Any] = {
+    "add": amendment(state="active", new_secret="t", iter_time=0),
+    "erase": amendment(state="inactive", keyslot=1),
+    "overwrite": amendment(state="active", new_secret="t", iter_time=0, keyslot=0),
+    "overwrite other": amendment(state="active", new_secret="t", iter_time=0, keyslot=1),
+}
+
+
+@pytest.mark.parametrize("name", AMENDMENTS)
+async def test_amendment_that_fails_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opened the volume before does so after the error, or the new password does; it can be tried again."""
+    from qsd.drivers.luks import amend, keys
+    from qsd.drivers.luks.header import LENGTH, parse_header
+    from qsd.drivers.luks.volume import open_volume
+
+    monkeypatch.setattr(keys, "_measure", lambda _name, _length: 1000)
+    passwords = {"r": b"other", "s": PASSWORD, "t": b"new"}
+    made = await formatted("aes-128")
+    area = Failing(bytearray(made.header.area_bytes))
+    await made.write(area)
+    volume = await open_volume(area, PASSWORD)
+    given: dict[str, Any] = {"force": True, "secret": passwords.__getitem__, "opened_with": "s"}
+    await amend.amend_volume(volume, amendment(state="active", new_secret="r", iter_time=0), **given)
+    before, header = bytes(area.data), volume.header
+    for number in range(40):
+        times, area.keeps = HARDSHIPS[number % len(HARDSHIPS)]
+        area.data[:], volume.header = before, header
+        area.first, area.times = number, times
+        try:
+            await amend.amend_volume(volume, AMENDMENTS[name], **given)
+        except OSError:
+            assert number < 30
+        else:
+            assert area.first >= 0, "nobody was told"
+            break
+        area.times = 0
+        if times == 1:
+            assert parse_header(bytes(area.data[:LENGTH])).slots == volume.header.slots
+        known = "s"
+        try:
+            await open_volume(Bytes(bytearray(area.data)), PASSWORD)
+        except QmpError:
+            assert name == "overwrite"
+            await open_volume(Bytes(bytearray(area.data)), passwords["t"])
+            known = "t"
+        if number % 3 == 0:
+            await amend.amend_volume(volume, AMENDMENTS[name], **given | {"opened_with": known})
+            found = await slots_of(area.data, passwords)
+            if name.startswith("overwrite"):
+                # What held the new password meanwhile may be left from the first time.
+                found["t"] = [slot for slot in found["t"] if slot in AMENDED[name]["t"]]
+            assert found == AMENDED[name]
+    assert number > 3
+    assert await slots_of(area.data, passwords) == AMENDED[name]

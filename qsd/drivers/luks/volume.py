@@ -6,6 +6,7 @@ image. What takes long (deriving keys) is run through the caller's ``in_thread``
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable
@@ -275,7 +276,9 @@ async def add_key(
 ) -> None:
     """Fill slot ``index`` so that the password ``new`` opens it; ``old`` opens the volume now.
 
-    The key material reaches the disk before the header says so. Raises QmpError, OSError.
+    The key material reaches the disk before the header says so. A slot that is overwritten may be the only one: as
+    long as it is neither the old nor the new, another that is free has the new password (and keeps it where this
+    fails then). Raises QmpError, OSError.
     """
     from qsd.drivers.luks import keys
 
@@ -286,12 +289,25 @@ async def add_key(
     slot = attrs.evolve(header.slots[index], is_active=True, iterations=iterations)
     keys.check_work(header.with_slot(index, slot))
     salt, material = await run(keys.seal_slot, header.hash_name, spec, master, new, iterations)
-    if header.slots[index].is_active:
-        # Overwritten by force: a torn write must not leave an active slot that nothing opens.
-        await erase_key(volume, index)
-    await volume.area.write(slot.offset, material)
+    slot = attrs.evolve(slot, salt=salt)
+    if not header.slots[index].is_active:
+        await _fill(volume, index, slot, material)
+        return
+    spare = next((number for number in range(layout.SLOTS) if not header.slots[number].is_active), None)
+    if spare is not None:
+        await _fill(volume, spare, slot, material)
+    # A torn write must not leave an active slot that nothing opens.
+    await erase_key(volume, index)
+    await _fill(volume, index, slot, material)
+    if spare is not None:
+        await erase_key(volume, spare)
+
+
+async def _fill(volume: Volume, index: int, slot: KeySlot, material: bytes) -> None:
+    place = volume.header.slots[index].offset
+    await volume.area.write(place, material)
     await volume.area.flush()
-    await _write_header(volume, volume.header.with_slot(index, attrs.evolve(slot, salt=salt)))
+    await _write_header(volume, volume.header.with_slot(index, attrs.evolve(slot, offset=place)))
 
 
 async def erase_key(volume: Volume, index: int) -> None:
@@ -317,6 +333,13 @@ async def find_slots(volume: Volume, password: bytes, run: InThread = in_thread)
 
 
 async def _write_header(volume: Volume, header: Header) -> None:
-    await volume.area.write(0, serialise_header(header))
-    await volume.area.flush()
+    try:
+        await volume.area.write(0, serialise_header(header))
+        await volume.area.flush()
+    except OSError:
+        # It may have arrived all the same.
+        with contextlib.suppress(OSError):
+            await volume.area.write(0, serialise_header(volume.header))
+            await volume.area.flush()
+        raise
     volume.header = header
