@@ -20,13 +20,15 @@ import trio.testing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from qcow2_builder import build
+from qcow2_fakes import MemoryFile, new_image, opened_on
 from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
 
+from qsd.drivers.calls import call
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
 from qsd.errors import QmpError
-from qsd.messages import Flag, Request
+from qsd.messages import Flag, Op, Request
 from qsd.qapi.schema.qcow2 import Qcow2OverlapCheckMode
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -352,6 +354,36 @@ def test_search_for_a_free_cluster_keeps_nothing_of_what_it_saw() -> None:
             nursery.cancel_scope.cancel()
 
     run_seeded(1, write)
+
+
+async def test_clusters_that_cannot_be_given_up_let_others_run_and_fill_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All guest clusters are one: its count goes to 0 and not below, a hundred thousand times if need be."""
+    image = bytearray(new_image(Header(size=32 << 20, cluster_bits=12), allocates=True))
+    header = layout.parse_header(bytes(image[:4096]))
+    for index in range(header.l1_size):
+        (table,) = struct.unpack_from(">Q", image, header.l1_offset + 8 * index)
+        (first,) = struct.unpack_from(">Q", image, table & OFFSET_MASK)
+        struct.pack_into(">512Q", image, table & OFFSET_MASK, *[first] * 512)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with opened_on(MemoryFile(image)) as driver, trio.open_nursery() as nursery:
+        await call(driver, Op.DISCARD, 0, 32 << 20)
+        nursery.start_soon(others)
+        await call(driver, Op.FLUSH, 0, 0)
+        await driver.close()
+        nursery.cancel_scope.cancel()
+    assert turns > 100
+    lines = [record.getMessage() for record in caplog.records]
+    assert 0 < len(lines) < 10, lines[:20]
+    assert all(" like it)" in line for line in lines)
 
 
 @pytest.mark.parametrize("bits", [1, 0x1FF, 1 << 56, 0x7F << 56])

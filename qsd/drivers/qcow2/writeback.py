@@ -19,7 +19,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("qsd.qcow2")
 
 Done = Callable[[int], None]
+# Runs of clusters given up between two chances for others to run (0.5 ms).
+RUNS: Final = 64
 
 
 class WriteBack:
@@ -167,17 +169,25 @@ class WriteBack:
         # Requests that were sent to these clusters when they were still in use must not meet a new owner.
         for child in {image.file, image.map.data}:
             await child.quiesce()
+        refused: list[OSError] = []
         for number, (first, count, why) in enumerate(freed):
+            if not number % RUNS:
+                # Thousands may have been given up at once: others run meanwhile.
+                await trio.lowlevel.checkpoint()
             try:
                 await self._give_up_run(first, count, why)
             except OSError as error:
                 if error.errno == errno.EINVAL:
-                    log.error("%s: %s", self._driver.node_name, error)
+                    refused.append(error)
                     continue
                 # They stay counted until the next cycle.
                 self._failures += 1
                 image.pending[:0] = freed[number:]
-                return
+                break
+        if refused:
+            # In one line: there are as many as a broken image wants.
+            more = f" (and {len(refused) - 1} like it)" if len(refused) > 1 else ""
+            log.error("%s: %s%s", self._driver.node_name, refused[0], more)
 
     async def _give_up_run(self, first: int, count: int, why: Freeing) -> None:
         image = self._image
