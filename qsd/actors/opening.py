@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Finds the class of a driver by the name users give; raises QmpError.
-FindDriver = Callable[[str], type[Driver]]
+FindDriver = Callable[[str], Awaitable[type[Driver]]]
 
 # How many images may name one another, as libvirt limits it; a bound for chains that lead back to themselves.
 MAX_CHAIN = 200
@@ -109,7 +109,7 @@ class Opener:
 
         Raises QmpError and leaves nothing: no node, no descriptor, no lock, no name.
         """
-        driver_class = self._find_driver(options.driver.value)
+        driver_class = await self._find_driver(options.driver.value)
         mode = resolve_mode(options, inherited, role)
         async with contextlib.AsyncExitStack() as stack:
             children: list[_Found] = []

@@ -38,10 +38,11 @@ async def query_block(_context: Context, _args: QueryBlockArgs) -> list[Json]:
 @command("query-named-block-nodes")
 async def query_named_block_nodes(context: Context, args: QueryNamedBlockNodesArgs) -> list[Json]:
     """All nodes, newest first. ``flat`` leaves the backing chains out of the images."""
-    return [_device_info(node, flat=bool(args.flat)) for node in reversed(context.services.graph.nodes)]
+    images: dict[Node, Json] = {}
+    return [_device_info(node, images, flat=bool(args.flat)) for node in reversed(context.services.graph.nodes)]
 
 
-def _device_info(node: Node, *, flat: bool) -> Json:
+def _device_info(node: Node, images: dict[Node, Json], *, flat: bool) -> Json:
     mode = node.mode
     chain = [] if flat else _backing_chain(node)
     info: Json = {
@@ -56,7 +57,7 @@ def _device_info(node: Node, *, flat: bool) -> Json:
         "write_threshold": _signed(node.write_threshold),
         "cache": {"writeback": True, "direct": mode.cache_direct, "no-flush": mode.cache_no_flush},
         "children": [{"child": name, "node-name": edge.node.name} for name, edge in _newest_first(node)],
-        "image": _image_info(node, chain),
+        "image": _image_with_chain(node, chain, images),
         **_NO_THROTTLING,
     }
     if node.bitmaps:
@@ -109,7 +110,17 @@ def _backing_chain(node: Node) -> list[Node]:
     return chain
 
 
-def _image_info(node: Node, chain: list[Node]) -> Json:
+def _image_with_chain(node: Node, chain: list[Node], images: dict[Node, Json]) -> Json:
+    """The image with those below it. ``images`` are known from one question: every one is part of all above it."""
+    image: Json | None = None
+    for each in reversed((node, *chain)):
+        known = images.get(each)
+        image = known if known is not None else images.setdefault(each, _image_info(each, image))
+    assert image is not None
+    return image
+
+
+def _image_info(node: Node, below: Json | None) -> Json:
     driver = node.driver
     limits = driver.limits
     shown: Json = {
@@ -144,8 +155,8 @@ def _image_info(node: Node, chain: list[Node]) -> Json:
     ):
         if fact is not None:
             image[name] = fact
-    if chain:
-        image["backing-image"] = _image_info(chain[0], chain[1:])
+    if below is not None:
+        image["backing-image"] = below
     return image
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Generic, TypeVar
+
+import trio
 
 from qsd.drivers.base import Driver
 from qsd.drivers.creating import Creator
@@ -23,6 +26,10 @@ class Imported(Mapping[str, T], Generic[T]):
         module, _, attribute = self._places[name].partition(":")
         value: T = getattr(import_module(f"qsd.drivers.{module}"), attribute)
         return value
+
+    def is_imported(self, name: str) -> bool:
+        """Whether the value costs nothing."""
+        return f"qsd.drivers.{self._places[name].partition(':')[0]}" in sys.modules
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -60,9 +67,12 @@ CREATORS: Imported[Creator] = Imported(
 )
 
 
-def find_driver(name: str) -> type[Driver]:
+async def find_driver(name: str) -> type[Driver]:
     """The class of driver ``name``; raises QmpError."""
-    found = DRIVERS.get(name) or JOB_FILTERS.get(name)
-    if found is None:
+    known = DRIVERS if name in DRIVERS else JOB_FILTERS
+    if name not in known:
         raise QmpError(f"Unknown driver '{name}'")
-    return found
+    if not known.is_imported(name):
+        # The modules of qcow2 take a tenth of a second. Beside a thread the loop has its turns.
+        await trio.to_thread.run_sync(known.__getitem__, name)
+    return known[name]

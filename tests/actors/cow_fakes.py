@@ -226,7 +226,7 @@ async def running_house() -> AsyncIterator[House]:
     cow = type("CowDriver", (CowDriver,), {"shelf": shelf})
     bus = EventBus()
 
-    def find(name: str) -> type[Driver]:
+    async def find(name: str) -> type[Driver]:
         if name == cow.name:
             return cow
         return JOB_FILTERS[name]

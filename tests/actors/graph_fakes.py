@@ -312,7 +312,7 @@ async def running_graph() -> AsyncIterator[tuple[Graph, World]]:
     world = World()
     kinds = {kind.name: type(kind.__name__, (kind,), {"world": world}) for kind in (Disk, Raw, Format)}
 
-    def find(name: str) -> type[Driver]:
+    async def find(name: str) -> type[Driver]:
         return kinds[name]
 
     async with Supervisor() as supervisor:

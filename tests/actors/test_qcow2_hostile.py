@@ -27,6 +27,7 @@ from qsd.drivers.calls import call
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
+from qsd.drivers.qcow2.snapshot_table import StoredSnapshot, pack
 from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
 from qsd.qapi.schema.qcow2 import Qcow2OverlapCheckMode
@@ -384,6 +385,36 @@ async def test_clusters_that_cannot_be_given_up_let_others_run_and_fill_no_log(
     lines = [record.getMessage() for record in caplog.records]
     assert 0 < len(lines) < 10, lines[:20]
     assert all(" like it)" in line for line in lines)
+
+
+async def test_long_snapshot_table_lets_others_run() -> None:
+    """65536 snapshots with long names held the daemon for a second."""
+    count = 2048
+    image = bytearray(new_image(Header(size=1 << 20)))
+    snapshot = StoredSnapshot(l1_offset=1 << 16, l1_size=2, id=b"1", name=b"n" * 900, date_ns=0, vm_clock_ns=0)
+    table = pack([snapshot] * count, 1 << 20)
+    (block,) = struct.unpack_from(">Q", image, layout.parse_header(bytes(image[: 1 << 16])).refcount_table_offset)
+    clusters = -(-len(table) >> 16)
+    struct.pack_into(f">{clusters}H", image, block + 2 * (len(image) >> 16), *[1] * clusters)
+    struct.pack_into(">IQ", image, 60, count, len(image))
+    image += table
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        async with opened_on(MemoryFile(image)) as driver:
+            assert len(driver.snapshots()) == count
+            assert turns > count // 100
+            turns = 0
+            await driver.create_snapshot("one more", 0)
+            assert turns > count // 100
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("bits", [1, 0x1FF, 1 << 56, 0x7F << 56])

@@ -24,7 +24,7 @@ from qsd.drivers.qcow2 import compressed, snapshot_table
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, big_endian, swap
 from qsd.drivers.qcow2.image import MANY_FREED, Freeing
 from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS
-from qsd.drivers.qcow2.loading import read_table
+from qsd.drivers.qcow2.loading import ENTRIES, read_table
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2, SNAPSHOT_TABLE
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot
 from qsd.drivers.runs import Cold
@@ -171,7 +171,7 @@ async def _switch(driver: Qcow2Driver, snapshots: tuple[StoredSnapshot, ...], ma
     ``made`` takes up what is allocated for it; it is empty when the header leads there.
     """
     image = driver.image
-    data = snapshot_table.pack(snapshots, driver.length)
+    data = await _packed(snapshots, driver.length)
     if len(data) > snapshot_table.MAX_TABLE:
         raise OSError(errno.EFBIG, "the snapshot table would be too large")
     offset, clusters = await _write_new(driver, data, made)
@@ -186,6 +186,15 @@ async def _switch(driver: Qcow2Driver, snapshots: tuple[StoredSnapshot, ...], ma
     image.metadata.add(SNAPSHOT_TABLE, offset, clusters << bits)
     if old_clusters:
         image.give_up(old, old_clusters)
+
+
+async def _packed(snapshots: tuple[StoredSnapshot, ...], disk_size: int) -> bytes:
+    """The table's bytes; others run meanwhile, for it may have tens of megabytes."""
+    data = bytearray()
+    for start in range(0, len(snapshots), ENTRIES):
+        data += snapshot_table.pack(snapshots[start : start + ENTRIES], disk_size)
+        await trio.lowlevel.checkpoint()
+    return bytes(data)
 
 
 # -- counts -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from typing import Final
 
+import trio
+
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2.geometry import empty_table, swap
 from qsd.drivers.qcow2.layout import PROBE_LENGTH, Header, parse_header, probe_cluster_size
@@ -44,7 +46,9 @@ async def read_table(file: Child, offset: int, entries: int, failure: str) -> ar
 
 
 # Bytes of the snapshot table read at a time; one entry fits in at least.
-_WINDOW = 2 * MAX_ENTRY
+_WINDOW: Final = 2 * MAX_ENTRY
+# Entries of the snapshot table looked at between two chances for others to run (1 ms).
+ENTRIES: Final = 64
 
 
 async def read_snapshots(file: Child, header: Header) -> tuple[tuple[StoredSnapshot, ...], int]:
@@ -61,6 +65,8 @@ async def read_snapshots(file: Child, header: Header) -> tuple[tuple[StoredSnaps
             except OSError as error:
                 raise QmpError(f"Could not read snapshots: {errno_text(error.errno or 0)}") from None
             start, window = position, window.ljust(_WINDOW, b"\0")
+        if not number % ENTRIES:
+            await trio.lowlevel.checkpoint()
         at = position - start
         snapshot, length = parse_entry(window[at : at + MAX_ENTRY], number)
         found.append(snapshot)
