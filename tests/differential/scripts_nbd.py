@@ -78,6 +78,12 @@ _NEGOTIATION = {
         ABORT,
     ],
     "go": [go("nope"), opt(7), opt(7, b"\0\0\0\2d\0\0"), go("r", 1, 2, 3), req(READ, 0, 4), LEAVE],
+    "info, extended": [
+        *(EXTENDED, info("d"), info("r", 3), meta(LIST_META, "r"), info("r")),
+        *(meta(SET_META, "r", "base:allocation"), info("d"), info("r"), meta(SET_META, "r"), info("r"), go("r")),
+        LEAVE,
+    ],
+    "go, extended, with contexts": [EXTENDED, meta(SET_META, "d", "base:allocation"), go("d"), LEAVE],
     "structured": [STRUCTURED, STRUCTURED, opt(8, b"x"), EXTENDED, STRUCTURED, ABORT],
     "extended": [opt(11, b"x"), EXTENDED, EXTENDED, STRUCTURED, ABORT],
     "contexts too early": [meta(LIST_META, "d"), meta(SET_META, "d", "base:allocation"), ABORT],

@@ -291,7 +291,11 @@ class ServerHandshake:
             c.REP_INFO,
             struct.pack(">HIII", c.INFO_BLOCK_SIZE, minimum, preferred, export.max_block),
         )
-        self._reply(option, c.REP_INFO, struct.pack(">HQH", c.INFO_EXPORT, export.size, self._flags(export)))
+        flags = self._flags(export)
+        if option == c.OPT_INFO and self.extended:
+            # Contexts may still be chosen. With GO the flag says that there are some to ask for.
+            flags |= c.FLAG_BLOCK_STAT_PAYLOAD
+        self._reply(option, c.REP_INFO, struct.pack(">HQH", c.INFO_EXPORT, export.size, flags))
         if option == c.OPT_INFO and not asked and export.min_block >= 4096:
             self._reply(
                 option,
