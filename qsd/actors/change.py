@@ -176,13 +176,25 @@ class Change:
 
         For a change that is a part of something larger, which calls ``tell`` when all is committed.
         """
-        plan = plan_permissions(self.snapshot, self._rule)
+        plan = self._plan()
         for edge, child in self._swaps.get(None, ()):
             yield _Hold(edge.node)
             yield _Swap(edge, child)
         for key in self._before.order_towards(self.snapshot):
             yield from self._actions(self._topology.living[key], plan)
         yield _Edges(self._topology, self, plan)
+
+    def _plan(self) -> Plan:
+        try:
+            return plan_permissions(self.snapshot, self._rule)
+        except QmpError:
+            # The reference looks first at what a new user needs, and then at what it does not share.
+            new = {edge.key for edge in self._attached if isinstance(edge, RootEdge)}
+            edges = (
+                attrs.evolve(facts, shared=Perm.ALL) if facts.key in new else facts for facts in self.snapshot.edges
+            )
+            plan_permissions(attrs.evolve(self.snapshot, edges=tuple(edges)), self._rule)
+            raise
 
     def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         driver = self._topology.living[key].driver

@@ -19,8 +19,8 @@ def resolve_mode(options: BlockdevOptions, inherited: Mode | None = None, role: 
 
     ``inherited`` is the parent's mode for a child whose options stand inside the parent's, None for others: such a
     child takes over cache, read-only, auto-read-only and force-share where it says nothing itself, and passes
-    discards on unless told otherwise (the node above decides). The rest is never inherited. A backing file is
-    read-only where it says nothing.
+    discards on unless told otherwise (the node above decides). Below an inactive node all are inactive, whatever
+    they say. The rest is never inherited. A backing file is read-only where it says nothing.
     """
     base = inherited or Mode()
     if role is ChildRole.COW and inherited is not None:
@@ -39,7 +39,7 @@ def resolve_mode(options: BlockdevOptions, inherited: Mode | None = None, role: 
         detect_zeroes=DetectZeroes(options.detect_zeroes.value if options.detect_zeroes else "off"),
         cache_direct=_or(cache.direct if cache else None, base.cache_direct),
         cache_no_flush=_or(cache.no_flush if cache else None, base.cache_no_flush),
-        active=_or(options.active, True),
+        active=_or(options.active, True) and base.active,
     )
 
 

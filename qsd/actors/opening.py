@@ -111,12 +111,14 @@ class Opener:
         """
         driver_class = await self._find_driver(options.driver.value)
         mode = resolve_mode(options, inherited, role)
+        # As in the reference only what the driver itself asks for is inactive along with the node.
+        early = attrs.evolve(mode, active=inherited is None or inherited.active)
         async with contextlib.AsyncExitStack() as stack:
             children: list[_Found] = []
             for name, child_role in driver_class.child_specs:
                 if name in driver_class.late_children:
                     continue
-                found = await self._child(getattr(options, _attribute(name)), mode, name, child_role, depth)
+                found = await self._child(getattr(options, _attribute(name)), early, name, child_role, depth)
                 if found is not None:
                     children.append(found)
                     stack.push_async_callback(self.unpin, found.node)

@@ -140,7 +140,8 @@ class Topology:
 def facts_of(node: Node) -> NodeFacts:
     """A node as a snapshot shows it."""
     ragged = bool(node.length % node.limits.request_alignment)
-    return NodeFacts(node.name, node.mode.read_only, node.active, ragged=ragged)
+    mode = node.mode
+    return NodeFacts(node.name, mode.read_only, node.active, ragged=ragged, force_share=mode.force_share)
 
 
 def edge_facts(edge: Edge) -> EdgeFacts:

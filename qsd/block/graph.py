@@ -19,7 +19,7 @@ UNNAMED = "an unnamed block device"
 @attrs.frozen
 class NodeFacts:
     """A node. ``changing``: the planned change gives it a new mode. ``ragged``: its length is no multiple of its
-    request alignment.
+    request alignment. ``force_share``: nodes that use it share everything, whatever they need.
     """
 
     name: str
@@ -27,6 +27,7 @@ class NodeFacts:
     active: bool = True
     changing: bool = False
     ragged: bool = False
+    force_share: bool = False
 
 
 @attrs.frozen

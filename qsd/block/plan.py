@@ -66,13 +66,16 @@ def plan_permissions(snapshot: Snapshot, rule: Rule) -> Plan:
         nodes[key] = rights
         for edge in uses.get(key, ()):
             perm, shared = rule(key, edge.name, rights.perm, rights.shared)
+            if snapshot.nodes[edge.child].force_share:
+                shared = Perm.ALL
             planned[edge.key] = attrs.evolve(edge, perm=perm, shared=shared)
     return Plan({key: Rights(edge.perm, edge.shared) for key, edge in planned.items()}, nodes)
 
 
 def _check_conflicts(facts: NodeFacts, parents: list[EdgeFacts]) -> None:
-    for one in parents:
-        for other in parents:
+    # Of several conflicts the reference tells that of the newest user who does not share.
+    for other in parents:
+        for one in parents:
             clash = one.perm & ~other.shared
             if one is not other and clash:
                 raise QmpError(

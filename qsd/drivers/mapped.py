@@ -24,6 +24,7 @@ import attrs
 import trio
 
 from qsd.block.permissions import Perm
+from qsd.block.plan import WRITING
 from qsd.drivers.base import Child, Driver, Host, Mode
 from qsd.drivers.gather import Callback, Gather
 from qsd.drivers.packed import Unpacker
@@ -340,15 +341,31 @@ class MappedDriver(Driver):
     # -- permissions ------------------------------------------------------------------------------------------
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """A format needs its file for itself, idle or not, and a backing file as stable as it must be itself."""
+        """A format needs its file for itself, idle or not, and a backing file as stable as it must be itself.
+
+        Of an external data file it needs what its own users need, and lets others do all but resize it.
+        """
         stable = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         if not self.mode.active:
-            return Perm.NONE, Perm.ALL
+            return Perm.CONSISTENT_READ if name == "file" else Perm.NONE, Perm.ALL
         if name == "backing":
             return perm & Perm.CONSISTENT_READ, Perm.ALL if shared & Perm.WRITE else stable
-        if self.mode.read_only:
-            return Perm.CONSISTENT_READ, stable
-        return Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, stable
+        if name == "data-file":
+            return perm if self.mode.read_only else _data_file_use(perm), shared & ~Perm.RESIZE
+        if not self.mode.read_only:
+            perm |= Perm.WRITE | Perm.RESIZE
+        return perm | Perm.CONSISTENT_READ, shared & stable
+
+
+def _data_file_use(perm: Perm) -> Perm:
+    """What a format does with its data file for users who want ``perm``."""
+    if perm & WRITING:
+        # It grows with what is written. What changes nothing above may be new here.
+        return perm | Perm.WRITE | Perm.RESIZE
+    if perm & Perm.RESIZE:
+        # What a longer disk shows first is zeroed.
+        return perm | Perm.WRITE_UNCHANGED
+    return perm
 
 
 def _joined(last: Run, run: Run, runs: list[Run]) -> Run:

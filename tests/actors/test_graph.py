@@ -117,8 +117,8 @@ async def test_add_whose_permissions_clash_leaves_nothing(bench: Bench) -> None:
     await graph.add(FormatOptions(node_name="one", file="f"))
     text = await refused(bench, graph.add, FormatOptions(node_name="two", file="f"))
     assert text == (
-        "Permission conflict on node 'f': permissions 'write, resize' are both required by node 'two' "
-        "(uses node 'f' as 'file' child) and unshared by node 'one' (uses node 'f' as 'file' child)."
+        "Permission conflict on node 'f': permissions 'write, resize' are both required by node 'one' "
+        "(uses node 'f' as 'file' child) and unshared by node 'two' (uses node 'f' as 'file' child)."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from harness import Qmp, RunningDaemon
 from nbd_reader import NbdReader
-from qcow2_images import VARIANTS, Made, assert_clean, img
+from qcow2_images import VARIANTS, Made, assert_clean, img, io
 
 Start = Callable[..., RunningDaemon]
 
@@ -94,6 +94,30 @@ def test_growth_hides_what_the_backing_file_has(daemon: Start, tmp_path: Path) -
         assert client.read(MIB + 512, 3 * MIB - 512) == bytes(3 * MIB - 512)
     # An NBD export does not share resizing.
     assert "Permission conflict on node 'n'" in qmp.refusal("block_resize", node_name="n", size=MIB)
+    qmp.execute("block-export-del", id="e")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+    qmp.execute("blockdev-del", node_name="n")
+    assert_clean(image)
+
+
+@pytest.mark.parametrize("raw", ["off", "on"])
+def test_a_data_file_follows_the_size_of_an_image_nobody_else_uses(
+    daemon: Start, tmp_path: Path, raw: str
+) -> None:
+    """The resize alone has to be enough to write the data file. (The reference asserts.)"""
+    image, data = tmp_path / "n.qcow2", tmp_path / "data"
+    img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw={raw}", image, MIB)
+    io(image, f"write -P 1 0 {MIB}")
+    qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
+    file = {"driver": "file", "filename": str(image)}
+    qmp.execute_raw("blockdev-add", {"driver": "qcow2", "node-name": "n", "file": file})
+    for size in (MIB - 65536 + 512, 2 * MIB + 512, 3 * MIB):
+        qmp.execute("block_resize", node_name="n", size=size)
+    assert data.stat().st_size == 3 * MIB
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d")
+    with NbdReader(tmp_path / "nbd.sock", "d") as client:
+        kept = MIB - 65536 + 512
+        assert client.read(0, 3 * MIB) == b"\1" * kept + bytes(3 * MIB - kept)
     qmp.execute("block-export-del", id="e")
     qmp.wait_event("BLOCK_EXPORT_DELETED")
     qmp.execute("blockdev-del", node_name="n")

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -161,9 +161,13 @@ _PORT = re.compile(r"(127\.0\.0\.1|\[?::1\]?|0\.0\.0\.0):[0-9]{2,5}")
 
 
 class Normaliser:
-    """Takes out of messages what differs from run to run. Generated names are numbered as they appear."""
+    """Takes out of messages what differs from run to run, and the members ``unseen``.
 
-    def __init__(self) -> None:
+    Generated names are numbered as they appear.
+    """
+
+    def __init__(self, unseen: Collection[str] = ()) -> None:
+        self._unseen = {"timestamp", *unseen}
         self._names: dict[str, str] = {}
 
     def __call__(self, value: Any) -> Any:
@@ -171,7 +175,7 @@ class Normaliser:
             return {
                 key: "the kernel's" if key in _OF_THE_MACHINE and value[key] > 1 else self(value[key])
                 for key in sorted(value)
-                if key != "timestamp"
+                if key not in self._unseen
             }
         if isinstance(value, list):
             # Lists the reference keeps in hash tables, and newest-first ones, come in any order.
@@ -231,7 +235,7 @@ def play(program: Sequence[str], script: Script, *, is_watched: bool = False) ->
     leave nor take away descriptors and locks."""
     answers: list[Any] = []
     events = 0
-    normal = Normaliser()
+    normal = Normaliser(script.unseen)
     with place() as where, loop_device(where, script.sector) as device:
         talk = Talk(program, script.arguments, where)
         try:

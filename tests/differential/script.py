@@ -26,12 +26,13 @@ class Script:
     """``marked`` is the script with its ``Differs``.
 
     ``sector``: the script needs a loop device of ``img`` with sectors of so many bytes, whose path ``LOOP``
-    stands for.
+    stands for. ``unseen``: members of answers that are left out of the comparison.
     """
 
     marked: list[Step | Differs]
     arguments: tuple[str, ...] = ()
     sector: int = 0
+    unseen: frozenset[str] = frozenset()
 
     @property
     def steps(self) -> list[Step]:

@@ -10,6 +10,7 @@ from script import Script
 from scripts_block import SCRIPTS as _BLOCK
 from scripts_chardev import SCRIPTS as _CHARDEV
 from scripts_exports import SCRIPTS as _EXPORTS
+from scripts_graph import SCRIPTS as _GRAPH
 from scripts_images import SCRIPTS as _IMAGES
 from scripts_monitor import SCRIPTS as _MONITOR
 from scripts_nodes import SCRIPTS as _NODES
@@ -24,6 +25,7 @@ SCRIPTS: dict[str, Script] = {
     **_NODES,
     **_EXPORTS,
     **_QCOW2,
+    **_GRAPH,
     **_IMAGES,
 }
 

@@ -45,7 +45,9 @@ def test_inline_child_takes_over_what_is_inherited_and_nothing_else() -> None:
         discard_unmap=True,
         cache_direct=True,
         cache_no_flush=True,
+        active=False,
     )
+    assert not resolve_mode(options(active=True), PARENT).active
 
 
 def test_inline_child_says_otherwise() -> None:
@@ -56,7 +58,7 @@ def test_inline_child_says_otherwise() -> None:
         discard=BlockdevDiscardOptions.IGNORE,
         cache=BlockdevCacheOptions(direct=False),
     )
-    assert resolve_mode(given, PARENT) == Mode(cache_no_flush=True)
+    assert resolve_mode(given, PARENT) == Mode(cache_no_flush=True, active=False)
 
 
 def test_backing_file_is_not_unmapped_by_default() -> None:

@@ -85,8 +85,8 @@ def test_permissions_go_down_whatever_the_order_of_the_nodes() -> None:
 def test_two_formats_on_one_file_conflict() -> None:
     one, two = edge(1, FORMAT, FILE), attrs.evolve(edge(2, FORMAT, FILE), parent_text="node 'other'")
     assert refusal(one, two) == (
-        "Permission conflict on node 'n1': permissions 'write, resize' are both required by node 'other' "
-        "(uses node 'n1' as 'file' child) and unshared by node 'n2' (uses node 'n1' as 'file' child)."
+        "Permission conflict on node 'n1': permissions 'write, resize' are both required by node 'n2' "
+        "(uses node 'n1' as 'file' child) and unshared by node 'other' (uses node 'n1' as 'file' child)."
     )
 
 
@@ -104,6 +104,12 @@ def test_users_conflict_where_they_meet_and_are_unnamed() -> None:
         "Permission conflict on node 'n1': permissions 'resize' are both required by node 'n3' "
         f"(uses node 'n1' as 'file' child) and unshared by {UNNAMED} (uses node 'n1' as 'root' child)."
     )
+
+
+def test_users_of_a_node_with_force_share_share_everything() -> None:
+    both = edge(1, FORMAT, FILE), edge(2, FORMAT, FILE)
+    plan = planned(*both, n1=NodeFacts("n1", force_share=True))
+    assert plan.edges[1] == plan.edges[2] == Rights(R | W | RS, ALL)
 
 
 def test_backing_file_must_not_be_written() -> None:
