@@ -17,6 +17,7 @@ from qsd.errors import ErrorClass, QmpError
 from qsd.qapi.schema.block_jobs import (
     BlockdevOnError,
     BlockJobCancelArgs,
+    BlockJobChangeOptions,
     BlockJobInfo,
     BlockJobSetSpeedArgs,
     BlockStreamArgs,
@@ -45,6 +46,13 @@ async def block_job_cancel(context: Context, args: BlockJobCancelArgs) -> None:
     if job.is_user_paused and not args.force:
         raise QmpError(f"The block job for device '{job.id}' is currently paused")
     await context.services.jobs.tell(job.id, Verb.CANCEL, bool(args.force))
+
+
+@command("block-job-change")
+async def block_job_change(context: Context, args: BlockJobChangeOptions) -> None:
+    """Change how a job works while it does."""
+    job = _find(context.services, args.id)
+    await context.services.jobs.tell(job.id, Verb.CHANGE, args)
 
 
 @command("block-job-set-speed")

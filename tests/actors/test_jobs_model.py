@@ -16,14 +16,14 @@ from qsd.actors.jobs.states import Verb
 from qsd.errors import QmpError
 from qsd.qapi.schema.jobs import JobStatus
 
-VERBS = [Verb.CANCEL, Verb.PAUSE, Verb.RESUME, Verb.COMPLETE, Verb.FINALIZE, Verb.DISMISS]
+VERBS = [Verb.CANCEL, Verb.PAUSE, Verb.RESUME, Verb.COMPLETE, Verb.FINALIZE, Verb.DISMISS, Verb.CHANGE]
 # Which verbs are heard where; ``null`` is a job nobody finds.
 HEARD = {
-    "created": "cancel pause resume",
-    "running": "cancel pause resume",
-    "paused": "cancel pause resume",
-    "ready": "cancel pause resume complete",
-    "standby": "cancel pause resume complete",
+    "created": "cancel pause resume change",
+    "running": "cancel pause resume change",
+    "paused": "cancel pause resume change",
+    "ready": "cancel pause resume complete change",
+    "standby": "cancel pause resume complete change",
     "waiting": "cancel",
     "pending": "cancel finalize",
     "aborting": "",
@@ -58,6 +58,8 @@ def why_refused(job: Work, verb: Verb, was_paused: bool) -> str | None:
         return f"Job '{job.id}' in state '{job.status.value}' cannot accept command verb '{verb.value}'"
     if verb is Verb.PAUSE and was_paused:
         return "Job is already paused"
+    if verb is Verb.CHANGE:
+        return "Job type does not support change"
     return None
 
 

@@ -101,9 +101,7 @@ def test_growth_hides_what_the_backing_file_has(daemon: Start, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("raw", ["off", "on"])
-def test_a_data_file_follows_the_size_of_an_image_nobody_else_uses(
-    daemon: Start, tmp_path: Path, raw: str
-) -> None:
+def test_a_data_file_follows_the_size_of_an_image_nobody_else_uses(daemon: Start, tmp_path: Path, raw: str) -> None:
     """The resize alone has to be enough to write the data file. (The reference asserts.)"""
     image, data = tmp_path / "n.qcow2", tmp_path / "data"
     img("create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw={raw}", image, MIB)

@@ -115,7 +115,9 @@ def _inactive(*steps: Any) -> Steps:
 
 _ACTIVITY: Steps = [
     *_IMAGES,
-    *_inactive(opened("n", "top", active=False), active(True, "n"), active(False, "n"), active(True), active(False)),
+    *_inactive(
+        opened("n", "top", active=False), active(True, "n"), active(False, "n"), active(True), active(False)
+    ),
     GRAPH,
     call("blockdev-del", node_name="n"),
     *_inactive(opened("n", "top", active=False, read_only=True), active(True, "n")),
@@ -132,7 +134,9 @@ _ACTIVITY: Steps = [
     call("blockdev-del", node_name="n"),
     opened("m", "p", read_only=True, active=False),
     opened("n", "top", backing="m"),
-    *_inactive(opened("n", "top", backing="m", active=False), active(True, "n"), active(False, "n"), active(True, "m")),
+    *_inactive(
+        opened("n", "top", backing="m", active=False), active(True, "n"), active(False, "n"), active(True, "m")
+    ),
     call("blockdev-del", node_name="n"),
     call("blockdev-del", node_name="m"),
     add(file("d", "d")),
@@ -140,7 +144,9 @@ _ACTIVITY: Steps = [
     call("blockdev-del", node_name="n"),
     *_inactive(add(options("raw", "r", active=False, file=qcow2("n", file=file("f", "top")))), active(True, "r")),
     call("blockdev-del", node_name="r"),
-    *_inactive(add(options("compress", "c", active=False, file=qcow2("n", file=file("f", "plain")))), active(True, "c")),
+    *_inactive(
+        add(options("compress", "c", active=False, file=qcow2("n", file=file("f", "plain")))), active(True, "c")
+    ),
 ]
 
 # What depends on who has made the images.

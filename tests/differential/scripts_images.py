@@ -231,8 +231,13 @@ _OF_JOBS = ("cancel", "pause", "resume", "complete", "dismiss", "finalize")
 _OF_BLOCK_JOBS = {name: "id" if name in ("dismiss", "finalize") else "device" for name in _OF_JOBS}
 
 
+def change(name: Any, **options: Any) -> dict[str, Any]:
+    return call("block-job-change", id=name, **options)
+
+
 def every_verb(name: str) -> list[Step]:
     return [
+        change(name, type="stream"),
         *(call(f"job-{each}", id=name) for each in _OF_JOBS if each != "dismiss"),
         *(call(f"block-job-{each}", **{member: name}) for each, member in _OF_BLOCK_JOBS.items()),
         call("block-job-set-speed", device=name, speed=1),
@@ -248,6 +253,10 @@ _JOBS: list[Step | Differs] = [
     *every_verb("nope"),
     call("job-dismiss", id="nope"),
     *(call(f"job-{each}") for each in _OF_JOBS),
+    *(call("block-job-change", **options) for options in ({}, {"id": "x"}, {"id": 1, "type": "stream"})),
+    *(change("nope", type=kind) for kind in ("mirror", "create", "snapshot-load", "nope")),
+    *(change("nope", type="mirror", copy_mode=mode) for mode in ("background", "nope")),
+    change("nope", type="backup", copy_mode="background"),
     *image("n"),
     create(driver="file", filename="made", size=512),
     *["event JOB_STATUS_CHANGE"] * STATES,

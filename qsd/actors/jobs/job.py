@@ -119,6 +119,10 @@ class Job(Actor):
         """Work at ``speed`` units per second at most; 0 is without limit. Raises QmpError."""
         raise QmpError("Speed is not supported for this job")
 
+    def change(self, options: Any) -> None:
+        """Work otherwise from now on (``BlockJobChangeOptions``). Raises QmpError."""
+        raise QmpError("Job type does not support change")
+
     def resumed(self) -> None:
         """The user lets the job go on."""
 
@@ -273,7 +277,8 @@ class Job(Actor):
         elif verb is Verb.SET_SPEED:
             self.set_speed(value)
         else:
-            raise AssertionError(f"nobody obeys {verb.value}")
+            assert verb is Verb.CHANGE
+            self.change(value)
         return None
 
     def _pause(self) -> None:

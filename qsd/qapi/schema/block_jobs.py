@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from qsd.qapi.core import SCHEMA, Command, Event, enum, struct, union
+from qsd.qapi.core import SCHEMA, Command, Event, branch, enum, struct, union
 from qsd.qapi.schema.block_info import BlockDeviceIoStatus
 from qsd.qapi.schema.jobs import JobStatus, JobType
 
@@ -50,6 +50,25 @@ class BlockJobInfo:
     auto_finalize: bool
     auto_dismiss: bool
     error: str | None = None
+
+
+@enum("MirrorCopyMode")
+class MirrorCopyMode(str, Enum):
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
+@union("BlockJobChangeOptions", tag="type")
+class BlockJobChangeOptions:
+    """``type`` says which members there are, and need not be the job's."""
+
+    id: str
+    type: JobType
+
+
+@branch(BlockJobChangeOptions, JobType.MIRROR, name="BlockJobChangeOptionsMirror")
+class BlockJobChangeOptionsMirror(BlockJobChangeOptions):
+    copy_mode: MirrorCopyMode
 
 
 @struct("block-job-cancel-arg")
@@ -136,6 +155,7 @@ class BlockJobErrorData:
 SCHEMA.declare(
     Command("block-stream", args=BlockStreamArgs),
     Command("query-block-jobs", returns=tuple[BlockJobInfo, ...]),
+    Command("block-job-change", args=BlockJobChangeOptions),
     Command("block-job-cancel", args=BlockJobCancelArgs),
     Command("block-job-set-speed", args=BlockJobSetSpeedArgs),
     Command("block-job-pause", args=BlockJobDeviceArgs, features=("deprecated",)),

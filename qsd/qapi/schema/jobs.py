@@ -9,9 +9,17 @@ from qsd.qapi.core import SCHEMA, Command, Event, enum, struct
 
 @enum("JobType")
 class JobType(str, Enum):
+    """All that users may name, of which there are stream, create and amend."""
+
+    COMMIT = "commit"
     STREAM = "stream"
+    MIRROR = "mirror"
+    BACKUP = "backup"
     CREATE = "create"
     AMEND = "amend"
+    SNAPSHOT_LOAD = "snapshot-load"
+    SNAPSHOT_SAVE = "snapshot-save"
+    SNAPSHOT_DELETE = "snapshot-delete"
 
 
 @enum("JobStatus")
