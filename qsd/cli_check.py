@@ -118,10 +118,15 @@ def _check_bitmaps(header: layout.Header, image: _Image) -> None:
     if extension is None:
         return
     directory = image.read(extension.offset, extension.size)
+    # Tables that do not overlap: 65535 of them could lead to the same megabytes.
+    room = image.length + header.cluster_size
     for entry in bitmap_layout.parse_directory(directory, extension.count, header.cluster_size):
         if entry.flags & bitmap_layout.IN_USE:
             continue
+        room -= entry.table_entries * 8
         try:
+            if room < 0:
+                raise ValueError("the tables overlap")
             bitmap_layout.parse_table(image.read(entry.table_offset, entry.table_entries * 8), header.cluster_size)
         except ValueError:
             what = f"Could not read bitmap_table table from image for bitmap '{entry.text}'"

@@ -8,13 +8,16 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcow2_memory_image import MemoryImage
 
+from qsd import cli_check
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2 import bitmap_layout as layout
@@ -499,13 +502,13 @@ entries = st.builds(
 def test_directory_round_trip(given: list[DirectoryEntry]) -> None:
     data = layout.pack_directory(given)
     assert len(data) == sum(layout.entry_size(entry.name) for entry in given)
-    assert layout.parse_directory(data, len(given), 512) == given
+    assert list(layout.parse_directory(data, len(given), 512)) == given
 
 
 @given(st.binary(max_size=300), st.integers(0, 5))
 def test_junk_directory_raises_the_one_right_error(data: bytes, count: int) -> None:
     try:
-        found = layout.parse_directory(data, count, 512)
+        found = list(layout.parse_directory(data, count, 512))
     except QmpError:
         return
     assert len(found) == count
@@ -536,3 +539,54 @@ def test_runs_cover_the_table(table: list[int], longest: int) -> None:
         Run(3, 2, 512),
         Run(5, 1, 4096),
     ]
+
+
+async def test_many_and_large_bitmaps_let_others_run() -> None:
+    """65535 bitmaps, or half a gigabyte of ones that takes no space: seconds on the loop."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    image = empty_image()
+    store = Store(image)
+    await store.load()
+    await store.bitmaps.store([named(f"b{number}", granularity=1 << 20) for number in range(3000)])
+    many = Store(image)
+    image = empty_image(1 << 36)
+    store = Store(image)
+    await store.load()
+    await store.bitmaps.store([named("all", [(0, 1 << 36)], size=1 << 36)])
+    large = Store(image)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        assert len(await many.load()) == 3000
+        seen, turns = turns, 0
+        assert seen >= 3000 + 3000 // store_module.ENTRIES, "one for each bitmap, and for the directory"
+        await many.bitmaps.mark_in_use()
+        seen, turns = turns, 0
+        assert seen >= 3000 // store_module.ENTRIES
+        assert (await large.load())["all"].bits.dirty_bytes == 1 << 36
+        assert turns >= (1 << 24) // store_module.PIECE
+        nursery.cancel_scope.cancel()
+
+
+def test_check_reads_no_more_bitmap_tables_than_the_file_has_room_for() -> None:
+    """65535 bitmaps with one table of 8 MiB: an hour. No image can be opened with them."""
+    entries = [DirectoryEntry(b"%d" % number, 8 << 12, 1000, 16) for number in range(1000)]
+    data = layout.pack_directory(entries)
+    extension = BitmapsExtension(len(entries), len(data), 1 << 12)
+    header = Header(cluster_bits=12, autoclear=BITMAPS).with_extension(EXT_BITMAPS, extension.serialise())
+    reads = []
+
+    def read(offset: int, length: int) -> bytes:
+        reads.append(length)
+        return data if offset == 1 << 12 else bytes(length)
+
+    image: Any = SimpleNamespace(read=read, length=1 << 20)
+    with pytest.raises(QmpError, match="Could not read bitmap_table table"):
+        cli_check._check_bitmaps(header, image)
+    assert sum(reads) < (1 << 20) + len(data) + (1 << 13)

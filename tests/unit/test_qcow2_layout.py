@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,16 @@ def test_header_survives_the_round_trip(
     found = parse_header(image.ljust(made.cluster_size, b"\0"))
     assert found == made
     assert serialise_header(found) == image
+
+
+def test_more_extensions_than_anybody_has_are_refused() -> None:
+    """Two megabytes of empty ones: it took the daemon seconds to look at them."""
+    most = extensions.MAX_EXTENSIONS
+    image = bytearray(serialise_header(header(cluster_bits=16)).ljust(1 << 16, b"\0"))
+    image[112:] = (struct.pack(">II", 0x1234, 0) * most).ljust((1 << 16) - 112, b"\0")
+    assert opened(image) == ""
+    struct.pack_into(">I", image, 112 + most * 8, 0x1234)
+    assert opened(image) == "Too many header extensions"
 
 
 def test_extensions_are_set_replaced_and_taken_away_in_place() -> None:

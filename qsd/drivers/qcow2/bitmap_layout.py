@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import attrs
@@ -83,14 +83,14 @@ def entry_size(name: bytes) -> int:
     return -(-(ENTRY.size + len(name)) // 8) * 8
 
 
-def parse_directory(data: bytes, count: int, cluster_size: int) -> list[DirectoryEntry]:
-    """Read a directory of ``count`` entries. Raises QmpError."""
-    found: list[DirectoryEntry] = []
+def parse_directory(data: bytes, count: int, cluster_size: int) -> Iterator[DirectoryEntry]:
+    """Read a directory of ``count`` entries, one by one. Raises QmpError, at the end as well."""
+    found = 0
     position = 0
     while position < len(data):
         if position + ENTRY.size > len(data):
             raise QmpError("Broken bitmap directory")
-        if len(found) == count:
+        if found == count:
             raise QmpError("More bitmaps found than specified in header extension")
         offset, entries, flags, kind, bits, name_size, extra = ENTRY.unpack_from(data, position)
         if extra:
@@ -104,10 +104,10 @@ def parse_directory(data: bytes, count: int, cluster_size: int) -> list[Director
         entry = DirectoryEntry(name, offset, entries, bits, flags)
         if kind != DIRTY_TRACKING or name_size > MAX_NAME or not _is_acceptable(entry, cluster_size):
             raise QmpError(f"Bitmap '{entry.text}' doesn't satisfy the constraints")
-        found.append(entry)
-    if len(found) < count:
+        found += 1
+        yield entry
+    if found < count:
         raise QmpError("Less bitmaps found than specified in header extension")
-    return found
 
 
 def _is_acceptable(entry: DirectoryEntry, cluster_size: int) -> bool:

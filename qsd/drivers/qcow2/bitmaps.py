@@ -32,6 +32,8 @@ log = logging.getLogger("qsd.qcow2")
 MAX_TOTAL = 1 << 30
 # Bytes of bits read or written at a time.
 PIECE = 1 << 20
+# Entries of the directory looked at between two chances for others to run (1 ms).
+ENTRIES = 256
 # Clusters of bits looked at between two chances for others to run.
 STEPS = 1024
 
@@ -130,7 +132,12 @@ class Qcow2Bitmaps:
                 directory = await self._image.read(extension.offset, extension.size)
             except OSError as error:
                 raise QmpError(f"Failed to read bitmap directory: {errno_text(error.errno or 0)}") from None
-            self._entries = layout.parse_directory(directory, extension.count, header.cluster_size)
+            entries = []
+            for entry in layout.parse_directory(directory, extension.count, header.cluster_size):
+                entries.append(entry)
+                if not len(entries) % ENTRIES:
+                    await trio.lowlevel.checkpoint()
+            self._entries = entries
             self._directory = Run(0, self._clusters(extension.size), extension.offset)
         found = []
         room = MAX_TOTAL
@@ -172,7 +179,10 @@ class Qcow2Bitmaps:
             for run in runs:
                 start, stop = run.first * cluster, min(bits.data_length, (run.first + run.count) * cluster)
                 if run.offset == layout.ALL_ONES:
-                    bits.fill(start, stop)
+                    # Half a gigabyte of ones is nothing in the file.
+                    for first in range(start, stop, PIECE):
+                        bits.fill(first, min(stop, first + PIECE))
+                        await trio.lowlevel.checkpoint()
                 elif run.offset != layout.ALL_ZEROES:
                     bits.load(start, await self._image.read(run.offset, stop - start))
         except OSError as error:
@@ -192,10 +202,18 @@ class Qcow2Bitmaps:
         if self._is_stale:
             await self._change_header(None)
             self._is_stale = False
-        entries = [attrs.evolve(entry, flags=entry.flags | layout.IN_USE) for entry in self._entries]
+        if all(entry.flags & layout.IN_USE for entry in self._entries):
+            return
+        entries: list[DirectoryEntry] = []
+        data = bytearray()
+        for start in range(0, len(self._entries), ENTRIES):
+            some = self._entries[start : start + ENTRIES]
+            entries += [attrs.evolve(entry, flags=entry.flags | layout.IN_USE) for entry in some]
+            data += layout.pack_directory(entries[start:])
+            await trio.lowlevel.checkpoint()
         if entries != self._entries:
             # In place: the flags are all that changes, and every one of them may be there without the others.
-            await self._image.write(self._directory.offset, layout.pack_directory(entries))
+            await self._image.write(self._directory.offset, bytes(data))
             await self._image.flush()
             self._entries = entries
 

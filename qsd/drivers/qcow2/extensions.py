@@ -35,6 +35,8 @@ FEATURE_NAMES: Final = (
 )
 MAX_BACKING_FORMAT: Final = 15
 MAX_BITMAPS: Final = 65535
+# More would take seconds to look at; there are six kinds.
+MAX_EXTENSIONS: Final = 4096
 # Bytes: as many bitmaps with names of 1023 bytes.
 MAX_BITMAP_DIRECTORY: Final = MAX_BITMAPS * 1024
 
@@ -82,8 +84,8 @@ def parse_extensions(
 ) -> list[Extension]:
     """The extensions between two offsets of the header cluster, without the end mark.
 
-    Raises QmpError for one that reaches beyond ``end`` or that no image may have, and what ``check`` of type and
-    data raises.
+    Raises QmpError for one that reaches beyond ``end`` or that no image may have, for far too many of them, and
+    what ``check`` of type and data raises.
     """
     found: list[Extension] = []
     position = start
@@ -101,6 +103,8 @@ def parse_extensions(
             _CHECKS[kind](extension.data)
         if check is not None:
             check(kind, extension.data)
+        if len(found) == MAX_EXTENSIONS:
+            raise QmpError("Too many header extensions")
         found.append(extension)
         position += -(-length // 8) * 8
     return found
