@@ -387,6 +387,31 @@ async def test_clusters_that_cannot_be_given_up_let_others_run_and_fill_no_log(
     assert all(" like it)" in line for line in lines)
 
 
+async def test_tables_that_are_used_twice_are_not_gone_along() -> None:
+    """A snapshot, deleting one, or shrinking took as many days as the L1 table has millions of entries."""
+    image = bytearray(new_image(Header(size=64 << 20, cluster_bits=12), allocates=True))
+    header = layout.parse_header(bytes(image[:4096]))
+    async with opened_on(MemoryFile(image)) as driver:
+        await driver.create_snapshot("before", 0)
+        await driver.close()
+        image = bytearray(driver.children["file"].data)
+    (snapshot_l1,) = struct.unpack_from(">Q", image, layout.parse_header(bytes(image[:4096])).snapshots_offset)
+    for l1 in (header.l1_offset, snapshot_l1):
+        broken = image[:]
+        broken[l1 + 8 : l1 + 16] = broken[l1 : l1 + 8]
+        file = MemoryFile(broken)
+        async with opened_on(file) as driver:
+            file.log.clear()
+            with pytest.raises(QmpError, match="snapshot list: Invalid argument"):
+                await driver.delete_snapshot("1")
+            if l1 == header.l1_offset:
+                with pytest.raises(OSError, match="used twice"):
+                    await driver.create_snapshot("after", 0)
+                with pytest.raises(QmpError, match="number of L2 tables: Invalid argument"):
+                    await driver.truncate(1 << 20)
+            assert file.log == [], "nothing has been done"
+
+
 async def test_long_snapshot_table_lets_others_run() -> None:
     """65536 snapshots with long names held the daemon for a second."""
     count = 2048

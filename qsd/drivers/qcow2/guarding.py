@@ -5,6 +5,7 @@ An image may claim millions of tables. They are gone through in pieces, so that 
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -92,6 +93,15 @@ async def used_twice(entries: array[int], mask: int) -> frozenset[int]:
                 once.add(place)
         await trio.lowlevel.checkpoint()
     return frozenset(found)
+
+
+async def require_distinct(l1: array[int]) -> None:
+    """Raise OSError (EINVAL) when two entries of an L1 table lead to the same L2 table.
+
+    No program writes such images. Going along all they lead to could take days, for a file of some megabytes.
+    """
+    if await used_twice(l1, OFFSET_MASK):
+        raise OSError(errno.EINVAL, "an L2 table is used twice")
 
 
 async def _guard_snapshots(image: Image) -> None:

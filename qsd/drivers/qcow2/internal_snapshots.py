@@ -22,6 +22,7 @@ import trio
 
 from qsd.drivers.qcow2 import compressed, snapshot_table
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, big_endian, swap
+from qsd.drivers.qcow2.guarding import require_distinct
 from qsd.drivers.qcow2.image import MANY_FREED, Freeing
 from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS
 from qsd.drivers.qcow2.loading import ENTRIES, read_table
@@ -42,6 +43,7 @@ async def create(driver: Qcow2Driver, name: str, now_ns: int) -> str:
     image = driver.image
     if len(image.snapshots) >= MAX_SNAPSHOTS:
         raise OSError(errno.EFBIG, "too many snapshots")
+    await require_distinct(image.map.l1)
     await driver.writeback.finish()
     needed_repair = await _mark(image)
     walk = _Walk(driver, image.map.l1)
@@ -96,6 +98,11 @@ async def delete(driver: Qcow2Driver, snapshot_id: str) -> None:
     if gone.l1_offset & image.geometry.cluster_size - 1:
         raise QmpError("Snapshot L1 table offset invalid")
     l1 = await read_table(image.file, gone.l1_offset, gone.l1_size, "Failed to read snapshot L1 table")
+    try:
+        await require_distinct(l1)
+        await require_distinct(image.map.l1)
+    except OSError as error:
+        raise QmpError(f"Failed to remove snapshot from snapshot list: {errno_text(error.errno or 0)}") from None
     made: list[tuple[int, int]] = []
     try:
         await driver.writeback.finish()

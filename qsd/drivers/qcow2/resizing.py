@@ -21,6 +21,7 @@ import attrs
 
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
+from qsd.drivers.qcow2.guarding import require_distinct
 from qsd.drivers.qcow2.image import MANY_FREED, Freeing
 from qsd.drivers.qcow2.layout import MAX_L1_BYTES
 from qsd.drivers.qcow2.settings import settings_of
@@ -30,7 +31,8 @@ from qsd.messages import Flag, Op
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
-    from qsd.drivers.qcow2.image import Image
+    from qsd.drivers.qcow2.guarding import require_distinct
+from qsd.drivers.qcow2.image import Image
 
 log = logging.getLogger("qsd.qcow2")
 
@@ -113,6 +115,8 @@ async def _shrink(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
     first, last = -(-size >> geometry.cluster_bits), -(-driver.length >> geometry.cluster_bits)
     # L2 tables from this one on describe nothing that is left.
     tables = -(-first >> geometry.l2_bits)
+    with _failing("Failed to reduce the number of L2 tables"):
+        await require_distinct(image.map.l1)
     with _failing("Failed to discard cropped clusters"):
         give_up = partial(driver.zeroer.discard_clusters, uncovers=True, why=Freeing.ALWAYS)
         await driver.zeroer.walk(first, min(last, tables << geometry.l2_bits), give_up)
