@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
+
 from qsd.block.permissions import Perm
 from qsd.drivers.qcow2 import bitmap_layout, layout
 from qsd.drivers.qcow2.check import Checker, Findings
@@ -135,8 +137,12 @@ def _check_bitmaps(header: layout.Header, image: _Image) -> None:
 
 def _clear_marks(image: _Image, header: layout.Header) -> None:
     """The image is consistent: it need not be repaired when it is opened next, and may be written to."""
-    marks = header.incompatible & ~(layout.DIRTY | layout.CORRUPT)
-    image.write(layout.V2_LENGTH, marks.to_bytes(8, "big"))
+    clean = attrs.evolve(header, **layout.unmarking(header))
+    if clean.version == header.version:
+        marks = clean.incompatible & ~layout.CORRUPT
+        image.write(layout.V2_LENGTH, marks.to_bytes(8, "big"))
+    else:
+        image.write(0, layout.serialise_header(clean))
     image.flush()
 
 

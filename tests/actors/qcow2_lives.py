@@ -25,7 +25,7 @@ from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import DIRTY, Header, parse_header, serialise_header
+from qsd.drivers.qcow2.layout import DIRTY, Header, parse_header, serialise_header, unmarking
 from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.repair import repair
 from qsd.errors import QmpError
@@ -359,7 +359,7 @@ def mended(image: bytearray) -> Findings:
 
     repair(header, read, write, Checker(header, read, len(image)).run(), leaks_only=False)
     header = parse_header(bytes(image[: 1 << 21]))
-    clean = serialise_header(attrs.evolve(header, incompatible=header.incompatible & ~DIRTY))
+    clean = serialise_header(attrs.evolve(header, **unmarking(header)))
     image[: len(clean)] = clean
     return check(image)
 
@@ -371,11 +371,6 @@ async def look_into(life: Life, replay: LifeReplay, disks: dict[str, bytearray])
     header = parse_header(bytes(image[: 1 << 21]))
     if header.incompatible & DIRTY:
         found = mended(image)
-    elif header.version < 3:
-        # There is no mark; flags that are not up to date do no harm.
-        flags = sum("OFLAG_COPIED" in each for each in found.problems)
-        assert found.corruptions == flags, found.problems
-        found = attrs.evolve(found, corruptions=0)
     assert not found.corruptions, found.problems
     world = life.world
     units, rest = divmod(header.size, world.unit)

@@ -209,5 +209,4 @@ def assert_consistent(before: bytes, file: MemoryFile, rng: random.Random) -> No
 def assert_sound(data: bytes) -> None:
     found = examine(data)
     header = parse_header(data[: 2 << 20])
-    flags = sum("OFLAG_COPIED" in each for each in found.problems) if header.version < 3 else 0
-    assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems
+    assert not found.corruptions or header.incompatible & DIRTY, found.problems

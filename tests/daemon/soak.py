@@ -78,8 +78,8 @@ class Disk:
 
     @property
     def keeps_snapshots(self) -> bool:
-        """Whether there are snapshots, and a mark for one that is interrupted."""
-        return self.name not in ("v2", "data-file", "data-file-raw", "refcount-1")
+        """Whether there are snapshots."""
+        return self.name not in ("data-file", "data-file-raw", "refcount-1")
 
     def see(self, data: bytes) -> None:
         """From now on the disk is known to hold ``data``."""

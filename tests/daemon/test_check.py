@@ -9,8 +9,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from harness import PROGRAM
+
+from qsd.drivers.qcow2.layout import Header, marking, parse_header, serialise_header, unmarking
 
 FIGURES = (
     *("corruptions", "leaks", "allocated-clusters", "total-clusters", "compressed-clusters"),
@@ -187,3 +190,48 @@ def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: 
             done = run(*program, "check", image)
             assert done.returncode == 1
             assert text in done.stderr
+
+
+@pytest.mark.parametrize("by", ["check", "opening", "qemu-img"])
+def test_version_2_that_was_marked_meanwhile(tmp_path: Path, daemon: Any, by: str) -> None:
+    """A snapshot command that was cut off leaves an image of version 3; whoever repairs it reads the same."""
+    image = make(tmp_path, "old")
+    expected = tmp_path / "expected.raw"
+    assert run(tool("qemu-img"), "convert", "-O", "raw", image, expected).returncode == 0
+    data = bytearray(image.read_bytes())
+    header = parse_header(bytes(data[: 1 << 16]))
+    marked = serialise_header(attrs.evolve(header, **marking(header)))
+    assert len(marked) <= 512
+    data[: len(marked)] = marked
+    data[header.l1_offset] ^= 0x80
+    image.write_bytes(data)
+    assert theirs(image) == ours(image)
+    assert theirs(image)[0] == 2
+    if by == "check":
+        assert run(*PROGRAM, "check", "-r", "all", image).returncode == 0
+    elif by == "qemu-img":
+        assert run(tool("qemu-img"), "check", "-q", "-r", "all", image).returncode == 0
+    else:
+        qmp = daemon().qmp()
+        options = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": str(image)}}
+        qmp.execute_raw("blockdev-add", options)
+        (info,) = [each for each in qmp.execute("query-named-block-nodes") if each["node-name"] == "n"]
+        assert info["image"]["format-specific"]["data"] == {
+            "compat": "0.10",
+            "compression-type": "zlib",
+            "refcount-bits": 16,
+        }
+        qmp.execute("blockdev-del", node_name="n")
+    assert parse_header(image.read_bytes()[: 1 << 16]).version == (3 if by == "qemu-img" else 2)
+    assert theirs(image)[0] == 0
+    assert run(tool("qemu-img"), "compare", "-f", "qcow2", "-F", "raw", image, expected).returncode == 0
+
+
+def test_no_mark_where_it_could_be_torn() -> None:
+    header = Header(version=2, header_length=72, refcount_table_clusters=1, backing_file=b"x" * 500)
+    assert marking(header) == {}
+    short = attrs.evolve(header, backing_file=b"x" * 300)
+    marked = attrs.evolve(short, **marking(short))
+    again = parse_header(serialise_header(marked).ljust(1 << 16, b"\0"))
+    assert (again.version, again.content_version) == (3, 2)
+    assert attrs.evolve(again, **unmarking(again)) == short

@@ -322,8 +322,8 @@ class Life:
         return None
 
     def stream(self, number: int) -> Any:
-        """Everything comes into the top image, while a client works."""
-        if self.bitmaps or "backing-image" not in self.info()["image"]:
+        """Everything comes into the top image, while a client works; its snapshots would lose what is below."""
+        if self.bitmaps or self.snapshots or "backing-image" not in self.info()["image"]:
             return NotImplemented
         self.qmp.execute("block-export-add", type="nbd", id="e", node_name=self.top, name="d", writable=True)
         with NbdReader(self.house / "nbd.sock", "d") as client:

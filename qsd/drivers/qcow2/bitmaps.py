@@ -101,7 +101,7 @@ class Qcow2Bitmaps:
 
     def check(self, name: str, length: int, others: Iterable[NamedBitmap]) -> None:
         """Raise QmpError unless a new bitmap of ``length`` bytes can be stored along with ``others``."""
-        if self._image.header.version < 3:
+        if self._image.header.content_version < 3:
             raise QmpError("Cannot store dirty bitmaps in qcow2 v2 files")
         stored_name = _encoded(name)
         if len(stored_name) > layout.MAX_NAME:

@@ -30,6 +30,7 @@ from qsd.drivers.qcow2.layout import (
     DIRTY,
     KNOWN_AUTOCLEAR,
     Header,
+    unmarking,
 )
 from qsd.drivers.qcow2.loading import read_header, read_snapshots, read_table
 from qsd.drivers.qcow2.mending import mend
@@ -299,17 +300,18 @@ class Qcow2Driver(TellingDriver):
         """Write everything; then the image is clean, and needs no room ahead. Raises OSError, QmpError."""
         image = self.image
         await self.writeback.finish()
-        if image.needs_repair and image.header.version < 3:
-            # Nothing can be marked: what has failed leaves leaks at most.
+        if image.needs_repair and image.header.content_version < 3:
+            # It is to stay version 2: what has failed leaves leaks at most.
             await internal_snapshots.set_flags(self)
             await self.writeback.finish()
+            image.needs_repair = False
         if image.header.incompatible & DIRTY:
             await image.write_refcounts()
             await image.file.flush()
             if image.needs_repair:
                 log.warning("%s stays marked as dirty: opening it to be written repairs it", self.node_name)
             else:
-                await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
+                await image.change_header(**unmarking(image.header))
         if image.has_grown and image.file.length > image.virgin:
             await image.file.truncate(image.virgin, exact=False)
             image.has_grown = False

@@ -79,11 +79,11 @@ def image_facts(header: Header, image_name: str) -> dict[str, Any]:
 def format_specific(header: Header, bitmaps: list[dict[str, Any]], encryption: Encryption | None) -> dict[str, Any]:
     """``ImageInfoSpecificQCow2``."""
     data: dict[str, Any] = {
-        "compat": "0.10" if header.version < 3 else "1.1",
+        "compat": "0.10" if header.content_version < 3 else "1.1",
         "compression-type": COMPRESSION_NAMES[header.compression_type],
         "refcount-bits": header.refcount_bits,
     }
-    if header.version >= 3:
+    if header.content_version >= 3:
         data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
         data["corrupt"] = bool(header.incompatible & CORRUPT)
         data["extended-l2"] = header.has_extended_l2

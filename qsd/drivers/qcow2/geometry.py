@@ -57,7 +57,7 @@ class Geometry:
             2 if header.has_extended_l2 else 1,
             slice_bytes,
             header.has_data_file,
-            header.version,
+            header.content_version,
         )
 
 

@@ -4,8 +4,8 @@ Everything that two L1 tables lead to is counted once more and loses its COPIED 
 clusters of their own. Making one writes counts first, then tables, and the header, which leads to the snapshot,
 last. Deleting is the reverse: the header first, then counts, then the flags of what is left alone.
 
-Counts and flags cannot change at the same instant. In between the image is marked dirty where the format can say so
-(version 3): interrupted there, it is repaired when it is next opened, and no data is concerned.
+Counts and flags cannot change at the same instant. In between the image is marked dirty (of version 2: see
+``layout.marking``): interrupted there, it is repaired when it is next opened, and no data is concerned.
 
 The node is drained: nobody else changes the tables meanwhile.
 """
@@ -24,7 +24,7 @@ from qsd.drivers.qcow2 import compressed, snapshot_table
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, big_endian, swap
 from qsd.drivers.qcow2.guarding import require_distinct
 from qsd.drivers.qcow2.image import MANY_FREED, Freeing
-from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS
+from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS, marking, unmarking
 from qsd.drivers.qcow2.loading import ENTRIES, read_table
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2, SNAPSHOT_TABLE
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot
@@ -345,8 +345,8 @@ async def _flagged(driver: Qcow2Driver, entry: int) -> int:
 
 async def _mark(image: Image) -> bool:
     """Counts and flags may not agree from now on; whether they did not before. Raises OSError."""
-    if image.header.version >= 3 and not image.header.incompatible & DIRTY:
-        await image.change_header(incompatible=image.header.incompatible | DIRTY)
+    if not image.header.incompatible & DIRTY and (changes := marking(image.header)):
+        await image.change_header(**changes)
     needed_repair, image.needs_repair = image.needs_repair, True
     return needed_repair
 
@@ -357,6 +357,6 @@ async def _unmark(driver: Qcow2Driver, *, needed_repair: bool) -> None:
     image.needs_repair = needed_repair
     if image.header.incompatible & DIRTY and not image.settings.lazy_refcounts and not image.needs_repair:
         try:
-            await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
+            await image.change_header(**unmarking(image.header))
         except OSError as error:
             log.warning("%s stays marked as dirty: %s", driver.node_name, error)

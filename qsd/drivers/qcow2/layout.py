@@ -11,7 +11,7 @@ nobody here knows and header fields of later versions survive that.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -69,6 +69,8 @@ LAZY_REFCOUNTS: Final = 1 << 0
 BITMAPS: Final = 1 << 0
 DATA_FILE_RAW: Final = 1 << 1
 KNOWN_AUTOCLEAR: Final = BITMAPS | DATA_FILE_RAW
+# Our own, of a version 2 image while it is marked: see ``marking``. Whoever else writes to it takes it away.
+WAS_V2: Final = 1 << 63
 
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
@@ -79,6 +81,7 @@ COMPRESSION_NAMES: Final = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
+_SECTOR: Final = 512
 _NOT_QCOW2 = "Image is not in qcow2 format"
 
 
@@ -113,6 +116,11 @@ class Header:
     feature_names: dict[tuple[int, int], str] = attrs.field(factory=dict, eq=False)
 
     # -- derived ----------------------------------------------------------------------------------------------
+
+    @property
+    def content_version(self) -> int:
+        """The version whose features the image has: 2 of one that is version 3 only to be marked."""
+        return 2 if self.autoclear & WAS_V2 else self.version
 
     @property
     def cluster_size(self) -> int:
@@ -350,6 +358,26 @@ def _check_bounds(header: Header) -> None:
         raise QmpError(f"Unsupported encryption method {signed}")
 
 
+def marking(header: Header) -> dict[str, Any]:
+    """What changes in the header to say: counts and flags may not agree, who writes to the image is to repair it.
+
+    Version 2 has no such mark. Its image is one of version 3 meanwhile, if the header then fits into a sector,
+    which arrives as a whole; otherwise nothing changes.
+    """
+    if header.version >= 3:
+        return {"incompatible": header.incompatible | DIRTY}
+    changes: dict[str, Any] = {"version": 3, "header_length": FULL_LENGTH}
+    changes |= {"incompatible": DIRTY, "autoclear": WAS_V2}
+    return changes if len(serialise_header(attrs.evolve(header, **changes))) <= _SECTOR else {}
+
+
+def unmarking(header: Header) -> dict[str, Any]:
+    """What changes in the header to say that they agree."""
+    if header.content_version < 3:
+        return {"version": 2, "header_length": V2_LENGTH, "incompatible": 0, "autoclear": 0, "later_fields": b""}
+    return {"incompatible": header.incompatible & ~DIRTY}
+
+
 def serialise_header(header: Header) -> bytes:
     """The header cluster's bytes up to the end of the backing file name, padded to 8.
 
@@ -357,6 +385,7 @@ def serialise_header(header: Header) -> bytes:
     """
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
     has_names = header.version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
+    has_names = has_names and not header.autoclear & WAS_V2
     extensions = serialise_extensions((*header.extensions, *([feature_table()] if has_names else [])))
     name = header.backing_file or b""
     backing_offset = length + len(extensions) if header.backing_file is not None else 0

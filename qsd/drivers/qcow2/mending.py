@@ -14,7 +14,7 @@ import trio
 
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2.check import Checker, Findings
-from qsd.drivers.qcow2.layout import DIRTY, Header
+from qsd.drivers.qcow2.layout import Header, unmarking
 from qsd.drivers.qcow2.loading import read_header, read_table
 from qsd.drivers.qcow2.repair import Repaired, repair
 from qsd.errors import QmpError, errno_text
@@ -41,7 +41,7 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
         if found.corruptions:
             log.warning("%s is damaged beyond repair: %s", driver.node_name, "; ".join(found.problems))
         else:
-            await image.change_header(incompatible=image.header.incompatible & ~DIRTY)
+            await image.change_header(**unmarking(image.header))
             log.info("%s: repaired %d leaks, %d corruptions", driver.node_name, fixed.leaks, fixed.corruptions)
         l1 = await read_table(image.file, header.l1_offset, header.l1_size, "Could not read L1 table")
         image.map.l1[:] = l1

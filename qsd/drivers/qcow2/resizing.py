@@ -45,7 +45,7 @@ async def resize(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
     header = driver.image.header
     if size % SECTOR:
         raise QmpError(f"The new size must be a multiple of {SECTOR}")
-    if header.version < 3 and header.snapshot_count:
+    if header.content_version < 3 and header.snapshot_count:
         raise QmpError("Can't resize a v2 image which has snapshots")
     if size > driver.length:
         await _grow(driver, size, exact=exact)

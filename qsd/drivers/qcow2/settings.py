@@ -42,9 +42,9 @@ def settings_of(options: Any, header: Header, *, discard_unmap: bool) -> Setting
     slice_bytes = _slice_bytes(options.l2_cache_entry_size, header)
     l2_cache, refcount_cache = _cache_sizes(options, header, slice_bytes)
     lazy = bool(header.compatible & LAZY_REFCOUNTS) if options.lazy_refcounts is None else options.lazy_refcounts
-    if lazy and header.version < 3:
+    if lazy and header.content_version < 3:
         raise QmpError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
-    if options.discard_no_unref and header.version < 3:
+    if options.discard_no_unref and header.content_version < 3:
         raise QmpError("discard-no-unref is only supported since qcow2 version 3")
     interval = _given(options.cache_clean_interval, DEFAULT_CLEAN_INTERVAL)
     if not 0 <= interval <= MAX_INTERVAL:
