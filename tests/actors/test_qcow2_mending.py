@@ -16,6 +16,7 @@ from qcow2_fakes import MemoryFile, check, cut, opened_on, read
 from qsd.drivers.qcow2 import refcount_codec
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import DIRTY, EXTENDED_L2, Header, parse_header, serialise_header
+from qsd.errors import QmpError
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
 KIB: Final = 1 << 10
@@ -123,6 +124,33 @@ async def test_repair_cut_off_anywhere(name: str, damage: str) -> None:
                 await assert_mended(driver, built)
                 await driver.close()
             assert check(again) == (0, 0), (seed, number)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+async def test_repair_that_cannot_write(name: str) -> None:
+    """The image is not opened then; when there is room again it is."""
+    rng = random.Random(name)
+    plain = tuple(each for each in (*EXTENDED_KINDS, DATA) if each != PACKED)
+    header = HEADERS[name]
+    built = build(header, rng, kinds=plain if header.has_extended_l2 else (DATA,), has_snapshot=True)
+    broken = Damage(built.image, rng)
+    broken.table()
+    for room in range(1, 40):
+        file = MemoryFile(broken.data)
+        file.room = room
+        try:
+            async with opened_on(file) as driver:
+                await driver.close()
+        except* QmpError as group:
+            (error,) = group.exceptions
+            assert str(error) == "Could not repair dirty image: No space left on device"
+        if file.room > 0:
+            break
+        async with opened_on(file) as driver:
+            await assert_mended(driver, built)
+            await driver.close()
+        assert check(file) == (0, 0)
+    assert room > 3
 
 
 async def assert_mended(driver: Any, built: Built) -> None:
