@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
+
+# Drivers whose name is a path, whatever it looks like.
+PATHS: Final = ("file", "host_device")
 
 
 def tree_of(driver: Any, name: str | None = None) -> dict[str, Any]:
@@ -12,7 +15,7 @@ def tree_of(driver: Any, name: str | None = None) -> dict[str, Any]:
         name = driver.filename()
     if name == f"{driver.name}://":
         return {"driver": driver.name}
-    if name.startswith("json:"):
+    if name.startswith("json:") and driver.name not in PATHS:
         tree: dict[str, Any] = json.loads(name.removeprefix("json:"))
         return tree
     if driver.is_format:
@@ -33,6 +36,6 @@ def name_above_file(driver: Any, own: dict[str, Any]) -> str:
     """
     file = driver.children["file"].node.driver
     name: str = file.filename()
-    if not own and not file.is_format and not name.startswith("json:"):
+    if not own and not file.is_format and (file.name in PATHS or not name.startswith("json:")):
         return name
     return "json:" + json.dumps({"driver": driver.name, **own, **_children_of(driver)})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qsd.drivers.probing import encryption_of, probe, protocol_of
 from qsd.errors import QmpError
-from qsd.qapi.visit import from_json
+from qsd.qapi.visit import from_name
 from qsd.wire.qmp_json import parse_one
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def protocol_options(name: str) -> dict[str, Any]:
     if protocol not in _PROTOCOLS:
         raise QmpError(f"Unknown protocol '{protocol}'")
     path = name.partition(":")[2]
+    if protocol_in(path) is not None:
+        # So that it stays a path for whoever is told of it.
+        path = f"./{path}"
     return {"driver": protocol_of(path) if protocol == "file" else protocol, "filename": path}
 
 
@@ -63,6 +66,8 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
             tree["driver"] = _probe_tree(tree["file"])
         return checked_options(_completed(tree))
     file = protocol_options(name)
+    if not file["filename"]:
+        raise QmpError(f"The '{file['driver']}' block driver requires a file name")
     wanted = probe(file["filename"]) if format_name is None else format_name
     if wanted in _PROTOCOLS:
         return checked_options({**file, "driver": wanted})
@@ -82,7 +87,7 @@ def checked_options(tree: dict[str, Any]) -> BlockdevOptions:
     driver = tree.get("driver")
     if driver not in {known.value for known in BlockdevDriver}:
         raise QmpError(f"Unknown driver '{driver}'")
-    options: BlockdevOptions = from_json(BlockdevOptions, tree)
+    options: BlockdevOptions = from_name(BlockdevOptions, tree)
     return options
 
 
@@ -106,7 +111,8 @@ def _completed(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     done = dict(tree)
     if "driver" not in file:
-        done["file"] = {**file, **protocol_options(file["filename"])}
+        # Here it is a path, whatever it looks like.
+        done["file"] = {**file, "driver": protocol_of(file["filename"])}
     if tree["driver"] == "qcow2" and isinstance(encrypt, dict) and "format" not in encrypt:
         done["encrypt"] = {**encrypt, "format": encryption_of(done["file"]["filename"])}
     return done

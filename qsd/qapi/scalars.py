@@ -101,3 +101,21 @@ class KeyvalFlavour:
         if not isinstance(value, str):
             raise QmpError(f"Parameters '{path}.*' are unexpected")
         return value
+
+
+class NameFlavour(JsonFlavour):
+    """JSON values of a name inside an image: texts stand for numbers and flags as well, as tools write them."""
+
+    _texts = KeyvalFlavour()
+
+    def scalar(self, wanted: Builtin, value: Any, path: str) -> Any:
+        is_text = type(value) is str and wanted is not STR
+        return self._texts.scalar(wanted, value, path) if is_text else super().scalar(wanted, value, path)
+
+    def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int:
+        is_text = type(value) is str
+        return (
+            self._texts.integer(wanted, value, path, name)
+            if is_text
+            else super().integer(wanted, value, path, name)
+        )

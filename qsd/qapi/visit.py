@@ -1,4 +1,4 @@
-"""Visitors: JSON values and keyval trees into declared Python values, and those values back into JSON.
+"""Visitors: JSON values, keyval trees and names inside images into declared Python values, and those into JSON.
 
 The order of checks is the reference's, because the first problem is the one reported: members in declaration
 order (base before branch), each with everything below it, then members nobody asked for.
@@ -11,7 +11,7 @@ from typing import Any
 
 from qsd.errors import QmpError
 from qsd.qapi.core import NULL, Command, NullType, is_declared, resolve, wire_members
-from qsd.qapi.scalars import Flavour, JsonFlavour, KeyvalFlavour, invalid_type
+from qsd.qapi.scalars import Flavour, JsonFlavour, KeyvalFlavour, NameFlavour, invalid_type
 from qsd.qapi.types import (
     ANY,
     NULL_TYPE,
@@ -29,6 +29,7 @@ from qsd.qapi.types import (
 
 _JSON = JsonFlavour()
 _KEYVAL = KeyvalFlavour()
+_NAME = NameFlavour()
 _NAMELESS = "null"  # how the reference calls a value without a name of its own, such as a list element
 
 
@@ -55,6 +56,11 @@ def visit_arguments(command: Command, arguments: dict[str, Any]) -> Any:
 def from_keyval(wanted: Any, tree: Any) -> Any:
     """Visit a tree of strings (``qsd.wire.keyval``) as the declared type ``wanted``. Raises QmpError."""
     return _guarded(_KEYVAL, resolve(wanted), tree, "")
+
+
+def from_name(wanted: Any, tree: Any) -> Any:
+    """Visit the JSON object of a name inside an image as the declared type ``wanted``. Raises QmpError."""
+    return _guarded(_NAME, resolve(wanted), tree, "")
 
 
 def to_json(value: Any) -> Any:

@@ -31,8 +31,8 @@ def qmp(running: RunningDaemon, tmp_path: Path) -> Qmp:
     return running.qmp()
 
 
-def naming(path: Path, name: bytes, *, data_file: bool = False) -> Path:
-    """An image of 1 MiB that names a backing file (of unknown format) or a data file, byte by byte."""
+def naming(path: Path, name: bytes, *, data_file: bool = False, kind: bytes | None = None) -> Path:
+    """An image of 1 MiB that names a backing file (of unknown format or ``kind``) or a data file, byte by byte."""
     img("create", "-q", "-f", "qcow2", path, MIB)
     image = bytearray(path.read_bytes())
     if data_file:
@@ -40,9 +40,11 @@ def naming(path: Path, name: bytes, *, data_file: bool = False) -> Path:
         extension = struct.pack(">II", 0x44415441, len(name)) + name + bytes(-len(name) % 8 + 8)
         image[112 : 112 + len(extension)] = extension
     else:
-        image[112:120] = bytes(8)
-        image[120 : 120 + len(name)] = name
-        image[8:20] = struct.pack(">QI", 120, len(name))
+        format_ = b"" if kind is None else struct.pack(">II", 0xE2792ACA, len(kind)) + kind + bytes(-len(kind) % 8)
+        at = 120 + len(format_)
+        image[112:at] = format_ + bytes(8)
+        image[at : at + len(name)] = name
+        image[8:20] = struct.pack(">QI", at, len(name))
     path.write_bytes(image)
     return path
 
@@ -134,6 +136,7 @@ def test_name_that_is_not_utf8_is_shown_so_that_clients_can_read_it(qmp: Qmp, tm
     assert shown(qmp)["image"]["backing-filename"] == "\ufffd"
 
 
+BAD_JSON = "Could not parse the JSON options"
 # A backing file's name whose format the image does not tell, and what comes of it; None: it is opened. Where the
 # reference says otherwise, that stands behind it.
 OTHERS: list[tuple[str, str | None]] = [
@@ -154,8 +157,45 @@ OTHERS: list[tuple[str, str | None]] = [
     ("raw:base.raw", "Unknown protocol 'raw'"),
     ("fat:directory", "Unknown protocol 'fat'"),  # opens it
     ("json:{}", "Must specify either driver or file"),
-    ("json:x", "Could not parse the JSON options: 1:1: JSON parse error, invalid keyword 'x'"),
+    ("json:x", f"{BAD_JSON}: 1:1: JSON parse error, invalid keyword 'x'"),
     ("json:[]", "Invalid JSON object given"),
+    ('json:{"driver": "raw", "offset": "512", "size": "1024", "file.filename": "base.raw"}', None),
+    ('json:{"driver": "raw", "offset": 512, "size": "0x400", "file.filename": "base.raw"}', None),
+    ('json:{"driver": "qcow2", "read-only": "on", "file.filename": "base.qcow2"}', None),
+    (
+        'json:{"driver": "qcow2", "read-only": "maybe", "file.filename": "base.qcow2"}',
+        "Parameter 'read-only' expects 'on' or 'off'",
+    ),
+    (
+        'json:{"driver": "raw", "offset": "x", "file.filename": "base.raw"}',
+        # "Parameter 'offset' expects a non-negative number below 2^64"
+        "Parameter 'offset' expects integer",
+    ),
+    ('json:{"driver": "null-co", "size": "1048576"}', None),
+    ('json:{"driver": "null-co", "size": "-1"}', "Value '-1' is out of range for parameter 'size'"),  # dies
+    ('json:{"file.filename": "nbd:x"}', None),
+    ('json:{"driver": "null-co", "driver": "null-co"}', f"{BAD_JSON}: 1:33: JSON parse error, duplicate key"),
+    ("file:nbd:x", None),
+    ("./json:x", None),
+    ("file:json:x", None),
+    ("file:", "The 'file' block driver requires a file name"),
+    ("a\nb", None),
+    (".", "'file' driver requires '.' to be a regular file"),
+    ("base.raw/", "Could not open 'base.raw/': Not a directory"),
+    ("/dev/fd/0", None),  # which is /dev/null
+    ("/dev/fdset/7", "Could not open '/dev/fdset/7': No such file or directory"),  # no such set: other words
+    ("/proc/self/mem", "Could not open '/proc/self/mem': Input/output error"),
+    ("fd:3", "Unknown protocol 'fd'"),
+    ("quorum:x", "Unknown protocol 'quorum'"),
+    # The reference opens these, or dials out, before anybody has said that it may.
+    ("nbd:x", "Unknown protocol 'nbd'"),
+    ("nbd:unix:/nonexistent", "Unknown protocol 'nbd'"),
+    ("nbd+unix:///x?socket=/nonexistent", "Unknown protocol 'nbd+unix'"),
+    ("http://127.0.0.1:1/x", "Unknown protocol 'http'"),
+    ("ssh://127.0.0.1:1/x", "Unknown protocol 'ssh'"),
+    ("blkdebug::base.raw", "Unknown protocol 'blkdebug'"),
+    ("host_cdrom:/dev/null", "Unknown protocol 'host_cdrom'"),
+    ('json:{"driver": "nbd", "path": "/nonexistent"}', "Unknown driver 'nbd'"),
     ('json:{"driver": "nope"}', "Unknown driver 'nope'"),
     ('json:{"driver": "raw", "file": "mine"}', "An image cannot name the node 'mine'"),  # opens it
 ]
@@ -170,6 +210,8 @@ def test_backing_file_of_any_name_is_opened_or_refused_at_once(
     Path("short.qcow2").write_bytes(Path("base.qcow2").read_bytes()[:100])
     Path("directory").mkdir()
     os.mkfifo("fifo")
+    for name in ("nbd:x", "json:x", "a\nb"):
+        Path(name).write_bytes(bytes(MIB))
     qmp = daemon().qmp()
     qmp.execute("blockdev-add", driver="null-co", node_name="mine")
     for name, text in OTHERS:
@@ -179,6 +221,7 @@ def test_backing_file_of_any_name_is_opened_or_refused_at_once(
         wanted = None if text is None else f"Could not open backing file: {text}"
         assert answer.get("error", {}).get("desc") == wanted, name
         if text is None:
+            assert len(qmp.execute("query-named-block-nodes")) > 1
             qmp.execute("blockdev-del", node_name="n")
         assert [node["node-name"] for node in qmp.execute("query-named-block-nodes")] == ["mine"]
 
@@ -194,6 +237,88 @@ def test_images_that_are_their_own_backing_files_are_refused(
     )
     assert text.endswith("The chain of images is too long")
     assert qmp.execute("query-named-block-nodes") == []
+
+
+# A data file's name is a path, whatever it looks like.
+DATA_FILES: list[tuple[bytes, str | None]] = [
+    (b"base.raw", None),
+    (b"nbd:x", None),
+    (b"a\nb", None),
+    (b"/dev/null", None),
+    (b"base.raw\0x", None),
+    (b'json:{"driver": "null-co"}', 'Could not open \'json:{"driver": "null-co"}\': No such file or directory'),
+    (b"nbd:unix:/x", "Could not open 'nbd:unix:/x': No such file or directory"),
+    (b"http://127.0.0.1:1/", "Could not open 'http://127.0.0.1:1/': No such file or directory"),
+    (b"file:base.raw", "Could not open 'file:base.raw': No such file or directory"),
+    (b"", "The 'file' block driver requires a file name"),
+    (b"\0base.raw", "The 'file' block driver requires a file name"),
+    (b"directory", "Could not open 'directory': Is a directory"),
+    (b"image", 'Failed to get shared "resize" lock'),
+]
+
+
+def test_data_file_of_any_name_is_a_path(daemon: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("directory").mkdir()
+    for file in ("base.raw", "nbd:x", "a\nb"):
+        Path(file).write_bytes(bytes(MIB))
+    qmp = daemon().qmp()
+    for name, text in DATA_FILES:
+        naming(Path("image"), name, data_file=True)
+        arguments = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "image"}}
+        answer = qmp.command("blockdev-add", arguments)
+        assert answer.get("error", {}).get("desc") == text, name
+        if text is None:
+            qmp.execute("blockdev-del", node_name="n")
+        assert qmp.execute("query-named-block-nodes") == []
+
+
+NO_DEVICE = "'host_device' driver requires 'base.raw' to be either a character or block device"
+# What an image says the format of its backing file is, and what comes of it where that is a lie, or is none.
+FORMATS: list[tuple[str, str, str | None]] = [
+    ("base.qcow2", "raw", None),
+    ("base.raw", "qcow2", "Image is not in qcow2 format"),
+    ("base.raw", "luks", "Parameter 'key-secret' is required for cipher"),
+    ("base.raw", "file", None),
+    (
+        "base.raw",
+        "host_device",
+        "'host_device' driver requires 'base.raw' to be either a character or block device",
+    ),
+    ("base.raw", "RAW", "Unknown driver 'RAW'"),
+    ("base.raw", "json", "Unknown driver 'json'"),
+    ("base.raw", "raw\0qcow2", None),
+    ("base.raw", "", None),
+    ('json:{"driver": "qcow2", "file.filename": "base.raw"}', "raw", None),
+    ('json:{"driver": "raw", "file.filename": "base.raw"}', "qcow2", "Image is not in qcow2 format"),
+]
+
+
+def test_format_of_a_backing_file_is_what_the_image_says(
+    daemon: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A qcow2 image that is said to be raw is its bytes, whatever they name."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(bytes(MIB))
+    img("create", "-q", "-f", "qcow2", "base.qcow2", MIB)
+    qmp = daemon().qmp()
+    for name, kind, text in FORMATS:
+        naming(Path("image"), name.encode(), kind=kind.encode())
+        arguments = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "image"}}
+        answer = qmp.command("blockdev-add", arguments)
+        wanted = None if text is None else f"Could not open backing file: {text}"
+        assert answer.get("error", {}).get("desc") == wanted, (name, kind)
+        if text is None:
+            drivers = [node["drv"] for node in qmp.execute("query-named-block-nodes")]
+            assert drivers.count("qcow2") == 1, (name, kind)
+            qmp.execute("blockdev-del", node_name="n")
+
+
+def test_names_that_look_like_others_are_told_as_they_are(qmp: Qmp, tmp_path: Path) -> None:
+    """A file called ``json:x`` made every query fail."""
+    (tmp_path / "json:x").write_bytes(bytes(MIB))
+    qmp.execute("blockdev-add", driver="raw", node_name="n", file={"driver": "file", "filename": "json:x"})
+    assert shown(qmp)["file"] == "json:x"
 
 
 def test_data_file_in_this_process_memory_is_refused(qmp: Qmp, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ async def open_data_file(driver: Qcow2Driver) -> None:
         return
     if "data-file" not in driver.children:
         name = image.header.extension(EXT_DATA_FILE)
-        if not name:
+        if name is None:
             raise QmpError("'data-file' is required for this image")
         await driver.host.open_child("data-file", ChildRole.DATA, plain_options(facts.text(name)))
     image.map.data = driver.children["data-file"]
