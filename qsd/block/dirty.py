@@ -132,7 +132,8 @@ class BitmapSet:
             if len(bitmap.name.encode()) > MAX_NAME:
                 raise QmpError(f"Bitmap name too long: {bitmap.name}")
         self._bitmaps.append(bitmap)
-        self.refresh()
+        if bitmap.is_recording:
+            self.recording += (bitmap.bits,)
 
     def adopt(self, bitmaps: Iterable[NamedBitmap]) -> None:
         """Take in what an image holds. Raises QmpError when a name is taken, and takes none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ class MemoryImage:
     async def read(self, offset: int, length: int) -> bytes:
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
-    async def write(self, offset: int, data: bytes) -> None:
-        self._step()
-        assert offset
-        assert not offset % self.cluster
-        self._put(offset, data)
+    async def write(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        for offset, data in pieces:
+            self._step()
+            assert offset
+            assert not offset % self.cluster
+            self._put(offset, data)
 
     def _put(self, offset: int, data: bytes) -> None:
         self.log.append(("write", offset, bytes(data)))

@@ -310,6 +310,9 @@ async def test_header_is_written_between_flushes() -> None:
 
 # -- what may be added ----------------------------------------------------------------------------------------
 
+# So many of the longest names fit into a directory.
+FITTING = 65535 * 1024 // 1048
+
 
 @pytest.mark.parametrize(
     ("changes", "new", "others", "text"),
@@ -323,6 +326,7 @@ async def test_header_is_written_between_flushes() -> None:
             "Too much space will be occupied by the bitmap. Use larger granularity",
         ),
         ({}, named("a"), 65535, "Maximum number of persistent bitmaps is already reached"),
+        ({}, named("a" * 1023), FITTING, "Not enough space in the bitmap directory"),
     ],
 )
 async def test_check_texts(
@@ -332,13 +336,15 @@ async def test_check_texts(
     image = empty_image()
     image.header = Header(**{"size": SIZE, **changes})
     with pytest.raises(QmpError) as caught:
-        Qcow2Bitmaps(image, print).check(str(new.name), new.bits.data_length, [named("b", size=0)] * others)
+        Qcow2Bitmaps(image, print).check(str(new.name), new.bits.data_length, [named("b" * 1023, size=0)] * others)
     assert caught.value.desc == text
 
 
 async def test_largest_bitmap_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MAX_DATA", 1 << 20)
-    Qcow2Bitmaps(empty_image(), print).check("a", 1 << 20, [named("b")] * 65534)
+    store = Qcow2Bitmaps(empty_image(), print)
+    store.check("a", 1 << 20, [named("b")] * 65534)
+    store.check("a" * 1023, 1 << 20, [named("b" * 1023)] * (FITTING - 1))
 
 
 # -- hostile images -------------------------------------------------------------------------------------------
@@ -463,14 +469,14 @@ async def test_memory_an_image_can_ask_for_is_bounded(monkeypatch: pytest.Monkey
     image = empty_image()
     data = layout.pack_directory(entries)
     offset = await image.allocate(-(-len(data) // CLUSTER))
-    await image.write(offset, data)
+    await image.write([(offset, data)])
     header = image.header.with_extension(EXT_BITMAPS, BitmapsExtension(6, len(data), offset).serialise())
     await image.change_header(extensions=header.extensions, autoclear=BITMAPS)
     # All are in use, so that only the size of the disk counts.
     at = offset
     for entry in entries:
         struct.pack_into(">I", image.data, at + 12, layout.IN_USE)
-        at += layout.entry_size(entry.name)
+        at += layout.entry_size(len(entry.name))
     with pytest.raises(QmpError, match="Could not read bitmap '4' from image: Cannot allocate memory"):
         await Store(MemoryImage(bytes(image.data))).load((1 << 20) * 8 * G)
 
@@ -501,7 +507,7 @@ entries = st.builds(
 @given(st.lists(entries, max_size=5))
 def test_directory_round_trip(given: list[DirectoryEntry]) -> None:
     data = layout.pack_directory(given)
-    assert len(data) == sum(layout.entry_size(entry.name) for entry in given)
+    assert len(data) == sum(layout.entry_size(len(entry.name)) for entry in given)
     assert list(layout.parse_directory(data, len(given), 512)) == given
 
 
@@ -565,10 +571,11 @@ async def test_many_and_large_bitmaps_let_others_run() -> None:
         nursery.start_soon(others)
         assert len(await many.load()) == 3000
         seen, turns = turns, 0
-        assert seen >= 3000 + 3000 // store_module.ENTRIES, "one for each bitmap, and for the directory"
+        # One for each bitmap, and for the directory; who comes first in the first and last round is chance.
+        assert seen >= 3000 + 3000 // store_module.ENTRIES - 2
         await many.bitmaps.mark_in_use()
         seen, turns = turns, 0
-        assert seen >= 3000 // store_module.ENTRIES
+        assert seen >= 3000 // store_module.ENTRIES - 2
         assert (await large.load())["all"].bits.dirty_bytes == 1 << 36
         assert turns >= (1 << 24) // store_module.PIECE
         nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""Room for compressed clusters: byte after byte in shared host clusters, counted for each."""
+"""Finding free clusters in a row, and room for compressed ones: bytes in shared clusters, counted for each."""
 
 from __future__ import annotations
 
@@ -109,3 +109,34 @@ def test_counts_follow_what_is_held(steps: list[tuple[bool, int]], order: int) -
         assert all(refs.get(cluster) == count for cluster, count in counts.items())
         ends = sorted((offset, offset + length) for offset, length in held)
         assert all(one[1] <= other[0] for one, other in pairwise(ends))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("arrf"), st.integers(1, 5)), max_size=60), st.integers(0, 6))
+def test_rows_are_the_first_there_are(steps: list[tuple[str, int]], order: int) -> None:
+    refs, _ = make(order)
+    refs.allocate(1)
+    held: list[int] = [1]
+    for kind, count in steps:
+        if kind == "f":
+            cluster = held.pop(count * 7 % len(held)) if len(held) > 1 else None
+            if cluster:
+                refs.add(cluster, 1, -1)
+            continue
+        free = [not refs.get(cluster) for cluster in range(max(held) + 10)]
+        if kind == "a":
+            first, count = refs.allocate(1)
+            assert first == free.index(True)
+        else:
+            first = refs.allocate_contiguous(count)
+            assert first == next(at for at in range(len(free)) if all(free[at : at + count]))
+        held += range(first, first + count)
+    assert all(refs.get(cluster) for cluster in range(refs.first_free) if cluster < max(held))
+
+
+def test_clusters_in_use_are_looked_at_once() -> None:
+    """Bitmaps take thousands of clusters one by one."""
+    refs, _ = make()
+    for _ in range(1000):
+        first = refs.allocate_contiguous(1)
+    assert refs.first_free == first == 1000

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.qcow2.image import Freeing, Image
 from qsd.drivers.qcow2.metadata_map import BITMAP_DIRECTORY
+from qsd.drivers.qcow2.storing import write_all
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
@@ -31,9 +33,9 @@ class DriverImage:
         data = await file.read(offset, there) if there else b""
         return data.ljust(length, b"\0")
 
-    async def write(self, offset: int, data: bytes) -> None:
-        """Write to clusters that were allocated here."""
-        await self._writable().file.write(offset, data)
+    async def write(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Write pieces to clusters that were allocated here."""
+        await write_all(self._writable().file, pieces)
 
     async def allocate(self, count: int) -> int:
         """The offset of ``count`` free clusters in a row, which have one reference from now on."""

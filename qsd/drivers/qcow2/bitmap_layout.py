@@ -57,6 +57,19 @@ class DirectoryEntry:
         """The name to show and to ask for."""
         return self.name.decode("utf-8", "surrogateescape")
 
+    def pack(self) -> bytes:
+        """The bytes of the entry."""
+        packed = ENTRY.pack(
+            self.table_offset,
+            self.table_entries,
+            self.flags,
+            DIRTY_TRACKING,
+            self.granularity_bits,
+            len(self.name),
+            0,
+        )
+        return (packed + self.name).ljust(entry_size(len(self.name)), b"\0")
+
 
 @attrs.frozen
 class Run:
@@ -78,9 +91,9 @@ def parse_extension(data: bytes, cluster_size: int) -> BitmapsExtension:
     return found
 
 
-def entry_size(name: bytes) -> int:
-    """Bytes of a directory entry."""
-    return -(-(ENTRY.size + len(name)) // 8) * 8
+def entry_size(name_size: int) -> int:
+    """Bytes of a directory entry, from those of its name."""
+    return -(-(ENTRY.size + name_size) // 8) * 8
 
 
 def parse_directory(data: bytes, count: int, cluster_size: int) -> Iterator[DirectoryEntry]:
@@ -96,7 +109,7 @@ def parse_directory(data: bytes, count: int, cluster_size: int) -> Iterator[Dire
         if extra:
             raise QmpError("Bitmap extra data is not supported")
         start = position + ENTRY.size
-        position += -(-(ENTRY.size + name_size) // 8) * 8
+        position += entry_size(name_size)
         if position > len(data):
             raise QmpError("Broken bitmap directory")
         # As C reads it: what follows a NUL is no part of the name.
@@ -123,19 +136,7 @@ def _is_acceptable(entry: DirectoryEntry, cluster_size: int) -> bool:
 
 def pack_directory(entries: Iterable[DirectoryEntry]) -> bytes:
     """The bytes of a directory."""
-    parts = []
-    for entry in entries:
-        packed = ENTRY.pack(
-            entry.table_offset,
-            entry.table_entries,
-            entry.flags,
-            DIRTY_TRACKING,
-            entry.granularity_bits,
-            len(entry.name),
-            0,
-        )
-        parts.append((packed + entry.name).ljust(entry_size(entry.name), b"\0"))
-    return b"".join(parts)
+    return b"".join(entry.pack() for entry in entries)
 
 
 def parse_table(data: bytes, cluster_size: int) -> array[int]:

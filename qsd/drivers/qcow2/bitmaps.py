@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import attrs
@@ -56,8 +57,8 @@ class BitmapImage(Protocol):
     async def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; beyond its end they are zeroes."""
 
-    async def write(self, offset: int, data: bytes) -> None:
-        """Write to clusters that were allocated here."""
+    async def write(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Write pieces (offset, bytes), in any order, to clusters that were allocated here."""
 
     async def allocate(self, count: int) -> int:
         """The offset of ``count`` free clusters in a row, which have one reference from now on."""
@@ -108,11 +109,14 @@ class Qcow2Bitmaps:
             raise QmpError(f"Name length exceeds maximum ({layout.MAX_NAME} characters)")
         if length > layout.MAX_DATA:
             raise QmpError("Too much space will be occupied by the bitmap. Use larger granularity")
-        names = [_stored_name(other) for other in others]
-        if len(names) >= MAX_BITMAPS:
+        known = list(others)
+        if len(known) >= MAX_BITMAPS:
             raise QmpError("Maximum number of persistent bitmaps is already reached")
-        if sum(map(layout.entry_size, names)) + layout.entry_size(stored_name) > MAX_BITMAP_DIRECTORY:
-            raise QmpError("Not enough space in the bitmap directory")
+        # A quick look first: nearly always there is room whatever the names are.
+        if (len(known) + 1) * layout.entry_size(layout.MAX_NAME) > MAX_BITMAP_DIRECTORY:
+            sizes = (layout.entry_size(len(_stored_name(other))) for other in known)
+            if sum(sizes) + layout.entry_size(len(stored_name)) > MAX_BITMAP_DIRECTORY:
+                raise QmpError("Not enough space in the bitmap directory")
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class Qcow2Bitmaps:
             await trio.lowlevel.checkpoint()
         if entries != self._entries:
             # In place: the flags are all that changes, and every one of them may be there without the others.
-            await self._image.write(self._directory.offset, bytes(data))
+            await self._image.write([(self._directory.offset, bytes(data))])
             await self._image.flush()
             self._entries = entries
 
@@ -237,12 +241,18 @@ class Qcow2Bitmaps:
         kept = [entry for entry in self._entries if (b := wanted.get(entry.text)) is not None and b.is_inconsistent]
         entries: dict[str, DirectoryEntry | None] = {entry.text: None for entry in self._entries}
         entries |= {entry.text: entry for entry in kept}
+        last: NamedBitmap | None = None
         async with _Allocations(self._image) as made:
             # As the reference does it: what is new comes behind what was there, the newest first.
             for bitmap in reversed(wanted.values()):
                 if not bitmap.is_inconsistent:
-                    entry = await self._write_bitmap(bitmap, made)
+                    with _naming(bitmap):
+                        entry = await self._write_bitmap(bitmap, made)
                     entries[entry.text] = entry
+                    last = bitmap
+            if last is not None:
+                with _naming(last):
+                    await made.write_rest()
             replaced = [entry for entry in self._entries if entry not in kept]
             try:
                 await self._switch([entry for entry in entries.values() if entry is not None], made)
@@ -251,16 +261,13 @@ class Qcow2Bitmaps:
         await self._give_up(replaced)
 
     async def _write_bitmap(self, bitmap: NamedBitmap, made: _Allocations) -> DirectoryEntry:
+        """Allocate and write a bitmap. Raises OSError, also when an earlier one could not be written."""
         bits = bitmap.bits
-        try:
-            if not bits.data_length:
-                raise OSError(errno.ENOMEM, "the disk is empty")
-            table = await self._write_bits(bits, made)
-            offset = await made.allocate(self._clusters(len(table) * 8))
-            await self._image.write(offset, big_endian(table))
-        except OSError as error:
-            text = errno_text(error.errno or 0)
-            raise QmpError(f"Failed to write bitmap '{bitmap.name}' to file: {text}") from None
+        if not bits.data_length:
+            raise OSError(errno.ENOMEM, "the disk is empty")
+        table = await self._write_bits(bits, made)
+        offset = await made.allocate(self._clusters(len(table) * 8))
+        await made.write(offset, big_endian(table))
         flags = layout.AUTO if bitmap.is_recording else 0
         return DirectoryEntry(_stored_name(bitmap), offset, len(table), bits.shift, flags)
 
@@ -290,7 +297,7 @@ class Qcow2Bitmaps:
         cluster = self._image.header.cluster_size
         offset = await made.allocate(last - first)
         data = bits.read(first * cluster, min(bits.data_length, last * cluster))
-        await self._image.write(offset, data.ljust((last - first) * cluster, b"\0"))
+        await made.write(offset, data.ljust((last - first) * cluster, b"\0"))
         for number in range(first, last):
             table[number] = offset + (number - first) * cluster
 
@@ -304,7 +311,7 @@ class Qcow2Bitmaps:
             data = layout.pack_directory(entries)
             count = self._clusters(len(data))
             new = Run(0, count, await made.allocate(count))
-            await image.write(new.offset, data)
+            await image.write([(new.offset, data)])
             extension = BitmapsExtension(len(entries), len(data), new.offset)
         await image.flush()
         await self._change_header(extension)
@@ -344,18 +351,46 @@ class Qcow2Bitmaps:
         return -(-length // self._image.header.cluster_size)
 
 
+@contextmanager
+def _naming(bitmap: NamedBitmap) -> Iterator[None]:
+    """Say of which bitmap it is that it cannot be written. (It may be one shortly before.)"""
+    try:
+        yield
+    except OSError as error:
+        text = errno_text(error.errno or 0)
+        raise QmpError(f"Failed to write bitmap '{bitmap.name}' to file: {text}") from None
+
+
 class _Allocations:
-    """Clusters allocated inside the scope; they are given back unless ``keep`` was called before it ends."""
+    """Clusters allocated inside the scope; they are given back unless ``keep`` was called before it ends.
+
+    What is written to them goes to the file when there is ``PIECE`` of it, and with ``write_rest``.
+    """
 
     def __init__(self, image: BitmapImage) -> None:
         self._image = image
         self._made: list[tuple[int, int]] = []
+        self._pieces: list[tuple[int, bytes]] = []
+        self._size = 0
 
     async def allocate(self, count: int) -> int:
         """As ``BitmapImage.allocate``."""
         offset = await self._image.allocate(count)
         self._made.append((offset, count))
         return offset
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write some time before ``write_rest`` returns. Raises OSError, also for what came before."""
+        self._pieces.append((offset, data))
+        self._size += len(data)
+        if self._size >= PIECE:
+            await self.write_rest()
+
+    async def write_rest(self) -> None:
+        """Write what has not been written yet. Raises OSError."""
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            await self._image.write(pieces)
 
     def keep(self) -> None:
         """What was allocated is referred to."""

@@ -194,6 +194,7 @@ class Refcounts:
 
     def _search(self, count: int) -> tuple[int, list[int]]:
         """The first of ``count`` free clusters in a row, and the blocks that are missing to count them."""
+        is_whole = self._row_start <= self.first_free
         cluster = max(self.first_free, self._row_start)
         length = 0
         missing: list[int] = []
@@ -206,13 +207,20 @@ class Refcounts:
                     raise Cold("refcount table", self._host.grow_refcount_table)
                 missing.append(index)
                 length = min(length + self.entries - at, count + len(missing))
-            elif block[at]:
-                cluster = self._row_start = cluster + length + 1
-                length = 0
+            elif length and not block[at]:
+                length += 1
+            else:
+                free = self._find_free(block, at)
+                is_whole = is_whole and not length
+                length = 1 if free >= 0 else 0
+                cluster = (index << self.block_bits) + (free if free >= 0 else self.entries)
+                self._row_start = cluster
                 missing.clear()
                 self._searched.clear()
-            else:
-                length += 1
+                self._searched.add(index)
+        if is_whole:
+            # Nothing free was passed over: what lies before the row is not looked at again.
+            self.first_free = cluster
         return cluster, missing
 
     def allocate_bytes(self, size: int) -> int:
