@@ -173,3 +173,27 @@ def test_parse_damaged_header_is_a_header_or_one_error(
         assert found.refcount_table_clusters * found.cluster_size <= layout.MAX_REFCOUNT_TABLE_BYTES
         assert found.snapshot_count <= layout.MAX_SNAPSHOTS
         assert found.l1_needed <= found.l1_size
+
+
+@pytest.mark.parametrize(
+    ("change", "version"),
+    [
+        ({}, 2),
+        ({"incompatible": layout.DIRTY | layout.CORRUPT}, 2),
+        ({"incompatible": 0}, 3),
+        ({"incompatible": layout.DIRTY | layout.EXTENDED_L2}, 3),
+        ({"incompatible": layout.DIRTY | layout.DATA_FILE}, 3),
+        ({"compatible": layout.LAZY_REFCOUNTS}, 3),
+        ({"autoclear": layout.WAS_V2 | layout.BITMAPS}, 3),
+        ({"refcount_order": 0}, 3),
+        ({"later_fields": bytes(8)}, 3),
+    ],
+    ids=str,
+)
+def test_image_that_uses_version_3_is_not_taken_for_a_marked_one_of_version_2(
+    change: dict[str, Any], version: int
+) -> None:
+    old = Header(version=2, header_length=layout.V2_LENGTH)
+    marked = attrs.evolve(old, **layout.marking(old))
+    assert attrs.evolve(marked, **layout.unmarking(marked)) == old
+    assert attrs.evolve(marked, **change).content_version == version

@@ -40,6 +40,7 @@ V2_LENGTH: Final = 72
 V3_LENGTH: Final = 104
 # With the compression type and its padding; what is written for every new image.
 FULL_LENGTH: Final = 112
+V2_REFCOUNT_ORDER: Final = 4
 
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
@@ -107,7 +108,7 @@ class Header:
     incompatible: int = 0
     compatible: int = 0
     autoclear: int = 0
-    refcount_order: int = 4
+    refcount_order: int = V2_REFCOUNT_ORDER
     header_length: int = FULL_LENGTH
     compression_type: int = COMPRESSION_ZLIB
     later_fields: bytes = b""
@@ -120,7 +121,10 @@ class Header:
     @property
     def content_version(self) -> int:
         """The version whose features the image has: 2 of one that is version 3 only to be marked."""
-        return 2 if self.autoclear & WAS_V2 else self.version
+        is_marked = self.incompatible | CORRUPT == DIRTY | CORRUPT and self.autoclear == WAS_V2
+        # With anything else that only version 3 has, the mark is not ours.
+        is_plain = not self.compatible and self.refcount_order == V2_REFCOUNT_ORDER and not self.later_fields
+        return 2 if is_marked and is_plain else self.version
 
     @property
     def cluster_size(self) -> int:
