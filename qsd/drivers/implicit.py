@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from qsd.drivers.name_texts import in_names_words
 from qsd.drivers.probing import encryption_of, probe, protocol_of
 from qsd.errors import QmpError
 from qsd.qapi.visit import from_name
@@ -60,11 +61,15 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
         tree = _json_tree(name)
         if format_name is not None:
             tree["driver"] = format_name
-        elif "driver" not in tree:
+        elif not isinstance(tree.get("driver"), str):
             if "file" not in tree:
                 raise QmpError("Must specify either driver or file")
             tree["driver"] = _probe_tree(tree["file"])
-        return checked_options(_completed(tree))
+        tree = _completed(tree)
+        try:
+            return checked_options(tree)
+        except QmpError as error:
+            raise in_names_words(error, tree) from None
     file = protocol_options(name)
     if not file["filename"]:
         raise QmpError(f"The '{file['driver']}' block driver requires a file name")
@@ -107,6 +112,8 @@ def _json_tree(name: str) -> dict[str, Any]:
 def _completed(tree: dict[str, Any]) -> dict[str, Any]:
     """What the reference leaves out of the names it gives: how a file is opened, and how an image is encrypted."""
     file, encrypt = tree.get("file"), tree.get("encrypt")
+    if isinstance(file, dict) and "driver" in file and isinstance(file.get("file"), dict):
+        return {**tree, "file": _completed(file)}
     if not isinstance(file, dict) or not isinstance(file.get("filename"), str):
         return tree
     done = dict(tree)
@@ -124,7 +131,11 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
         if not isinstance(inner, dict):
             raise QmpError(f"Cannot mix the option '{part}' and its members")
         tree = inner
-    tree[path[-1]] = value
+    held = tree.get(path[-1])
+    if isinstance(held, dict) and isinstance(value, dict):
+        held.update(value)
+    else:
+        tree[path[-1]] = value
 
 
 def _without_nodes(tree: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +143,7 @@ def _without_nodes(tree: dict[str, Any]) -> dict[str, Any]:
     kept = {key: item for key, item in tree.items() if key != "node-name"}
     for child in ("file", "backing", "data-file"):
         inner = kept.get(child)
-        if isinstance(inner, str):
+        if isinstance(inner, str) and (inner or child != "backing"):
             raise QmpError(f"An image cannot name the node '{inner}'")
         if isinstance(inner, dict):
             kept[child] = _without_nodes(inner)

@@ -103,19 +103,31 @@ class KeyvalFlavour:
         return value
 
 
-class NameFlavour(JsonFlavour):
-    """JSON values of a name inside an image: texts stand for numbers and flags as well, as tools write them."""
+# Counts, in names of images; other numbers there are sizes and may have units.
+_COUNTS = frozenset({"aio-max-batch", "cache-clean-interval", "latency-ns"})
 
-    _texts = KeyvalFlavour()
+
+class NameFlavour(JsonFlavour):
+    """JSON in the name of an image, where everything may also be a string, as on a command line."""
 
     def scalar(self, wanted: Builtin, value: Any, path: str) -> Any:
-        is_text = type(value) is str and wanted is not STR
-        return self._texts.scalar(wanted, value, path) if is_text else super().scalar(wanted, value, path)
+        if wanted is BOOL and type(value) is not bool:
+            flag = parse_bool(value) if type(value) is str else None
+            if flag is None:
+                raise QmpError(f"Parameter '{path}' expects 'on' or 'off'")
+            return flag
+        return super().scalar(wanted, value, path)
 
     def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int:
-        is_text = type(value) is str
-        return (
-            self._texts.integer(wanted, value, path, name)
-            if is_text
-            else super().integer(wanted, value, path, name)
-        )
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        elif type(value) is not int:
+            is_count = name in _COUNTS
+            read = parse_integer(value) if type(value) is str else None
+            if read is None and type(value) is str and not is_count:
+                read = parse_size(value)
+            if read is None:
+                what = "a number" if is_count else "a non-negative number below 2^64"
+                raise QmpError(f"Parameter '{path}' expects {what}")
+            value = read
+        return super().integer(wanted, value, path, name)

@@ -136,6 +136,12 @@ def test_name_that_is_not_utf8_is_shown_so_that_clients_can_read_it(qmp: Qmp, tm
     assert shown(qmp)["image"]["backing-filename"] == "\ufffd"
 
 
+def raw(**more: Any) -> str:
+    """The JSON name of ``base.raw`` with further options."""
+    tree = {"driver": "raw", "file.driver": "file", "file.filename": "base.raw", **more}
+    return f"json:{json.dumps(tree)}"
+
+
 BAD_JSON = "Could not parse the JSON options"
 # A backing file's name whose format the image does not tell, and what comes of it; None: it is opened. Where the
 # reference says otherwise, that stands behind it.
@@ -166,11 +172,6 @@ OTHERS: list[tuple[str, str | None]] = [
         'json:{"driver": "qcow2", "read-only": "maybe", "file.filename": "base.qcow2"}',
         "Parameter 'read-only' expects 'on' or 'off'",
     ),
-    (
-        'json:{"driver": "raw", "offset": "x", "file.filename": "base.raw"}',
-        # "Parameter 'offset' expects a non-negative number below 2^64"
-        "Parameter 'offset' expects integer",
-    ),
     ('json:{"driver": "null-co", "size": "1048576"}', None),
     ('json:{"driver": "null-co", "size": "-1"}', "Value '-1' is out of range for parameter 'size'"),  # dies
     ('json:{"file.filename": "nbd:x"}', None),
@@ -197,6 +198,36 @@ OTHERS: list[tuple[str, str | None]] = [
     ("host_cdrom:/dev/null", "Unknown protocol 'host_cdrom'"),
     ('json:{"driver": "nbd", "path": "/nonexistent"}', "Unknown driver 'nbd'"),
     ('json:{"driver": "nope"}', "Unknown driver 'nope'"),
+    ('json:{"driver": ["raw"]}', "Must specify either driver or file"),
+    # Options in names may be strings, as on a command line.
+    (raw(offset="512", size="1k"), None),
+    (raw(offset="0x200", size=1024.0), None),
+    (raw(offset="x"), "Parameter 'offset' expects a non-negative number below 2^64"),
+    (raw(offset="-1"), "Value '-1' is out of range for parameter 'offset'"),
+    (raw(**{"read-only": "on", "cache.direct": "off"}), None),
+    (raw(**{"read-only": "maybe"}), "Parameter 'read-only' expects 'on' or 'off'"),
+    (raw(**{"read-only": 1}), "Parameter 'read-only' expects 'on' or 'off'"),
+    (raw(**{"file.aio-max-batch": "4", "file.drop-cache": "off"}), None),
+    (raw(**{"file.aio-max-batch": "x"}), "Parameter 'aio-max-batch' expects a number"),
+    (raw(**{"file.drop-cache": "x"}), "Parameter 'drop-cache' expects 'on' or 'off'"),
+    (raw(**{"file.locking": "x"}), "invalid parameter value: x"),
+    (raw(discard="x"), "Invalid discard option"),
+    (raw(nope=1), "Block format 'raw' does not support the option 'nope'"),
+    (raw(**{"file.nope": 1}), "Block protocol 'file' doesn't support the option 'nope'"),
+    ('json:{"driver": "raw"}', 'A block device must be specified for "file"'),
+    ('json:{"driver": "raw", "file": {}}', 'A block device must be specified for "file"'),
+    ('json:{"driver": "raw", "file": 1}', 'A block device must be specified for "file"'),
+    ('json:{"driver": "raw", "file": {"driver": "nope"}}', "Unknown driver 'nope'"),
+    ('json:{"driver": "raw", "file": {"driver": "file"}}', "The 'file' block driver requires a file name"),
+    ('json:{"driver": "file", "filename": 1}', "The 'file' block driver requires a file name"),
+    ('json:{"driver": "raw", "file.driver": "raw", "file.file.filename": "base.raw"}', None),
+    ('json:{"driver": "raw", "file.filename": "base.raw", "file": {"locking": "off"}}', None),
+    ('json:{"driver": "qcow2", "file.filename": "base.qcow2", "backing": null, "lazy-refcounts": "on"}', None),
+    (
+        'json:{"driver": "qcow2", "file.filename": "base.qcow2", "overlap-check": "x"}',
+        "Unsupported value 'x' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, "
+        "cached, all",
+    ),
     ('json:{"driver": "raw", "file": "mine"}', "An image cannot name the node 'mine'"),  # opens it
 ]
 
