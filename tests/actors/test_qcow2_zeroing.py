@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from qcow2_entries import entries
-from qcow2_fakes import MemoryFile, new_image, opened_on, read
+from qcow2_fakes import MemoryFile, check, new_image, opened_on, read
 
 from qsd.drivers.base import Mode
 from qsd.drivers.calls import call
@@ -120,3 +120,24 @@ async def test_zeroes_hide_a_backing_file_that_was_left_out_when_they_were_writt
         found = await read(driver, 0, 64 * KIB)
     seen = "".join("z" if found[at : at + BLOCK] == bytes(BLOCK) else "b" for at in range(0, 64 * KIB, BLOCK))
     assert seen == "zzzbzbzbbbbbbbbb"
+
+
+@pytest.mark.parametrize("op", [Op.DISCARD, Op.WRITE_ZEROES])
+async def test_clusters_of_a_snapshot_keep_their_place_and_their_data(op: Op) -> None:
+    file = MemoryFile(new_image(Header(size=64 * KIB, cluster_bits=12)))
+    async with opened_on(file, discard_no_unref=True) as driver:
+        await call(driver, Op.WRITE, 0, BLOCK, memoryview(b"s" * BLOCK))
+        await driver.create_snapshot("s", 0)
+        before = bytes(file.data)
+        flags = Flag.MAY_UNMAP if op == Op.WRITE_ZEROES else 0
+        await call(driver, op, 0, BLOCK, flags=flags)
+        await call(driver, Op.FLUSH, 0, 0)
+        assert entries(bytes(file.data)).split()[0] == "Hz"
+        assert await read(driver, 0, BLOCK) == bytes(BLOCK)
+        held = before.index(b"s" * BLOCK)
+        assert file.data[held : held + BLOCK] == b"s" * BLOCK
+        await call(driver, Op.WRITE, 512, 512, memoryview(b"n" * 512))
+        assert await read(driver, 0, 1536) == bytes(512) + b"n" * 512 + bytes(512)
+        await driver.delete_snapshot(driver.snapshots()[0].id)
+        await driver.close()
+    assert check(file) == (0, 0)

@@ -362,8 +362,9 @@ class Zeroer(EntryChanger):
             bitmap = table[word + 1] if words == 2 else 0
             if not entry and not bitmap & changes and not hides:
                 continue
-            if keeps and entry & COPIED and not entry & COMPRESSED:
-                self._keep(entry, kept)
+            if keeps and entry & (OFFSET_MASK | COPIED) and not entry & COMPRESSED:
+                if entry & COPIED:
+                    self._keep(entry, kept)
                 table[word] = entry | zero
             else:
                 image.release_entry(entry, why)
