@@ -141,3 +141,14 @@ async def test_clusters_of_a_snapshot_keep_their_place_and_their_data(op: Op) ->
         await driver.delete_snapshot(driver.snapshots()[0].id)
         await driver.close()
     assert check(file) == (0, 0)
+
+
+async def test_zeroes_over_many_tables_hide_such_a_backing_file_too() -> None:
+    size = 8 << 20
+    file = MemoryFile(new_image(Header(size=size, cluster_bits=12)))
+    async with opened_on(file, l2_cache_entry_size=512) as driver:
+        await call(driver, Op.WRITE_ZEROES, BLOCK, size - 2 * BLOCK)
+        await driver.close()
+    assert check(file) == (0, 0)
+    async with opened_on(file, backing=MemoryFile(b"b" * size)) as driver:
+        assert await read(driver, 0, size) == b"b" * BLOCK + bytes(size - 2 * BLOCK) + b"b" * BLOCK

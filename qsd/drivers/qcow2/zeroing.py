@@ -187,20 +187,24 @@ class Zeroer(EntryChanger):
 
     async def _zero_long(self, request: Request, first: int, last: int, edges: list[Range]) -> None:
         kept: Kept = []
-        if await self._walk(request, first, last, partial(self.zero_clusters, flags=request.flags, kept=kept)):
+        zero = partial(self.zero_clusters, flags=request.flags, kept=kept)
+        if await self._walk(request, first, last, zero, skips_unmapped=not self._can_mark_zero):
             self._zero_edges(request, edges, kept)
             self._driver.send()
 
     async def _discard_long(self, request: Request, first: int, last: int) -> None:
         kept: Kept = []
-        if await self._walk(request, first, last, partial(self.discard_clusters, kept=kept)):
+        discard = partial(self.discard_clusters, kept=kept)
+        if await self._walk(request, first, last, discard, skips_unmapped=self._image.driver.backing is None):
             self._discard_data(request, first, last, kept)
             self._driver.send()
 
-    async def _walk(self, request: Request, first: int, last: int, change: Callable[[int, int], None]) -> bool:
+    async def _walk(
+        self, request: Request, first: int, last: int, change: Callable[[int, int], None], *, skips_unmapped: bool
+    ) -> bool:
         """Change clusters slice by slice, with chances for others to run; False when the request ended in error."""
         try:
-            await self.walk(first, last, change, skips_unmapped=self._image.driver.backing is None)
+            await self.walk(first, last, change, skips_unmapped=skips_unmapped)
         except OSError as problem:
             self._ended(request, problem.errno or errno.EIO)
             return False
@@ -354,6 +358,9 @@ class Zeroer(EntryChanger):
         changes = ALL_ALLOCATED | (ALL_ZERO if uncovers else 0)
         low, high = first & self._slice_mask, (last - 1 & self._slice_mask) + 1
         words = self._words
+        if words == 1 and not uncovers and table[low:high].count(ZERO_FLAG) == high - low:
+            # They read as zeroes and have nothing to give up: a whole disk of them may be discarded.
+            return
         image.dirty.touch(number, table, words * low, words * high)
         keeps = image.settings.discard_no_unref and not uncovers
         zero = ZERO_FLAG if self._can_mark_zero and words == 1 and not uncovers else 0
