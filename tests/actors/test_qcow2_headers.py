@@ -18,11 +18,12 @@ from qsd.drivers.calls import call
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import DIRTY, LAZY_REFCOUNTS, Header, parse_header
+from qsd.drivers.qcow2.layout import DIRTY, LAZY_REFCOUNTS, Header, marking, parse_header
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+NOTHING: Final = MemoryFile(b"")
 ALWAYS: Final = 1 << 30
 
 
@@ -97,12 +98,15 @@ TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_s
 # More refcount blocks than the cache may hold.
 SMALL: Final = Header(size=700 * KIB, cluster_bits=9)
 OLD: Final = attrs.evolve(SMALL, version=2)
+# As version 3 it does not fit into a sector.
+UNMARKED: Final = attrs.evolve(OLD, backing_file=b"x" * 420)
 LAZY: Final = attrs.evolve(SMALL, compatible=LAZY_REFCOUNTS)
 # A refcount table of 64 blocks of 64 counts.
 WIDE: Final = Header(size=2100 * KIB, cluster_bits=9, refcount_order=6)
 CASES: Final = {
     "take": Case(take, SMALL, TINY),
     "take-v2": Case(take, OLD, TINY),
+    "take-unmarked": Case(take, UNMARKED, TINY),
     "take-lazy": Case(take, LAZY, TINY),
     "drop": Case(drop, SMALL, TINY),
     "drop-v2": Case(drop, OLD, TINY),
@@ -117,14 +121,18 @@ CASES: Final = {
 
 
 # How many headers in a row cannot be written, and how many of these arrive.
-HARDSHIPS: Final = [(1, 0), (2, 1), (ALWAYS, 1)]
-if EFFORT > 1:
-    HARDSHIPS += [(1, 1), (2, 0), (3, 1), (3, ALWAYS), (ALWAYS, 0), (ALWAYS, ALWAYS)]
+HARDSHIPS: Final = ((2, 1), (ALWAYS, 1), (1, 0), (1, 1), (3, 1), (2, 0), (3, ALWAYS), (ALWAYS, 0), (ALWAYS, ALWAYS))
+# Each with all of them when there is time, else with one; and what used to lose clusters.
+TRIED: Final = (
+    [(name, *hardship) for name in CASES for hardship in HARDSHIPS]
+    if EFFORT > 1
+    else [(name, *HARDSHIPS[at % 5]) for at, name in enumerate(CASES)] + [("take-unmarked", 3, 1)]
+)
 
 
 async def made(case: Case) -> Bench:
     """An image with a snapshot, half of which has been written since."""
-    bench = Bench(case.header, random.Random(1))
+    bench = Bench(case.header, random.Random(1), NOTHING)
     async with bench.open() as driver:
         if case.do is fill:
             await bench.write(driver, 0, b"x" * 1800 * KIB)
@@ -138,14 +146,13 @@ async def made(case: Case) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize(("times", "arriving"), HARDSHIPS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "times", "arriving"), TRIED)
 async def test_header_that_cannot_be_written(name: str, times: int, arriving: int) -> None:
     case = CASES[name]
     start = await made(case)
     before = bytes(start.file.data)
     for number in range(20):
-        bench = Bench(case.header, random.Random(number))
+        bench = Bench(case.header, random.Random(number), NOTHING)
         bench.file, bench.disk, bench.snapshots = Headless(before), bytearray(start.disk), dict(start.snapshots)
         file: Any = bench.file
         async with bench.open(**case.options) as driver:
@@ -195,7 +202,7 @@ async def go_on(bench: Bench, driver: Qcow2Driver, file: Headless) -> None:
 
 async def look(bench: Bench, data: bytes) -> None:
     """What was flushed is there for who opens the file now."""
-    async with opened_on(MemoryFile(data)) as driver:
+    async with opened_on(MemoryFile(data), backing=NOTHING) as driver:
         await bench.compare(driver)
     await bench.compare_snapshots(data)
 
@@ -209,4 +216,5 @@ def assert_consistent(before: bytes, file: MemoryFile, rng: random.Random) -> No
 def assert_sound(data: bytes) -> None:
     found = examine(data)
     header = parse_header(data[: 2 << 20])
-    assert not found.corruptions or header.incompatible & DIRTY, found.problems
+    flags = 0 if marking(header) else sum("OFLAG_COPIED" in each for each in found.problems)
+    assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems

@@ -117,7 +117,7 @@ async def test_repair_cut_off_anywhere(name: str, damage: str) -> None:
             await assert_mended(driver, built)
             await driver.close()
         for number, data in enumerate(cut(before, file.log)):
-            if EFFORT == 1 and rng.random() < 0.7:
+            if EFFORT == 1 and rng.random() < 0.85:
                 continue
             again = MemoryFile(data)
             async with opened_on(again) as driver:
