@@ -235,7 +235,7 @@ class FileDriver(Driver):
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Grow or shrink the file."""
         try:
-            os.ftruncate(self.io.fd, size)
+            self._set_length(size)
         except OSError as error:
             raise QmpError(f"Could not resize file: {errno_text(error.errno or 0)}") from None
         self.length = self._size(self.io.fd)
@@ -243,9 +243,15 @@ class FileDriver(Driver):
     def grow(self, size: int) -> bool:
         """Extend the file by a hole."""
         if size > self.length:
-            os.ftruncate(self.io.fd, size)
+            self._set_length(size)
             self.length = self._size(self.io.fd)
         return True
+
+    def _set_length(self, size: int) -> None:
+        if size > files.MAX_LENGTH:
+            # An image's table may lead anywhere.
+            raise OSError(errno.EFBIG, "no file is that long")
+        os.ftruncate(self.io.fd, size)
 
     async def activate(self) -> None:
         """Forget what the page cache holds: the image's last owner may have written it on another host.

@@ -199,3 +199,79 @@ async def test_facts_of_a_long_chain_are_asked_for_once(tmp_path: Path, monkeypa
     while "backing-image" in image:
         image, depth = image["backing-image"], depth + 1
     assert depth == 11
+
+
+@pytest.mark.parametrize("entry", [0x201, 1 << 40, 1 << 55, 1 << 62, (1 << 63) - 65536, 1 << 63, 1 << 63 | 1 << 16])
+@pytest.mark.parametrize("place", ["refcount table", "L1 table", "L2 table"])
+def test_entry_that_leads_anywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, entry: int
+) -> None:
+    image = bytearray(VICTIMS["64k"].image)
+    tables = VICTIMS["64k"].tables
+    at = {"refcount table": tables[1][0], "L1 table": tables[0][0], "L2 table": tables[5][0]}[place]
+    image[at : at + 8] = entry.to_bytes(8, "big")
+    suffer(tmp_path, bytes(image), read_only=False)
+    assert not [record for record in caplog.records if record.exc_info or "crashed" in record.getMessage()]
+    assert (tmp_path / "image").stat().st_blocks << 9 < 64 << 20
+
+
+@pytest.mark.parametrize("name", ["v2", "64k"])
+@pytest.mark.parametrize("entry", [1 << 62, 1 << 63, 1 << 63 | 1 << 16])
+async def test_refcount_block_behind_the_longest_file_there_can_be(tmp_path: Path, name: str, entry: int) -> None:
+    """The file was to become so long, the node crashed of that, and never closed."""
+    victim = VICTIMS[name]
+    at = victim.tables[1][0]
+    path = tmp_path / "image"
+    path.write_bytes(victim.image[:at] + entry.to_bytes(8, "big") + victim.image[at + 8 :])
+    with trio.fail_after(30):
+        async with whole_daemon(tmp_path) as whole:
+            file = {"driver": "file", "filename": str(path)}
+            assert not await answer(whole, "blockdev-add", driver="qcow2", node_name="n", backing=None, file=file)
+            assert await answer(whole, "blockdev-snapshot-internal-sync", device="n", name="new")
+            await whole.run("blockdev-del", node_name="n")
+    assert path.stat().st_blocks << 9 < 64 << 20
+
+
+async def added(whole: Whole, image: bytes | bytearray) -> str:
+    """What blockdev-add says about an image; the node is gone again."""
+    path = whole.place / "image"
+    path.write_bytes(image)
+    file = {"driver": "file", "filename": str(path)}
+    said = await answer(
+        whole, "blockdev-add", driver="qcow2", node_name="n", read_only=True, backing=None, file=file
+    )
+    if not said:
+        await whole.run("blockdev-del", node_name="n")
+    return said
+
+
+# Where a victim's table is named (of ``Victim.tables``, or a place in the header), and what is said where it leads.
+BEYOND: Final = [
+    (64, 1 << 31, ""),
+    (64, 1 << 62, ""),
+    (64, 1 << 63, "Snapshot table offset invalid"),
+    (40, 1 << 62, ""),
+    (48, 1 << 62, ""),
+    ("directory", 1 << 62, "Bitmap '' doesn't satisfy the constraints"),
+    ("directory", 1 << 63, "Failed to read bitmap directory: Input/output error"),
+    ("bitmap", 1 << 62, ""),
+    (
+        "bitmap",
+        1 << 63,
+        "Could not read bitmap_table table from image for bitmap 'bitmap0': Input/output error",
+    ),
+]
+
+
+@pytest.mark.parametrize(("place", "offset", "text"), BEYOND)
+async def test_tables_beyond_the_end_are_zeroes_or_refused(
+    tmp_path: Path, place: int | str, offset: int, text: str
+) -> None:
+    """As the reference has it; a snapshot table there was an error."""
+    image = bytearray(VICTIMS["64k"].image)
+    extension = image.index(layout.EXT_BITMAPS.to_bytes(4, "big")) + 8
+    directory = int.from_bytes(image[extension + 16 : extension + 24], "big")
+    at = place if isinstance(place, int) else {"directory": extension + 16, "bitmap": directory}[place]
+    image[at : at + 8] = offset.to_bytes(8, "big")
+    async with whole_daemon(tmp_path) as whole:
+        assert await added(whole, image) == text

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.qcow2.image import Freeing, Image
+from qsd.drivers.qcow2.layout import MAX_SIZE
 from qsd.drivers.qcow2.metadata_map import BITMAP_DIRECTORY
 from qsd.drivers.qcow2.storing import write_all
 
@@ -28,6 +29,8 @@ class DriverImage:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; beyond its end they are zeroes."""
+        if offset + length > MAX_SIZE:
+            raise OSError(errno.EIO, "no file is that long")
         file = self._driver.image.file
         there = max(0, min(length, file.length - offset))
         data = await file.read(offset, there) if there else b""

@@ -106,12 +106,12 @@ def parse_directory(data: bytes, count: int, cluster_size: int) -> Iterator[Dire
         if found == count:
             raise QmpError("More bitmaps found than specified in header extension")
         offset, entries, flags, kind, bits, name_size, extra = ENTRY.unpack_from(data, position)
-        if extra:
-            raise QmpError("Bitmap extra data is not supported")
         start = position + ENTRY.size
-        position += entry_size(name_size)
+        position += entry_size(name_size + extra)
         if position > len(data):
             raise QmpError("Broken bitmap directory")
+        if extra:
+            raise QmpError("Bitmap extra data is not supported")
         # As C reads it: what follows a NUL is no part of the name.
         name = data[start : start + name_size].split(b"\0", 1)[0]
         entry = DirectoryEntry(name, offset, entries, bits, flags)

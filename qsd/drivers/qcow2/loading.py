@@ -27,7 +27,8 @@ async def read_header(file: Child) -> Header:
 
 
 async def _read(file: Child, offset: int, length: int) -> bytes:
-    return await file.read(offset, max(0, min(length, file.length - offset)))
+    inside = max(0, min(length, file.length - offset))
+    return await file.read(offset, inside) if inside else b""
 
 
 async def read_table(file: Child, offset: int, entries: int, failure: str) -> array[int]:

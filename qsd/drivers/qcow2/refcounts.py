@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2 import refcount_codec as codec
+from qsd.drivers.qcow2.layout import MAX_SIZE
 from qsd.drivers.qcow2.tables import SliceCache
 from qsd.drivers.runs import Cold
 
@@ -112,6 +113,8 @@ class Refcounts:
         where = self.table[index] & BLOCK_OFFSET if index < len(self.table) else 0
         if where & (self._cluster_size - 1):
             raise self._host.corrupt(f"Refblock offset {where:#x} unaligned (reftable index: {index:#x})")
+        if where > MAX_SIZE - self._cluster_size:
+            raise self._host.corrupt(f"Refblock offset {where:#x} beyond any file (reftable index: {index:#x})")
         if where in self._shared:
             # Clusters of two places would be counted as one; a small file could have us look at a million blocks.
             raise self._host.corrupt(f"Refblock offset {where:#x} used twice (reftable index: {index:#x})")
