@@ -12,8 +12,9 @@ from typing import Any
 
 import attrs
 
+from qsd.block.bitmap import DirtyBitmap
 from qsd.block.permissions import Perm
-from qsd.drivers.qcow2 import bitmap_layout, layout
+from qsd.drivers.qcow2 import bitmap_layout, layout, snapshot_table
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.repair import Repaired, repair
 from qsd.errors import QmpError, errno_text
@@ -40,8 +41,9 @@ class _Image:
         self.length = os.lseek(self.fd, 0, os.SEEK_END)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes at an offset; zeroes beyond the end."""
-        return os.pread(self.fd, length, offset).ljust(length, b"\0")
+        """Bytes at an offset, wherever an image says that something is; zeroes beyond the end."""
+        found = os.pread(self.fd, length, offset) if offset < self.length else b""
+        return found.ljust(length, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of it."""
@@ -91,6 +93,7 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
         return UNSUPPORTED
     header = _header(image)
     _check_bitmaps(header, image)
+    _check_snapshots(header, image)
     progress = _show_progress if options.progress else _ignore
     found = Checker(header, image.read, image.length, progress).run()
     fixed = Repaired()
@@ -125,6 +128,9 @@ def _check_bitmaps(header: layout.Header, image: _Image) -> None:
     for entry in bitmap_layout.parse_directory(directory, extension.count, header.cluster_size):
         if entry.flags & bitmap_layout.IN_USE:
             continue
+        bits = DirtyBitmap.data_length_of(header.size, 1 << entry.granularity_bits)
+        if entry.table_entries != -(-bits // header.cluster_size):
+            raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(errno.EINVAL)}")
         room -= entry.table_entries * 8
         try:
             if room < 0:
@@ -133,6 +139,17 @@ def _check_bitmaps(header: layout.Header, image: _Image) -> None:
         except ValueError:
             what = f"Could not read bitmap_table table from image for bitmap '{entry.text}'"
             raise QmpError(f"{what}: {errno_text(errno.EINVAL)}") from None
+
+
+def _check_snapshots(header: layout.Header, image: _Image) -> None:
+    """Raise QmpError when the image could not be opened for what it says about its snapshots."""
+    position = 0
+    for number in range(header.snapshot_count):
+        if position > snapshot_table.MAX_TABLE:
+            raise QmpError("Snapshot table too large")
+        start = header.snapshots_offset + position
+        _snapshot, length = snapshot_table.parse_entry(image.read(start, snapshot_table.MAX_ENTRY), number)
+        position += length
 
 
 def _clear_marks(image: _Image, header: layout.Header) -> None:

@@ -587,7 +587,9 @@ def test_check_reads_no_more_bitmap_tables_than_the_file_has_room_for() -> None:
     entries = [DirectoryEntry(b"%d" % number, 8 << 12, 1000, 16) for number in range(1000)]
     data = layout.pack_directory(entries)
     extension = BitmapsExtension(len(entries), len(data), 1 << 12)
-    header = Header(cluster_bits=12, autoclear=BITMAPS).with_extension(EXT_BITMAPS, extension.serialise())
+    header = Header(cluster_bits=12, size=1000 << 12 + 3 + 16, autoclear=BITMAPS).with_extension(
+        EXT_BITMAPS, extension.serialise()
+    )
     reads = []
 
     def read(offset: int, length: int) -> bytes:

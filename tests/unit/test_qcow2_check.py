@@ -309,3 +309,40 @@ def test_bitmap_table_of_gigabytes_is_not_read() -> None:
 
     Checker(header, read, 1 << 44).run()
     assert longest <= SIZE
+
+
+def test_repair_writes_no_flags_into_what_is_data_too() -> None:
+    """An L1 entry leads to a guest's cluster: its bytes look like entries, and stay what they are."""
+    image = Image(size=SIZE * (SIZE // 8 + 20))
+    data = image.word(image.l2 + 8 * 3) & (1 << 56) - 1
+    image.write(data, image.word(image.l2 + 8 * 4).to_bytes(8, "big") * 3)
+    image.set_word(image.header.l1_offset + 8, data | COPIED)
+    before = image.read(data, SIZE)
+    image.repair()
+    assert image.read(data, SIZE) == before
+
+
+def test_table_across_clusters_is_walked_all_the_same() -> None:
+    image = Image()
+    image.set_word(image.header.l1_offset, (image.l2 + 512) | COPIED)
+    found = image.check()
+    assert any("not cluster aligned" in each for each in found.problems)
+    assert found.leaks < 20, "what the shifted table leads to is in use"
+
+
+def test_compressed_entry_beside_a_data_file_counts_nothing() -> None:
+    image = Image(incompatible=layout.DATA_FILE)
+    image.set_word(image.l2, 1 << 62 | image.l2)
+    found = image.check()
+    assert [each for each in found.problems if "compressed cluster with data file" in each]
+    assert found.corruptions == 1
+
+
+def test_block_that_two_refcount_table_entries_lead_to_is_the_first_ones() -> None:
+    image = Image()
+    table = image.header.refcount_table_offset
+    image.set_word(table + 8, image.word(table))
+    found = image.check()
+    assert "ERROR refcount block 1 refcount=2" in found.problems
+    assert not any("refcount block 0 " in each for each in found.problems)
+    assert image.repair().corruptions == 0

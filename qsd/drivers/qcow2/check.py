@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -24,7 +25,7 @@ from qsd.drivers.qcow2.counts import BLOCK, BLOCK_BITS, Counts, last_used
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
-from qsd.drivers.qcow2.snapshot_table import MAX_TABLE
+from qsd.drivers.qcow2.snapshot_table import MAX_TABLE, MIN_EXTRA_V3
 
 # Reads ``length`` bytes at an offset; what lies beyond the file's end is zeroes.
 Read = Callable[[int, int], bytes]
@@ -38,6 +39,8 @@ _REFCOUNT_RESERVED: Final = 0x1FF
 _NEARBY: Final = 1024
 # Bytes: five hundred times what a LUKS header with its key slots takes. Every cluster of it is counted.
 _MAX_ENCRYPTION_HEADER: Final = 1 << 30
+# L2 tables that stand across clusters: no sound image has one, and each takes a hundred bytes of memory.
+_MAX_UNALIGNED: Final = 1 << 16
 
 
 @attrs.define
@@ -99,6 +102,8 @@ class Checker:
         self._used, self._counted = self.findings.used, self.findings.counted
         # How many L1 entries lead to each L2 table, of all L1 tables and of the active one.
         self._tables, self._active_tables = Counts(), Counts()
+        # The same of tables that stand across clusters, by offset: of all, and of the active one.
+        self._unaligned: dict[int, tuple[int, int]] = {}
         # Bytes of tables there may still be.
         self._room = file_length + self._size
         self._refcount_blocks: list[tuple[int, int]] = []
@@ -172,18 +177,23 @@ class Checker:
         per_block = refcount_codec.block_entries(self._bits, header.refcount_order)
         seen: set[int] = set()
         for index, entry in enumerate(self._words(header.refcount_table_offset, length // 8)):
-            if entry & _REFCOUNT_RESERVED:
-                self._corrupt(f"refcount table entry {index} has reserved bits set")
             offset = entry & REFCOUNT_BLOCK_MASK
-            if not offset:
+            if entry & _REFCOUNT_RESERVED:
+                # What stands there counts, but the block is nobody's.
+                self._corrupt(f"refcount table entry {index} has reserved bits set")
+                self.findings.needs_rebuild = True
+                if not offset or offset % self._size or offset >= self._file_length:
+                    continue
+            elif not offset:
                 continue
-            if offset % self._size:
+            elif offset % self._size:
                 self._corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
                 self.findings.needs_rebuild = True
                 continue
-            if not self._use(offset, self._size, f"refcount block {index}", counts=True):
+            elif not self._use(offset, self._size, f"refcount block {index}", counts=True):
                 continue
-            self._refcount_blocks.append((index, offset >> self._bits))
+            else:
+                self._refcount_blocks.append((index, offset >> self._bits))
             if offset in seen:
                 continue
             seen.add(offset)
@@ -195,27 +205,40 @@ class Checker:
     def _walk_l1(self, offset: int, entries: int, *, is_active: bool) -> None:
         if not entries:
             return
-        if offset % self._size or not self._use(offset, entries * 8, "L1 table"):
-            if offset % self._size:
-                self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
+        if offset % self._size:
+            self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
             self.findings.is_lossy = True
+            return
+        # One that reaches beyond the file's end has entries before it.
+        if not self._use(offset, entries * 8, "L1 table") and offset >= self._file_length:
             return
         if not self._has_room(entries * 8, "L1 table"):
             return
         for entry in self._words(offset, entries):
+            if not entry:
+                continue
             if entry & _L1_RESERVED:
                 self._corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             table = entry & OFFSET_MASK
-            if not table:
-                continue
             if table % self._size:
                 self._corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
+            # An entry that leads to no table is looked at all the same: whatever stands there may be one.
+            if not table or table % self._size:
                 self.findings.is_lossy = True
+            if not self._use(table, self._size, "L2 table"):
                 continue
-            if self._use(table, self._size, "L2 table"):
-                self._tables.add(table >> self._bits)
-                if is_active:
-                    self._active_tables.add(table >> self._bits)
+            if table % self._size:
+                self._add_unaligned(table, is_active=is_active)
+                continue
+            self._tables.add(table >> self._bits)
+            if is_active:
+                self._active_tables.add(table >> self._bits)
+
+    def _add_unaligned(self, table: int, *, is_active: bool) -> None:
+        times, active = self._unaligned.get(table, (0, 0))
+        if not times and (len(self._unaligned) == _MAX_UNALIGNED or not self._has_room(self._size, "L2 table")):
+            return
+        self._unaligned[table] = (times + 1, active + is_active)
 
     def _has_room(self, length: int, what: str) -> bool:
         """Whether all tables together can still be parts of the file that do not overlap."""
@@ -229,12 +252,19 @@ class Checker:
         """Look at every L2 table once, and count for each L1 entry that leads to it."""
         entries = self._header.l1_size
         done = entries - sum(map(sum, self._active_tables.blocks.values()))
+        done -= sum(active for _times, active in self._unaligned.values())
         self._progress(done, entries)
-        for table, times in self._tables.items():
-            active = self._active_tables.get(table)
-            self._walk_l2(table << self._bits, times, active)
+        for table, times, active in self._all_tables():
+            self._walk_l2(table, times, active)
             done += active
             self._progress(done, entries)
+
+    def _all_tables(self) -> Iterator[tuple[int, int, int]]:
+        """Where each L2 table is, and how many L1 entries lead to it: of all, and of the active one."""
+        for table, times in self._tables.items():
+            yield table << self._bits, times, self._active_tables.get(table)
+        for offset, (times, active) in self._unaligned.items():
+            yield offset, times, active
 
     def _walk_l2(self, table: int, times: int, active: int) -> None:
         """Count what a table refers to: so many times, ``active`` of them for the disk as it is now."""
@@ -247,12 +277,13 @@ class Checker:
         last_data = -1
         for index in range(0, len(words), step):
             entry = words[index]
-            if step == 2:
-                self._check_subclusters(entry, words[index + 1], times)
-            if not entry:
-                continue
+            bitmap = words[index + 1] if step == 2 else 0
             if entry & COMPRESSED:
-                self._use_compressed(entry, times, active)
+                self._use_compressed(entry, bitmap, times, active)
+                continue
+            if step == 2:
+                self._check_subclusters(entry, bitmap, times)
+            if not entry:
                 continue
             if entry & _L2_RESERVED:
                 self._corrupt(f"found l2 entry with reserved bits set: {entry:x}", times)
@@ -273,19 +304,24 @@ class Checker:
 
     def _check_subclusters(self, entry: int, bitmap: int, times: int) -> None:
         """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
-        if entry & COMPRESSED:
-            if bitmap:
-                self._corrupt(f"Compressed cluster at {entry & OFFSET_MASK:#x} has a subcluster bitmap", times)
-        elif entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
+        if entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
             if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
                 place = f"offset={entry & OFFSET_MASK:#x}"
                 self._corrupt(f"{place}: Allocated cluster has corrupted subcluster allocation bitmap", times)
         elif bitmap & 0xFFFF_FFFF:
             self._corrupt("Unallocated cluster has non-zero subcluster allocation map", times)
 
-    def _use_compressed(self, entry: int, times: int, active: int) -> None:
+    def _use_compressed(self, entry: int, bitmap: int, times: int, active: int) -> None:
         if entry & COPIED:
             self._corrupt("compressed cluster has the COPIED flag", times)
+        if self._header.has_data_file:
+            # Nothing can be compressed into another file, and here is none of it.
+            self._corrupt(f"compressed cluster with data file, entry={entry:#x}", times)
+            return
+        if bitmap:
+            self._corrupt(f"compressed cluster with subcluster bitmap, entry={entry:#x}", times)
+            self.findings.is_lossy = True
+            return
         shift = 62 - (self._bits - 8)
         offset = entry & ((1 << shift) - 1)
         sectors = (entry >> shift & ((1 << (self._bits - 8)) - 1)) + 1
@@ -300,16 +336,15 @@ class Checker:
     def _walk_snapshots(self) -> None:
         header = self._header
         position = header.snapshots_offset
-        for _ in range(header.snapshot_count):
-            if (
-                position + ENTRY_OF_SNAPSHOT.size > self._file_length
-                or position - header.snapshots_offset > MAX_TABLE
-            ):
-                self._corrupt("snapshot table reaches beyond the end of the file")
+        for number in range(header.snapshot_count):
+            if position - header.snapshots_offset > MAX_TABLE:
+                self._corrupt("snapshot table is too large")
                 self.findings.is_lossy = True
                 return
             fields = ENTRY_OF_SNAPSHOT.unpack(self._read(position, ENTRY_OF_SNAPSHOT.size))
             l1_offset, l1_size, id_size, name_size, extra = fields[0], fields[1], fields[2], fields[3], fields[8]
+            if header.version >= 3 and extra < MIN_EXTRA_V3:
+                self._corrupt(f"snapshot table entry {number} is incomplete")
             if l1_size * 8 > layout.MAX_L1_BYTES:
                 self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
                 self.findings.is_lossy = True
@@ -355,8 +390,11 @@ class Checker:
     # -- the verdict ------------------------------------------------------------------------------------------
 
     def _check_refcount_blocks(self) -> None:
+        left = Counter(cluster for _index, cluster in self._refcount_blocks)
         for index, cluster in self._refcount_blocks:
-            used = self._used.get(cluster)
+            # Of entries that lead to one block the first is right.
+            left[cluster] -= 1
+            used = self._used.get(cluster) - left[cluster]
             if used != 1:
                 self._corrupt(f"refcount block {index} refcount={used}")
                 self.findings.needs_rebuild = True
@@ -402,20 +440,20 @@ class Checker:
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
-        for _place, entry, cluster, times in self._flagged():
+        for _place, entry, cluster, times, _is_table in self._flagged():
             count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
                 self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
-        for place, entry, cluster, _times in self._flagged():
+        for place, entry, cluster, _times, is_table in self._flagged():
             is_alone = cluster is None or self._used.get(cluster) == 1
-            if bool(entry & COPIED) != is_alone:
+            if is_table and bool(entry & COPIED) != is_alone:
                 yield place, entry ^ COPIED
 
-    def _flagged(self) -> Iterator[tuple[int, int, int | None, int]]:
-        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, and
-        how often it stands for guest clusters.
+    def _flagged(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
+        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, how
+        often it stands for guest clusters, and whether the table is nothing else, so that it may be written.
 
         None is a cluster of another file: those are not counted, and all of them may be written in place. The
         tables are read once more instead of kept: they may be larger than all the counts.
@@ -428,13 +466,18 @@ class Checker:
             return
         for position, l1_entry in enumerate(self._words(header.l1_offset, header.l1_size)):
             table = l1_entry & OFFSET_MASK
-            if not table or table % self._size:
+            if table:
+                place = header.l1_offset + 8 * position
+                is_table = not table % self._size and self._used.get(place >> self._bits) == 1
+                yield place, l1_entry, table >> self._bits, 1, is_table
+        for table, _times, active in self._all_tables():
+            if not table or not active:
                 continue
-            yield header.l1_offset + 8 * position, l1_entry, table >> self._bits, 1
-        for table, times in self._active_tables.items():
-            words = self._words(table << self._bits, self._size // 8)
+            words = self._words(table, self._size // 8)
+            number = table >> self._bits
+            is_table = not table % self._size and self._used.get(number) == self._tables.get(number)
             for index in range(0, len(words), step):
                 entry = words[index]
                 if entry & leads and not entry & COMPRESSED:
-                    place = (table << self._bits) + 8 * index
-                    yield place, entry, None if has_data_file else (entry & OFFSET_MASK) >> self._bits, times
+                    cluster = None if has_data_file else (entry & OFFSET_MASK) >> self._bits
+                    yield table + 8 * index, entry, cluster, active, is_table

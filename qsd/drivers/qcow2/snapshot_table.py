@@ -18,7 +18,8 @@ from qsd.errors import QmpError
 ENTRY: Final = struct.Struct(">QIHHIIQII")
 # VM state bytes, disk size, instruction count (all ones: none).
 _EXTRA: Final = struct.Struct(">QQQ")
-_MIN_EXTRA_V3: Final = 16
+# Bytes of extra data that every entry of a version 3 image has.
+MIN_EXTRA_V3: Final = 16
 MAX_EXTRA: Final = 1024
 # Bytes: of one entry with everything, and of the table.
 MAX_ENTRY: Final = ENTRY.size + MAX_EXTRA + 2 * 0xFFFF + 8
@@ -77,7 +78,7 @@ def parse_entry(data: bytes, number: int) -> tuple[StoredSnapshot, int]:
         date_ns=date * NANOSECONDS + date_rest,
         vm_clock_ns=clock,
         vm_state_size=state,
-        disk_size=int.from_bytes(extra[8:16], "big") if len(extra) >= _MIN_EXTRA_V3 else None,
+        disk_size=int.from_bytes(extra[8:16], "big") if len(extra) >= MIN_EXTRA_V3 else None,
         icount=None if icount == _NO_ICOUNT else icount,
         later=extra[_EXTRA.size :],
     )
