@@ -13,6 +13,7 @@ control messages that the data plane must never lose. Backpressure for I/O lives
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
@@ -23,7 +24,11 @@ import trio
 
 from qsd.errors import ActorStopped
 
+log = logging.getLogger("qsd.actor")
+
 T = TypeVar("T")
+# Seconds an actor whose task has crashed may take to let go.
+CRASH_GRACE = 30.0
 
 
 @attrs.frozen
@@ -157,7 +162,16 @@ class Actor:
         """Start a task of this actor's own; ``name`` says what it does."""
         if self.nursery is None:
             raise ActorStopped(f"{self.name} is not running")
-        self.nursery.start_soon(function, *args, name=f"{self.name}: {name}")
+        self.nursery.start_soon(self._watched, function, args, name, name=f"{self.name}: {name}")
+
+    async def _watched(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], name: str) -> None:
+        try:
+            await function(*args)
+        except Exception as error:
+            # What it has left undone may never end, and letting go waits for that: tell at once, wait for a while.
+            log.error("%s: %s failed: %r", self.name, name, error)
+            self.hurry(min(self._grace, CRASH_GRACE))
+            raise
 
     async def live(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve messages until ``Stop``. Called by the supervisor; ends by returning or by raising the crash."""

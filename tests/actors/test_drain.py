@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from qsd.actors.core import CRASH_GRACE
 from qsd.actors.node import Node
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.drivers.base import Driver, Limits, Mode
@@ -212,3 +213,26 @@ async def test_node_that_crashes_under_load_answers_everything(caplog: pytest.Lo
     assert sorted(client.ended) == [0, 1, 2, 3, 4]
     assert client.errors == {0, errno.EIO}
     assert "n crashed" in caplog.text
+
+
+async def test_node_that_crashes_does_not_wait_for_ever_for_what_will_never_end(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with Supervisor({Node.kind: _broken}) as supervisor:
+        node = Node("n", Slow())
+        await supervisor.start(node, Floor.NODES)
+        client = Client(node)
+        client.send()
+
+        async def fail() -> None:
+            raise RuntimeError("bad task")
+
+        node.spawn(fail, name="bad task")
+        await wait_all_tasks_blocked()
+        assert "n: bad task failed: RuntimeError('bad task')" in caplog.text, "told before it is over"
+        client.send()
+        with trio.fail_after(CRASH_GRACE + 1):
+            await node.stopped.wait()
+        client.send()
+    assert client.ended == [1, 2]
+    assert client.errors == {errno.EIO}
