@@ -8,8 +8,7 @@ what was before it and what is after it.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import attrs
@@ -444,13 +443,3 @@ async def look_at_snapshots(life: Life, disks: dict[str, bytearray], header: Hea
             await driver.close()
             nursery.cancel_scope.cancel()
     return found
-
-
-@contextmanager
-def noted(*words: Any) -> Iterator[None]:
-    """Tell which of many runs failed."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(" ".join(map(str, words)))
-        raise

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
@@ -14,6 +12,7 @@ import pytest
 import trio
 from qcow2_variants import VARIANTS, make_world
 from qcow2_world import Habits, World, check, make_driver, run_seeded
+from watching import noted
 
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 
@@ -21,16 +20,6 @@ from qsd.drivers.qcow2.layout import DIRTY, parse_header
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
 CROWD: Final = Habits(requests=120, depth=16, writes=6, zeroes=2, discards=3, reads=5, flushes=1, slow=0.3)
 FEW: Final = Habits(requests=14, depth=4, flushes=2)
-
-
-@contextmanager
-def noted(name: str, seed: int) -> Iterator[None]:
-    """Tell which of many runs failed."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"variant {name}, seed {seed}")
-        raise
 
 
 async def use(world: World, options: dict[str, Any]) -> None:
@@ -66,7 +55,7 @@ def judge(world: World) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_overlapping_requests_in_any_order(name: str) -> None:
     for seed in range(EFFORT):
-        with noted(name, seed):
+        with noted(f"variant {name}, seed {seed}"):
             world, _built = make_world(VARIANTS[name], random.Random(seed), CROWD)
             run_seeded(seed, use, world, VARIANTS[name].options)
             judge(world)
@@ -75,7 +64,7 @@ def test_overlapping_requests_in_any_order(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "cluster-2M"])
 def test_requests_of_the_file_that_fail(name: str) -> None:
     for seed in range(EFFORT):
-        with noted(name, seed):
+        with noted(f"variant {name}, seed {seed}"):
             rng = random.Random(seed)
             rate = rng.choice((0.01, 0.05, 0.3))
             world, _built = make_world(VARIANTS[name], rng, attrs.evolve(CROWD, failing=rate, requests=50))
@@ -89,7 +78,7 @@ def test_requests_of_the_file_that_fail(name: str) -> None:
 def test_small_writes_into_new_clusters_together(name: str, rate: float) -> None:
     habits = attrs.evolve(CROWD, longest=0, writes=20, together=(1, 4, 12), failing=rate)
     for seed in range(3 * EFFORT):
-        with noted(name, seed):
+        with noted(f"variant {name}, seed {seed}"):
             world, _built = make_world(VARIANTS[name], random.Random(seed), habits)
             world.fails, world.fail_with = rate > 0, (errno.EIO, errno.ENOSPC)[seed % 2]
             run_seeded(seed, use, world, VARIANTS[name].options)
@@ -100,7 +89,7 @@ def test_small_writes_into_new_clusters_together(name: str, rate: float) -> None
 def test_any_one_request_that_fails(name: str) -> None:
     points = 40 * EFFORT
     for point in range(1, points):
-        with noted(name, point):
+        with noted(f"variant {name}, seed {point}"):
             world, _built = make_world(VARIANTS[name], random.Random(7), attrs.evolve(FEW, slow=0.1))
             world.fails, world.fail_at, world.fail_with = True, point, (errno.EIO, errno.ENOSPC)[point % 2]
             run_seeded(7, use, world, VARIANTS[name].options)
@@ -112,7 +101,7 @@ def test_any_one_request_that_fails(name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "backing", "extended-new", "cluster-512", "data-file"])
 def test_disk_that_is_full_goes_on_when_it_has_room_again(name: str) -> None:
     for seed in range(EFFORT):
-        with noted(name, seed):
+        with noted(f"variant {name}, seed {seed}"):
             world, _built = make_world(VARIANTS[name], random.Random(seed), attrs.evolve(CROWD, failing=1.0))
             world.fails, world.fail_with = True, errno.ENOSPC
             world.fails_writing_only = True
@@ -133,7 +122,7 @@ def test_image_whose_close_fails_is_consistent(name: str) -> None:
             nursery.cancel_scope.cancel()
 
     for point in range(1, 20):
-        with noted(name, point):
+        with noted(f"variant {name}, seed {point}"):
             world, _built = make_world(VARIANTS[name], random.Random(point), FEW)
             run_seeded(point, close_badly, world, VARIANTS[name].options, point)
             assert not check(world.disks["file"].data).corruptions

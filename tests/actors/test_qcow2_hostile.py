@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from qcow2_builder import build
 from qcow2_fakes import MemoryFile, new_image, opened_on
 from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
+from watching import Turns
 
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2 import layout
@@ -314,26 +315,20 @@ def test_metadata_that_is_other_metadata_too_is_not_written(place: str, leads_to
 
 def test_search_for_a_free_cluster_lets_others_run() -> None:
     world = full_table(1.0)
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
+    turns = Turns()
 
     async def write() -> None:
         async with trio.open_nursery() as nursery:
             driver = make_driver(world, nursery)
             await driver.open()
-            nursery.start_soon(others)
+            nursery.start_soon(turns.run)
             with pytest.raises(OSError, match="File too large"):
                 await SlowRead(driver).write(0, bytes(1 << 13))
             await driver.close()
             nursery.cancel_scope.cancel()
 
     run_seeded(1, write)
-    assert turns > world.requests // 512
+    assert turns.count > world.requests // 512
 
 
 def test_search_for_a_free_cluster_keeps_nothing_of_what_it_saw() -> None:
@@ -367,21 +362,15 @@ async def test_clusters_that_cannot_be_given_up_let_others_run_and_fill_no_log(
         (table,) = struct.unpack_from(">Q", image, header.l1_offset + 8 * index)
         (first,) = struct.unpack_from(">Q", image, table & OFFSET_MASK)
         struct.pack_into(">512Q", image, table & OFFSET_MASK, *[first] * 512)
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
+    turns = Turns()
 
     async with opened_on(MemoryFile(image)) as driver, trio.open_nursery() as nursery:
         await call(driver, Op.DISCARD, 0, 32 << 20)
-        nursery.start_soon(others)
+        nursery.start_soon(turns.run)
         await call(driver, Op.FLUSH, 0, 0)
         await driver.close()
         nursery.cancel_scope.cancel()
-    assert turns > 100
+    assert turns.count > 100
     lines = [record.getMessage() for record in caplog.records]
     assert 0 < len(lines) < 10, lines[:20]
     assert all(" like it)" in line for line in lines)
@@ -423,22 +412,16 @@ async def test_long_snapshot_table_lets_others_run() -> None:
     struct.pack_into(f">{clusters}H", image, block + 2 * (len(image) >> 16), *[1] * clusters)
     struct.pack_into(">IQ", image, 60, count, len(image))
     image += table
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
+    turns = Turns()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(others)
+        nursery.start_soon(turns.run)
         async with opened_on(MemoryFile(image)) as driver:
             assert len(driver.snapshots()) == count
-            assert turns > count // 100
-            turns = 0
+            assert turns.count > count // 100
+            turns.count = 0
             await driver.create_snapshot("one more", 0)
-            assert turns > count // 100
+            assert turns.count > count // 100
         nursery.cancel_scope.cancel()
 
 

@@ -12,9 +12,10 @@ import attrs
 import pytest
 import trio
 import trio.testing
-from qcow2_lives import Life, LifeReplay, look_into, mended, noted
+from qcow2_lives import Life, LifeReplay, look_into, mended
 from qcow2_variants import VARIANTS, Variant
 from qcow2_world import Habits, check, make_driver, run_seeded
+from watching import noted
 
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.errors import QmpError

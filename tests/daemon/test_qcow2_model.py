@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from nbd_reader import NbdReader
 from qcow2_images import VARIANTS, Made, img, write_raw
 from soak import ENCRYPTION, SECRET, encrypted
+from watching import noted
 
 # More of it when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -363,16 +363,6 @@ class Life:
             # As much of it as the disk has now.
             found = expected.read_bytes()[: len(data)]
             assert found == data[: len(self.model.data)], name
-
-
-@contextmanager
-def noted(*words: Any) -> Iterator[None]:
-    """Tell which life failed."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(" ".join(map(str, words)))
-        raise
 
 
 @pytest.fixture(scope="module")

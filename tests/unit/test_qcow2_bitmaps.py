@@ -16,6 +16,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcow2_memory_image import MemoryImage
+from watching import Turns
 
 from qsd import cli_check
 from qsd.block.bitmap import DirtyBitmap
@@ -550,13 +551,7 @@ def test_runs_cover_the_table(table: list[int], longest: int) -> None:
 
 async def test_many_and_large_bitmaps_let_others_run() -> None:
     """65535 bitmaps, or half a gigabyte of ones that takes no space: seconds on the loop."""
-    turns = 0
-
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
+    turns = Turns()
 
     image = empty_image()
     store = Store(image)
@@ -569,16 +564,16 @@ async def test_many_and_large_bitmaps_let_others_run() -> None:
     await store.bitmaps.store([named("all", [(0, 1 << 36)], size=1 << 36)])
     large = Store(image)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(others)
+        nursery.start_soon(turns.run)
         assert len(await many.load()) == 3000
-        seen, turns = turns, 0
+        seen, turns.count = turns.count, 0
         # One for each bitmap, and for the directory; who comes first in the first and last round is chance.
         assert seen >= 3000 + 3000 // store_module.ENTRIES - 2
         await many.bitmaps.mark_in_use()
-        seen, turns = turns, 0
+        seen, turns.count = turns.count, 0
         assert seen >= 3000 // store_module.ENTRIES - 2
         assert (await large.load())["all"].bits.dirty_bytes == 1 << 36
-        assert turns >= (1 << 24) // store_module.PIECE
+        assert turns.count >= (1 << 24) // store_module.PIECE
         nursery.cancel_scope.cancel()
 
 
