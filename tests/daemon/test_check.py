@@ -26,6 +26,7 @@ VARIANTS = {
     "narrow": "refcount_bits=1",
     "wide": "refcount_bits=64",
     "old": "compat=0.10",
+    "data": "data_file=DATA",
 }
 
 
@@ -59,7 +60,7 @@ def make(place: Path, variant: str) -> Path:
     """An image that has been written to, with zeroes, discards, a snapshot and a bitmap where it can have them."""
     chance = random.Random(variant)
     image = place / "image.qcow2"
-    options = ["-o", VARIANTS[variant]] if VARIANTS[variant] else []
+    options = ["-o", VARIANTS[variant].replace("DATA", f"{place}/data")] if VARIANTS[variant] else []
     assert run(tool("qemu-img"), "create", "-q", "-f", "qcow2", *options, image, "4M").returncode == 0
     commands = []
     for _ in range(16):
@@ -67,7 +68,7 @@ def make(place: Path, variant: str) -> Path:
         commands += ["-c", f"write -P {chance.randrange(1, 255)} {at} {length}"]
         commands += ["-c", f"{chance.choice(('discard', 'write -z -u'))} {chance.randrange(63) * 65536} 65536"]
     assert run(tool("qemu-io"), "-f", "qcow2", *commands, image).returncode == 0
-    if variant != "narrow":
+    if variant not in ("narrow", "data"):
         assert run(tool("qemu-img"), "snapshot", "-c", "s", image).returncode == 0
         assert run(tool("qemu-io"), "-f", "qcow2", "-c", "write -P 7 1M 1M", image).returncode == 0
     if variant not in ("old", "small"):
@@ -99,6 +100,78 @@ def test_damaged_images_look_the_same_to_both(tmp_path: Path) -> None:
         assert answer == theirs(image)
         seen.add(answer[0])
     assert {0, 2} <= seen
+
+
+# What is written where: bytes of a value at an offset from the start of the table, or of the header.
+DAMAGES = {
+    "L1 entry of nothing but reserved bits": ("plain", "l1", 0, 8, 3),
+    "L1 entry that leads between clusters": ("plain", "l1", 0, 8, 1 << 63 | 0x4200),
+    "L1 entry that leads into its own table": ("small", "l1", 8, 8, 1 << 63 | 0x200),
+    "L1 table that reaches beyond the end": ("small", "header", 36, 4, 0x10000),
+    "refcount table entry with reserved bits": ("plain", "refcounts", 8, 8, 1 << 50 | 1),
+    "refcount table entry with no other bits": ("plain", "refcounts", 8, 8, 1),
+    "two entries for one refcount block": ("plain", "refcounts", 8, 8, 0x20000),
+    "snapshot without extra data of version 3": ("plain", "snapshots", 36, 4, 15),
+    "snapshot of version 2 without extra data": ("old", "snapshots", 36, 4, 15),
+    "snapshot table beyond the end": ("plain", "header", 64, 8, 1 << 40),
+    "snapshot's L1 table off its place": ("plain", "snapshots", 0, 8, 0x4200),
+    "snapshot's L1 table that reaches beyond the end": ("small", "snapshots", 8, 4, 0x10000),
+    "compressed cluster with a data file": ("data", "l2", 0, 8, 1 << 62 | 0x5000),
+    "compressed cluster with subclusters": ("extended", "l2", 0, 16, 1 << 126 | 0x8000 << 64 | 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_kind_of_damage_has_the_figures_of_the_other(tmp_path: Path, damage: str) -> None:
+    variant, table, offset, length, value = DAMAGES[damage]
+    image = make(tmp_path, variant)
+    data = bytearray(image.read_bytes())
+
+    def word(at: int) -> int:
+        return int.from_bytes(data[at : at + 8], "big") & 0x00FFFFFFFFFFFE00
+
+    places = {"header": 0, "l1": word(40), "refcounts": word(48), "snapshots": word(64), "l2": word(word(40))}
+    at = places[table] + offset
+    data[at : at + length] = value.to_bytes(length, "big")
+    image.write_bytes(data)
+    answer = ours(image)
+    assert answer == theirs(image)
+    assert answer[0] == (0 if variant == "old" else 2)
+    run(*PROGRAM, "check", "-r", "all", image)
+    assert ours(image) == theirs(image), "of what the repair left"
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "value", "text"),
+    [
+        (8, 4, 7, "Could not read bitmap 'b' from image: Invalid argument"),
+        (20, 4, 0x400, "Broken bitmap directory"),
+        (20, 4, 8, "Broken bitmap directory"),
+    ],
+)
+def test_bitmap_that_keeps_the_image_from_opening_is_told(
+    tmp_path: Path, offset: int, length: int, value: int, text: str
+) -> None:
+    image = make(tmp_path, "plain")
+    data = bytearray(image.read_bytes())
+    at = data.index((1).to_bytes(2, "big") + b"\0\0\0\0b\0\0\0") - 18 + offset
+    data[at : at + length] = value.to_bytes(length, "big")
+    image.write_bytes(data)
+    for program in (PROGRAM, (tool("qemu-img"),)):
+        done = run(*program, "check", image)
+        assert (done.returncode, text in done.stderr) == (1, True), done.stderr
+
+
+def test_snapshot_that_keeps_the_image_from_opening_is_told(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    data = bytearray(image.read_bytes())
+    at = int.from_bytes(data[64:72], "big") + 36
+    data[at : at + 4] = (1025).to_bytes(4, "big")
+    image.write_bytes(data)
+    for program in (PROGRAM, (tool("qemu-img"),)):
+        done = run(*program, "check", image)
+        assert done.returncode == 1
+        assert "Too much extra metadata in snapshot table entry 0" in done.stderr
 
 
 def test_repairs_satisfy_the_other(tmp_path: Path) -> None:
