@@ -232,12 +232,16 @@ OTHERS: list[tuple[str, str | None]] = [
 ]
 
 
-def test_backing_file_of_any_name_is_opened_or_refused_at_once(
-    daemon: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def base_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory has a raw image and a qcow2 image."""
     monkeypatch.chdir(tmp_path)
     Path("base.raw").write_bytes(bytes(MIB))
     img("create", "-q", "-f", "qcow2", "base.qcow2", MIB)
+
+
+@pytest.mark.usefixtures("base_images")
+def test_backing_file_of_any_name_is_opened_or_refused_at_once(daemon: Start) -> None:
     Path("short.qcow2").write_bytes(Path("base.qcow2").read_bytes()[:100])
     Path("directory").mkdir()
     os.mkfifo("fifo")
@@ -325,13 +329,9 @@ FORMATS: list[tuple[str, str, str | None]] = [
 ]
 
 
-def test_format_of_a_backing_file_is_what_the_image_says(
-    daemon: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("base_images")
+def test_format_of_a_backing_file_is_what_the_image_says(daemon: Start) -> None:
     """A qcow2 image that is said to be raw is its bytes, whatever they name."""
-    monkeypatch.chdir(tmp_path)
-    Path("base.raw").write_bytes(bytes(MIB))
-    img("create", "-q", "-f", "qcow2", "base.qcow2", MIB)
     qmp = daemon().qmp()
     for name, kind, text in FORMATS:
         naming(Path("image"), name.encode(), kind=kind.encode())

@@ -145,11 +145,11 @@ class EdgeZeroer(EntryChanger):
         return start, start if backing is None else min(end, self._driver.length, backing.length)
 
     async def _ask_below(self, part: Request, rest: tuple[Range, ...]) -> None:
-        is_zero = False
         try:
             is_zero = await self._is_zero_below(rest)
         except OSError:
-            pass  # whoever reads it is told
+            # Then it is no zeroes for all we know: writing bytes reads it, and fails for the client if that does.
+            is_zero = False
         finally:
             self._driver.finished()
         # The backing file cannot change meanwhile, this layer can: it is looked at again.
