@@ -393,8 +393,7 @@ def serialise_header(header: Header) -> bytes:
     Raises QmpError when they do not fit into a cluster.
     """
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
-    has_names = header.version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
-    has_names = has_names and not header.autoclear & WAS_V2
+    has_names = header.content_version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
     extensions = serialise_extensions((*header.extensions, *([feature_table()] if has_names else [])))
     name = header.backing_file or b""
     backing_offset = length + len(extensions) if header.backing_file is not None else 0
