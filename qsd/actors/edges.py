@@ -14,6 +14,7 @@ from qsd.block.permissions import Perm
 from qsd.block.plan import Rights
 from qsd.drivers.base import ChildRole, Limits
 from qsd.drivers.calls import SlowPath
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.errors import QmpError
 
 if TYPE_CHECKING:
@@ -117,6 +118,17 @@ class Edge(SlowPath):
         """Lead to ``node`` from now on."""
         self.node = node
         self.submit = node.submit
+        end_epoch()
+
+    def spot(self) -> Spot | None:
+        """The node's way of reading on the spot."""
+        return self.node.spot()
+
+    def served(self, count: int, size: int) -> None:
+        """So many reads of ``size`` bytes together have been served on the spot."""
+        stats = self.node.stats
+        stats.rd_operations += count
+        stats.rd_bytes += size
 
     @property
     def parent_text(self) -> str:
@@ -255,12 +267,18 @@ class RootEdge(Edge):
         """Keep back what is submitted from now on: it goes to the node the edge then leads to. Nests."""
         self._holds += 1
         self.submit = self._kept.extend
+        end_epoch()
+
+    def spot(self) -> Spot | None:
+        """The node's way of reading on the spot; none while requests are kept back."""
+        return None if self._holds else super().spot()
 
     def release(self) -> None:
         """End one ``hold``; the last one lets go of what was kept back."""
         self._holds -= 1
         if not self._holds:
             self.submit = self.node.submit
+            end_epoch()
             if self._kept:
                 kept, self._kept = self._kept, []
                 self.submit(kept)

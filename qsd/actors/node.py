@@ -24,6 +24,7 @@ from qsd.actors.rmw import Serialiser, unaligned
 from qsd.block.dirty import BitmapSet
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.messages import Flag, Op, Request
 
 log = logging.getLogger("qsd.node")
@@ -119,6 +120,7 @@ class Node(Actor, SlowPath):
 
     def refresh(self) -> None:
         """Take over what opening, resizing, reopening or activation has changed. Call while drained or idle."""
+        end_epoch()
         driver = self.driver
         self.length = (driver.length + SECTOR - 1) // SECTOR * SECTOR
         self.bitmaps.resize(self.length)
@@ -188,6 +190,10 @@ class Node(Actor, SlowPath):
             if self.bitmaps.recording:
                 self.bitmaps.mark(batch)
         self.driver.submit(batch)
+
+    def spot(self) -> Spot | None:
+        """The driver's way of reading on the spot, unless the funnel has something to do for reads."""
+        return None if self._holds or self._broken or self._mask else self.driver.spot()
 
     def _submit_stopped(self, batch: list[Request]) -> None:
         if self._broken:
@@ -315,6 +321,7 @@ class Node(Actor, SlowPath):
     async def hold(self) -> None:
         """Keep back what is submitted from now on; return when all that came before has ended. Nests."""
         self._holds += 1
+        end_epoch()
         while self._tasks.value or self.serialiser.in_flight or self.driver.in_flight:
             if self._tasks.value:
                 await self._tasks.wait_value(0)
@@ -335,6 +342,7 @@ class Node(Actor, SlowPath):
     def release(self) -> None:
         """End one ``hold``; the last one lets go of what was kept back."""
         self._holds -= 1
+        end_epoch()
         if not self._holds:
             held, self._held = self._held, []
             if held:
@@ -354,6 +362,7 @@ class Node(Actor, SlowPath):
         For tasks of the node's own, which ``quiesce`` would wait for.
         """
         self._holds += 1
+        end_epoch()
         try:
             await self.driver.wait_idle()
             await self.serialiser.wait_idle()
@@ -391,6 +400,7 @@ class Node(Actor, SlowPath):
     def break_down(self) -> None:
         """The node's actor has crashed, or the node is gone: answer EIO from now on."""
         self._broken = True
+        end_epoch()
         held, self._held = self._held, []
         for request in held:
             request.complete(errno.EIO)

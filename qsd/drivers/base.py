@@ -27,6 +27,7 @@ from qsd.block.mode import DetectZeroes as DetectZeroes
 from qsd.block.mode import Mode as Mode
 from qsd.block.permissions import Perm
 from qsd.drivers.snapshots import InternalSnapshot
+from qsd.drivers.spot import Spot
 from qsd.errors import QmpError
 from qsd.messages import Extent, Request
 
@@ -92,6 +93,9 @@ class Child(Protocol):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass requests on."""
+
+    def spot(self) -> Spot | None:
+        """The child node's ``Driver.spot``; None while requests are kept back."""
 
     async def read(self, offset: int, length: int) -> bytes:
         """Slow-path read; raises OSError."""
@@ -278,6 +282,10 @@ class Driver(ABC):
     @abstractmethod
     def submit(self, batch: list[Request]) -> None:
         """Serve, start or forward every request. Never blocks for long, never awaits."""
+
+    def spot(self) -> Spot | None:
+        """How reads of this node are found on the spot, until the epoch ends; None: not at all."""
+        return None
 
     def started(self) -> None:
         """Count a request that will end later."""

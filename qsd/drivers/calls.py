@@ -6,6 +6,7 @@ from typing import Protocol
 
 import trio
 
+from qsd.drivers.spot import Spot
 from qsd.errors import errno_text
 from qsd.messages import Extent, Op, ReplyQueue, Request
 
@@ -47,6 +48,10 @@ class SlowPath:
     """The requests as methods to await, for whatever takes batches. All raise OSError."""
 
     __slots__ = ()
+
+    def spot(self) -> Spot | None:
+        """How reads are found on the spot; None: not at all."""
+        return None
 
     async def read(self: Submitter, offset: int, length: int) -> bytes:
         """Read ``length`` bytes."""

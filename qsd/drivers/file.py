@@ -13,6 +13,7 @@ import trio
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Driver, Host, Limits, Mode
 from qsd.drivers.file_io import FUA, FileIo
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.errors import QmpError, errno_text
 from qsd.host import files, locks, served
 
@@ -43,6 +44,17 @@ class FileDriver(Driver):
     def submit(self, batch: list[Any]) -> None:
         """Bound to ``FileIo.submit`` for each object."""
         self.io.submit(batch)
+
+    def spot(self) -> Spot | None:
+        """The file itself, unless it is read past the page cache."""
+        fd, flags = self.io.fd, self.io.spot_flags
+        if fd < 0 or self.io.direct or flags is None:
+            return None
+
+        def find(offset: int, length: int) -> tuple[int, int, int] | None:
+            return (fd, offset, flags) if offset + length <= self.length else None
+
+        return Spot(find, fd, flags)
 
     # -- opening ----------------------------------------------------------------------------------------------
 
@@ -127,6 +139,7 @@ class FileDriver(Driver):
     def _take(self, fd: int, *, writable: bool, direct: bool) -> None:
         io = self.io
         io.fd, io.writable, io.direct = fd, writable, direct
+        end_epoch()
         io.lender.forget()
         self.limits = Limits()
         if direct:
@@ -154,6 +167,7 @@ class FileDriver(Driver):
             self.io.lender.forget()
             os.close(self.io.fd)
             self.io.fd = -1
+            end_epoch()
 
     # -- permissions ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from functools import partial
 from qsd.drivers.base import Driver
 from qsd.drivers.file_direct import DirectIo, aligned
 from qsd.drivers.lending import Lender
+from qsd.drivers.spot import end_epoch
 from qsd.host import files
 from qsd.messages import BlockState, Extent, Flag, Op, Request
 
@@ -78,7 +79,7 @@ class FileIo:
         self.fua = FUA
         self.aio_mode = "threads"
         # How reads are tried on the spot: flags of preadv2, None for not at all. Found out by the first read.
-        self._spot: int | None = _NOWAIT
+        self.spot_flags: int | None = _NOWAIT
         self._slow_until = 0
         self._write_ns = 0  # moving average of small writes done on the spot
         self._offload = 0  # batches that still go through the engine
@@ -107,7 +108,7 @@ class FileIo:
         fd = self.fd
         file_end = self._driver.length
         preadv = os.preadv
-        spot = self._spot
+        spot = self.spot_flags
         started = False
         for request in batch:
             op = request.op
@@ -126,7 +127,8 @@ class FileIo:
                         if error.errno != errno.EOPNOTSUPP or not spot:
                             request.complete(error.errno or errno.EIO)
                             continue
-                        self._spot = spot = 0 if files.is_memory(fd) else None
+                        self.spot_flags = spot = 0 if files.is_memory(fd) else None
+                        end_epoch()
                 if count == length:
                     reply = request.reply
                     reply.ready.append(request)

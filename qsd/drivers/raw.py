@@ -10,6 +10,7 @@ from qsd.drivers.base import SECTOR, ChildRole, limits_above
 from qsd.drivers.filenames import name_above_file
 from qsd.drivers.gather import Callback
 from qsd.drivers.passing import PassingDriver
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.errors import QmpError
 from qsd.messages import BlockState, Extent, Flag, Op, Request
 
@@ -30,6 +31,7 @@ class RawDriver(PassingDriver):
     def _bind(self) -> None:
         child = self.children["file"]
         self.limits = limits_above(child.limits)
+        end_epoch()
         # Nodes are as long as whole sectors. Behind an odd offset the last of them is not whole in the child.
         self._inside = child.length - self._offset
         self._is_torn = -(-self.length // SECTOR) * SECTOR > self._inside
@@ -63,6 +65,10 @@ class RawDriver(PassingDriver):
                 if request.op != Op.FLUSH:
                     request.offset += offset
         self.children["file"].submit(batch)
+
+    def spot(self) -> Spot | None:
+        """The child's; a window is left to the usual way."""
+        return None if self._is_torn or self._offset else self.children["file"].spot()
 
     def _reaches_over(self, request: Request) -> bool:
         """Serve a request that reaches over the child's end: there it reads as zeroes, and takes no data."""

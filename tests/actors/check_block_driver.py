@@ -23,11 +23,14 @@ from qsd.actors.node import Node
 from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR
 from qsd.drivers.calls import call
+from qsd.drivers.spot import Finder
 from qsd.errors import QmpError
 from qsd.messages import BlockState, Flag, Op, ReplyQueue, Request
 
 SIZE = (1 << 20) + 5 * 512
 LARGEST = 150_000
+# Read at a time on the spot.
+PIECE = 3000
 Options = dict[str, Any]
 
 
@@ -39,7 +42,7 @@ class Subject:
     ``prepare`` may do more before (create an image). ``stores``: reads give what was written. ``resizes``: any
     size. ``begins``: what a disk of that length holds before anything is written, None when nobody knows (an
     encrypted one decrypts what was there). ``alignment``: what the top is to report as its request alignment.
-    ``is_torn``: the last sector is not whole below, and takes no data.
+    ``is_torn``: the last sector is not whole below, and takes no data. ``is_spotted``: it is read on the spot.
     """
 
     nodes: Callable[[Path], list[Options]]
@@ -48,6 +51,7 @@ class Subject:
     resizes: bool = True
     alignment: int = 1
     is_torn: bool = False
+    is_spotted: bool = False
     begins: Callable[[int], bytes] | None = bytes
     reopens: tuple[Options, ...] = ({}, {"discard": "unmap"}, {"cache": {"no-flush": True}})
 
@@ -61,6 +65,8 @@ class Rig:
     edge: RootEdge
     options: list[Options]
     model: bytearray
+    finder: Finder | None = None
+    spotted: int = 0
     chance: random.Random = attrs.field(factory=lambda: random.Random(5))
 
     @property
@@ -105,6 +111,20 @@ class Rig:
         if found != self.model[start : start + length]:
             first = next(i for i in range(length) if found[i] != self.model[start + i])
             raise AssertionError(f"{start}+{length}: byte {start + first} is not what it should be")
+        self.expect_on_the_spot(start, length)
+
+    def expect_on_the_spot(self, start: int, length: int) -> None:
+        """What is read on the spot, by who keeps the way to it as long as that may be kept, is the same."""
+        if self.finder is None or self.finder.target is not self.edge:
+            self.finder = Finder(self.edge)
+        find = self.finder.find()
+        for at in range(start, start + length, PIECE) if find is not None else ():
+            expected = self.model[at : min(at + PIECE, start + length)]
+            place = find(at, len(expected)) if find is not None and expected else None
+            if place is not None:
+                fd, where, _flags = place
+                assert os.pread(fd, len(expected), where) == expected, f"on the spot: {at}+{len(expected)}"
+                self.spotted += 1
 
     async def adopt(self, start: int, length: int) -> None:
         """Take over what is in a range now, each byte of which may have become zero."""
@@ -455,9 +475,9 @@ async def open_nodes(whole: Whole, options: list[Options]) -> None:
         await whole.run("blockdev-add", **one)
 
 
-async def use(whole: Whole) -> RootEdge:
+async def use(whole: Whole, name: str = "top") -> RootEdge:
     perm = Perm.CONSISTENT_READ | Perm.WRITE
-    return await whole.daemon.services.graph.attach("top", RootOptions(perm, Perm.ALL, allow_inactive=True))
+    return await whole.daemon.services.graph.attach(name, RootOptions(perm, Perm.ALL, allow_inactive=True))
 
 
 async def check_block_driver(subject: Subject, place: Path) -> None:
@@ -467,6 +487,7 @@ async def check_block_driver(subject: Subject, place: Path) -> None:
             await subject.prepare(whole)
         # (A link leads to a device, which is not taken away.)
         files = {path: path.read_bytes() for path in place.iterdir()}
+        spotted = 0
         for check in CHECKS:
             for path, content in files.items():
                 path.write_bytes(content)
@@ -474,9 +495,11 @@ async def check_block_driver(subject: Subject, place: Path) -> None:
                 async with _rig_of(subject, whole) as rig:
                     with trio.fail_after(60):
                         await check(rig)
+                    spotted += rig.spotted
             except BaseException as error:
                 error.add_note(f"check: {check.__name__}")
                 raise
+        assert spotted or not subject.is_spotted
 
 
 @asynccontextmanager
@@ -487,6 +510,7 @@ async def _rig_of(subject: Subject, whole: Whole) -> AsyncIterator[Rig]:
     await open_nodes(whole, options)
     edge = await use(whole)
     assert edge.limits.request_alignment == subject.alignment
+    assert (edge.spot() is not None) == subject.is_spotted
     length = edge.length
     model = bytearray(await edge.read(0, length) if subject.begins is None else subject.begins(length))
     rig = Rig(subject, whole, edge, options, model)

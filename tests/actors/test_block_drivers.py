@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import trio
-from check_block_driver import SIZE, Options, Subject, check_block_driver
+from check_block_driver import SIZE, Options, Subject, check_block_driver, use
 from whole_daemon import Whole
 
+# Where the image in the middle of a chain ends.
+MIDDLE = 299_520
 BACKING = random.Random(3).randbytes(SIZE // 3)
 
 
@@ -56,6 +58,19 @@ async def overlay(whole: Whole) -> None:
     await create(whole, {"driver": "qcow2"})
 
 
+async def overlays(whole: Whole) -> None:
+    """A shorter image in the middle, with something of its own."""
+    await overlay(whole)
+    await create(whole, {"driver": "qcow2", "size": MIDDLE}, name="middle")
+    file = {"driver": "file", "filename": str(whole.place / "middle")}
+    base = {"driver": "file", "filename": str(whole.place / "base")}
+    await whole.run("blockdev-add", driver="qcow2", node_name="m", file=file, backing=base)
+    edge = await use(whole, "m")
+    await edge.write(100_000, b"middle" * 20_000)
+    await edge.detach()
+    await whole.run("blockdev-del", node_name="m")
+
+
 async def external(whole: Whole) -> None:
     (whole.place / "data").write_bytes(b"")
     await whole.run("blockdev-add", driver="file", node_name="data-file", filename=str(whole.place / "data"))
@@ -82,9 +97,13 @@ async def luks(whole: Whole) -> None:
 
 DIRECT = {"cache": {"direct": True}}
 SUBJECTS: dict[str, Subject] = {
-    "file": Subject(lambda place: [some_file(place)], reopens=({}, DIRECT, {"detect-zeroes": "on"})),
+    "file": Subject(
+        lambda place: [some_file(place)], reopens=({}, DIRECT, {"detect-zeroes": "on"}), is_spotted=True
+    ),
     "file direct": Subject(lambda place: [some_file(place, aio="native", **DIRECT)], alignment=512),
-    "file detecting zeroes": Subject(lambda place: [some_file(place, **{"detect-zeroes": "unmap"})]),
+    "file detecting zeroes": Subject(
+        lambda place: [some_file(place, **{"detect-zeroes": "unmap"})], is_spotted=True
+    ),
     "null-co": Subject(
         lambda _: [{"driver": "null-co", "node-name": "top", "size": SIZE}], stores=False, resizes=False
     ),
@@ -95,11 +114,11 @@ SUBJECTS: dict[str, Subject] = {
         stores=False,
         resizes=False,
     ),
-    "raw": Subject(lambda place: on(place, "raw"), reopens=({}, {"read-only": False})),
+    "raw": Subject(lambda place: on(place, "raw"), reopens=({}, {"read-only": False}), is_spotted=True),
     "raw direct": Subject(lambda place: on(place, "raw", below=DIRECT)),
     "raw from an odd offset": Subject(lambda place: on(place, "raw", offset=1001, below=DIRECT), is_torn=True),
     "raw window": Subject(lambda place: on(place, "raw", offset=777, size=SIZE - 2048), resizes=False),
-    "qcow2": Subject(lambda place: on(place, "qcow2"), qcow2()),
+    "qcow2": Subject(lambda place: on(place, "qcow2"), qcow2(), is_spotted=True),
     "qcow2 of small clusters, direct": Subject(
         lambda place: on(place, "qcow2", below=DIRECT), qcow2(**{"cluster-size": 4096, "refcount-bits": 8})
     ),
@@ -113,6 +132,7 @@ SUBJECTS: dict[str, Subject] = {
             {"driver": "raw", "node-name": "top", "file": "q", "discard": "unmap"},
         ],
         qcow2(preallocation="metadata"),
+        is_spotted=True,
     ),
     "qcow2, encrypted": Subject(
         lambda place: on(place, "qcow2", encrypt={"format": "luks", "key-secret": "s"}),
@@ -131,6 +151,25 @@ SUBJECTS: dict[str, Subject] = {
         ],
         overlay,
         begins=lambda length: BACKING.ljust(length, b"\0"),
+        is_spotted=True,
+    ),
+    "qcow2 overlay of an overlay": Subject(
+        lambda place: [
+            {"driver": "file", "node-name": "base", "filename": str(place / "base"), "read-only": True},
+            {
+                "driver": "qcow2",
+                "node-name": "middle",
+                "file": {"driver": "file", "filename": str(place / "middle")},
+                "backing": "base",
+                "read-only": True,
+            },
+            *on(place, "qcow2", backing="middle"),
+        ],
+        overlays,
+        begins=lambda length: (BACKING[:100_000] + b"middle" * 20_000 + BACKING[220_000:MIDDLE]).ljust(
+            length, b"\0"
+        ),
+        is_spotted=True,
     ),
     "qcow2 with a data file": Subject(
         lambda place: [
@@ -138,6 +177,7 @@ SUBJECTS: dict[str, Subject] = {
             *on(place, "qcow2", **{"data-file": "data"}),
         ],
         external,
+        is_spotted=True,
     ),
     "luks": Subject(lambda place: on(place, "luks", **{"key-secret": "s"}), luks, alignment=512, begins=None),
 }
@@ -154,6 +194,7 @@ DEVICES: dict[str, Subject] = {
         ],
         resizes=False,
         alignment=sector if direct else 1,
+        is_spotted=not direct,
     )
     for sector in (512, 4096)
     for direct in (True, False)

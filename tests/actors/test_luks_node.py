@@ -88,6 +88,7 @@ class Child:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.submit = node.submit
+        self.spot = node.spot
         self.read = node.read
         self.write = node.write
         self.flush = node.flush

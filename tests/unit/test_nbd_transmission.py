@@ -13,6 +13,7 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
 from qsd.messages import Loan, Op, Request
 from qsd.servers.nbd import transmission
@@ -26,11 +27,25 @@ from qsd.wire.nbd.transmission import REQUEST, SIMPLE_REPLY
 SIZE = 64 << 20
 # The descriptor of what is lent; nothing is ever asked of it.
 LENT = -77
+# That of what is read on the spot.
+ON_THE_SPOT = -78
 
 
 def fill(offset: int) -> bytes:
     """The byte that is read from an offset on."""
     return bytes((offset >> 18 & 0xFF,))
+
+
+def fake_preadv(fd: int, buffers: tuple[memoryview], offset: int, _flags: int) -> int:
+    """Whole reads, and now and then a short one, or one that would block."""
+    assert fd == ON_THE_SPOT
+    (buffer,) = buffers
+    outcome = offset >> 22 & 3
+    if outcome == 3:
+        raise BlockingIOError
+    count = len(buffer) if outcome < 2 else 1
+    buffer[:count] = (b"?" if outcome == 2 else fill(offset)) * count
+    return count
 
 
 class FakeSocket:
@@ -40,6 +55,7 @@ class FakeSocket:
         self.inbox = inbox
         self._windows = iter(windows)
         self.sent = bytearray()
+        self.counts: list[int] = []
         self.is_closed = False
 
     def setblocking(self, _flag: bool) -> None:
@@ -62,6 +78,7 @@ class FakeSocket:
             raise BlockingIOError
         part = bytes(data[:window])
         self.sent += part
+        self.counts.append(len(part))
         return len(part)
 
     def sendfile(self, _out: int, fd: int, offset: int, count: int) -> int:
@@ -105,6 +122,7 @@ class FakeNode:
         self._is_late = is_late
         self.waiting: list[Request] = []
         self.lent = 0
+        self.on_the_spot = self.bytes_on_the_spot = 0
 
     def submit(self, batch: list[Request]) -> None:
         for request in batch:
@@ -115,6 +133,14 @@ class FakeNode:
 
     def finish(self, index: int) -> None:
         self._serve(self.waiting.pop(index % len(self.waiting)))
+
+    def spot(self) -> Spot:
+        """Every other mebibyte is read on the spot, or tried to be."""
+        return Spot(lambda offset, length: (ON_THE_SPOT, offset, 0) if offset >> 21 & 1 else None)
+
+    def served(self, count: int, size: int) -> None:
+        self.on_the_spot += count
+        self.bytes_on_the_spot += size
 
     def _give_back(self) -> None:
         self.lent -= 1
@@ -159,7 +185,7 @@ class World:
 
     def run(self, picks: list[int]) -> None:
         """Let things happen, a socket event first, else the end of a late request, until nothing can."""
-        with mock.patch("os.sendfile", self.sock.sendfile):
+        with mock.patch("os.sendfile", self.sock.sendfile), mock.patch("os.preadv", fake_preadv):
             self._run(picks)
 
     def _run(self, picks: list[int]) -> None:
@@ -263,6 +289,40 @@ def test_work_for_longer_than_a_slice_lets_others_have_a_turn_after_each_batch()
         assert world.reactor.registration.events & EPOLLOUT
         world.transmission.disconnect("gone")
     assert world.ended == ["gone"]
+
+
+def test_what_is_read_on_the_spot_is_sent_with_its_neighbours_and_nobody_else_hears_of_it() -> None:
+    places = [2 << 20, (2 << 20) + 4096, 1 << 20, 3 << 20, 8 << 20]
+    world = World(b"".join(read(n, place, 4096) for n, place in enumerate(places)), [], lambda _request: True)
+    world.run([0])
+    assert world.sock.counts[0] == 3 * (SIMPLE_REPLY.size + 4096)
+    assert sorted(
+        cookies_answered(bytes(world.sock.sent), {n: (place, 4096) for n, place in enumerate(places)})
+    ) == [*range(5)]
+    assert (world.node.on_the_spot, world.node.bytes_on_the_spot) == (3, 3 * 4096)
+
+
+def test_after_a_read_that_would_block_the_rest_of_what_arrived_takes_the_usual_way() -> None:
+    places = [14 << 20, 2 << 20]
+    world = World(b"".join(read(n, place, 4096) for n, place in enumerate(places)), [], lambda _request: False)
+    world.run([0])
+    assert cookies_answered(bytes(world.sock.sent), {n: (place, 4096) for n, place in enumerate(places)}) == [0, 1]
+    assert not world.node.on_the_spot
+    assert world.transmission.stats.requests == 2
+
+
+def test_spot_is_asked_for_anew_when_the_epoch_has_ended() -> None:
+    world = World(read(1, 2 << 20, 4096), [], lambda _request: False)
+    world.run([0])
+    world.node.spot = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    world.sock.inbox = read(2, 2 << 20, 4096)
+    world.run([0])
+    assert world.node.on_the_spot == 2
+    end_epoch()
+    world.sock.inbox = read(3, 2 << 20, 4096)
+    world.run([0])
+    assert world.node.on_the_spot == 2
+    assert world.transmission.stats.requests == 3
 
 
 def test_layout_is_the_protocols() -> None:

@@ -10,12 +10,14 @@ by request, as if it had never been here.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.mapped import READ, fill_zeroes
 from qsd.drivers.qcow2.geometry import COPIED
 from qsd.drivers.qcow2.writing import WRITE, EntryChanger
 from qsd.drivers.runs import Cold
+from qsd.drivers.spot import Finder
 from qsd.host.memory import AlignedPool
 from qsd.messages import ReplyQueue, Request
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable
 
+    from qsd.drivers.base import Child
     from qsd.drivers.qcow2.driver import Qcow2Driver
     from qsd.drivers.qcow2.image import Image
     from qsd.drivers.qcow2.writing import Writer
@@ -86,6 +89,7 @@ class Bursts(EntryChanger):
         self._mask = self._size - 1
         self._pool = AlignedPool(KEPT)
         is_plain = self._words == 1 and not image.geometry.has_data_file and not image.is_encrypted
+        self._finder: Finder | None = None
         # Requests one burst takes; 0 for an image whose clusters are never plain enough.
         self.most = min(TOGETHER >> self._bits, MOST) if is_plain else 0
 
@@ -153,12 +157,34 @@ class Bursts(EntryChanger):
             fill_zeroes(view[: count * size])
             self._write(burst)
             return
+        reads = self._not_cached(burst, backing, view)
+        burst.left = len(reads)
+        if reads:
+            backing.submit(reads)
+        else:
+            self._write(burst)
+
+    def _not_cached(self, burst: Burst, backing: Child, view: memoryview) -> list[Request]:
+        """Read the content below as far as that goes on the spot; what has to be read in the usual way."""
+        size, mask = self._size, self._mask
+        if self._finder is None or self._finder.target is not backing:
+            self._finder = Finder(backing)
+        find = self._finder.find()
         reads = []
         start = 0
-        for request in requests:
-            reads.append(Request(READ, request.offset & ~mask, size, view[start : start + size], burst))
+        for request in burst.requests:
+            low, part = request.offset & ~mask, view[start : start + size]
             start += size
-        backing.submit(reads)
+            place = find(low, size) if find is not None else None
+            if place is not None:
+                fd, where, flags = place
+                try:
+                    if os.preadv(fd, (part,), where, flags) == size:
+                        continue
+                except OSError:
+                    find = None
+            reads.append(Request(READ, low, size, part, burst))
+        return reads
 
     def go_on(self, burst: Burst) -> None:
         """All parts of a step have ended."""
@@ -203,12 +229,13 @@ class Bursts(EntryChanger):
 
     def _link(self, burst: Burst) -> None:
         image, bits, slice_bits, slice_mask = self._image, self._bits, self._slice_bits, self._slice_mask
-        entry, tables = burst.host | COPIED, burst.tables
-        for request in burst.requests:
-            cluster = request.offset >> bits
-            number, index = cluster >> slice_bits, cluster & slice_mask
-            image.dirty.touch(number, tables[number], index, index + 1)
-            tables[number][index] = entry
+        entry, clusters = burst.host | COPIED, [request.offset >> bits for request in burst.requests]
+        for number, table in burst.tables.items():
+            indexes = [cluster & slice_mask for cluster in clusters if cluster >> slice_bits == number]
+            if indexes:
+                image.dirty.touch(number, table, min(indexes), max(indexes) + 1)
+        for cluster in clusters:
+            burst.tables[cluster >> slice_bits][cluster & slice_mask] = entry
             entry += self._size
 
     def _unpin(self, burst: Burst) -> None:

@@ -37,10 +37,12 @@ from qsd.drivers.qcow2.mending import mend
 from qsd.drivers.qcow2.packing import Packer
 from qsd.drivers.qcow2.resizing import resize
 from qsd.drivers.qcow2.settings import settings_of
+from qsd.drivers.qcow2.spotting import spot_of
 from qsd.drivers.qcow2.telling import TellingDriver
 from qsd.drivers.qcow2.writeback import WriteBack
 from qsd.drivers.qcow2.writing import WRITE, Writer
 from qsd.drivers.qcow2.zeroing import Zeroer
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.errors import QmpError, errno_text
 from qsd.messages import Flag, Op, Request
 
@@ -125,6 +127,7 @@ class Qcow2Driver(TellingDriver):
 
     def _take(self, image: Image) -> None:
         self.image = image
+        end_epoch()
         self.length = image.header.size
         self.children_changed()
 
@@ -212,8 +215,10 @@ class Qcow2Driver(TellingDriver):
         header = self.image.header
         if header.incompatible & DIRTY or header.autoclear & ~KNOWN_AUTOCLEAR:
             self._is_broken = True
+            end_epoch()
             self._go_on_with(await self._read_again(self.options, self.mode))
             self._is_broken = False
+            end_epoch()
 
     def abort_reopen(self) -> None:
         """Forget it."""
@@ -332,6 +337,7 @@ class Qcow2Driver(TellingDriver):
         self.host.emit("BLOCK_IMAGE_CORRUPTED", event)
         if is_fatal:
             self._is_broken = True
+            end_epoch()
             self.started()
             self.host.spawn(self._mark_corrupt, name="mark the image as corrupt")
 
@@ -421,6 +427,13 @@ class Qcow2Driver(TellingDriver):
             self.bursts.begin(burst)
         if self._outbox or self._resumed:
             self.send()
+
+    def spot(self) -> Spot | None:
+        """Through the tables, and those of the images below; see ``spotting``."""
+        image = self.image
+        if not image.is_hot or self._is_broken:
+            return None
+        return spot_of(image.map, self.length, self.backing)
 
     def _submit_slowly(self, batch: list[Request]) -> None:
         if self._is_broken:

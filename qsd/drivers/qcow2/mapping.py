@@ -82,6 +82,11 @@ class ClusterMap:
             return 0
         return table + (number & ((1 << self._l1_shift) - 1)) * self.cache.slice_bytes
 
+    def has_table(self, number: int) -> bool:
+        """Whether an L2 table, right or wrong, describes what slice ``number`` is about."""
+        index = number >> self._l1_shift
+        return index >= len(self.l1) or self.l1[index] & OFFSET_MASK != 0
+
     def cold(self, number: int, offset: int) -> Cold:
         """What brings slice ``number``, which stands at ``offset``, into memory."""
         return Cold(("l2", number), partial(self._load, number, offset))

@@ -10,7 +10,7 @@ import attrs
 
 from qsd.block.dirty import NamedBitmap
 from qsd.errors import errno_text
-from qsd.messages import Extent, Flag, Op
+from qsd.messages import Extent, Flag, Op, Request
 from qsd.wire.nbd import constants as c
 from qsd.wire.nbd import transmission as wire
 from qsd.wire.nbd.handshake import ALLOCATION_DEPTH, BASE_ALLOCATION, Negotiated
@@ -161,6 +161,12 @@ class Encoder:
             return wire.simple_reply(header.cookie, number)
         # Of any command, not only of those that must be answered with chunks: here is room for the text.
         return wire.error_chunk(header, number, text or errno_text(number), extended=self.extended)
+
+    def answer(self, header: RequestHeader, request: Request, contexts: tuple[int, ...]) -> bytes:
+        """The reply to an ended request that was not laid out beforehand: an error, or block status."""
+        if request.error:
+            return self.error(header, request.error, None)
+        return self.block_status(header, request.result, contexts)
 
     def block_status(self, header: RequestHeader, extents: Sequence[Extent], contexts: tuple[int, ...]) -> bytes:
         """One chunk per context in id order, the last with DONE."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from typing import Protocol
 import attrs
 
 from qsd.drivers.lending import LEND_MIN
+from qsd.drivers.spot import Finder, Spot
 from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SLICE_NS, Reactor, Registration
 from qsd.messages import Flag, Op, ReplyQueue, Request
 from qsd.servers.nbd.buffers import Pool, Receive, Slab
+from qsd.servers.nbd.incoming import Incoming
 from qsd.servers.nbd.outgoing import Outgoing
 from qsd.servers.nbd.replies import Encoder
 from qsd.wire.nbd import constants as c
@@ -40,10 +43,6 @@ MAX_REQUESTS = 256
 MAX_BYTES = 8 << 20
 # Replies are laid out for about this much before they are submitted and sent: stays in the CPU's cache.
 BATCH_BYTES = 1 << 20
-# A partial request of more than this is received exactly to its end, so that the next one starts a fresh buffer.
-EXACT = 64 << 10
-# Less room than this in the receive buffer is not worth a system call.
-MIN_ROOM = 16 << 10
 
 # Cookie; slab, start and end of the prepared reply (start -1: none is prepared); the receive buffer of a write's
 # payload; offset and length as the client sent them; the command type; the block status contexts wanted.
@@ -55,6 +54,12 @@ class Target(Protocol):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass requests on."""
+
+    def spot(self) -> Spot | None:
+        """How reads are found on the spot, for this epoch."""
+
+    def served(self, count: int, size: int) -> None:
+        """So many reads, of ``size`` bytes together, have been served on the spot."""
 
 
 @attrs.define
@@ -86,19 +91,14 @@ class Transmission:
         self._reactor = reactor
         self._target = target
         self._encoder = encoder
-        self._pool = pool
         self._alignment = alignment
         self._ended = ended
         self._crashed = crashed
         self.stats = TransmissionStatistics()
         self._replies = ReplyQueue(self._notified)
-        self._receive_buffer = pool.receive(len(leftover))
-        self._receive_buffer.view[: len(leftover)] = leftover
-        self._position = 0
-        self._end = len(leftover)
-        self._wanted = encoder.request_size  # bytes of the message that is being received
-        self._skip = 0  # payload bytes of a refused write still to be thrown away
+        self._in = Incoming(pool, leftover, encoder.request_size)
         self._out = Outgoing(sock, pool)
+        self._finder = Finder(target)
         self._submitted = 0  # parsed, not completed
         self._payload_bytes = 0  # of writes not completed
         self._closing = ""  # why no more is read; the connection ends when the answers are out
@@ -111,7 +111,7 @@ class Transmission:
         """Take over the socket."""
         self._sock.setblocking(False)
         self._registration = self._reactor.register(self._sock.fileno(), self._ready, self._crashed)
-        if self._end:
+        if self._in.end:
             self._reactor.defer(self._work, self._crashed)
         else:
             self._replies.armed = True
@@ -160,9 +160,9 @@ class Transmission:
         return self.stats.requests == before + 1 and not self._out.requests and not self._gone
 
     def _receive(self) -> None:
-        limit = self._make_room()
+        room = self._in.room()
         try:
-            count = self._sock.recv_into(self._receive_buffer.view[self._end : limit])
+            count = self._sock.recv_into(room)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -172,7 +172,7 @@ class Transmission:
             self.disconnect(self._closing or "end of file")
             return
         self.stats.bytes_received += count
-        self._end += count
+        self._in.end += count
         self._work()
 
     def _notified(self) -> None:
@@ -231,33 +231,6 @@ class Transmission:
     def _is_full(self) -> bool:
         return self._out.requests >= MAX_REQUESTS or self._out.reply_bytes + self._payload_bytes >= MAX_BYTES
 
-    # -- receiving --------------------------------------------------------------------------------------------
-
-    def _make_room(self) -> int:
-        """Make room for the message being received; where receiving has to stop."""
-        receive = self._receive_buffer
-        have = self._end - self._position
-        wanted = max(self._wanted, have + 1)
-        if not have and not receive.lent:
-            self._position = self._end = 0
-        if wanted > receive.size or (receive.lent and self._position + wanted > receive.size - MIN_ROOM):
-            self._change_buffer(wanted, have)
-        elif self._position + wanted > receive.size - MIN_ROOM and not receive.lent:
-            receive.view[:have] = receive.view[self._position : self._end]
-            self._position, self._end = 0, have
-        if wanted > EXACT:
-            return self._position + wanted
-        return self._receive_buffer.size
-
-    def _change_buffer(self, wanted: int, have: int) -> None:
-        old = self._receive_buffer
-        new = self._pool.receive(wanted + MIN_ROOM)
-        new.view[:have] = old.view[self._position : self._end]
-        self._receive_buffer = new
-        self._position, self._end = 0, have
-        if not old.lent:
-            self._pool.give_back(old)
-
     # -- parsing ----------------------------------------------------------------------------------------------
 
     def _parse(self) -> list[Request]:
@@ -277,21 +250,26 @@ class Transmission:
         done_size = encoder.done_size
         alignment = self._alignment
         replies = self._replies
-        receive = self._receive_buffer
+        incoming = self._in
+        receive = incoming.buffer
         view, memory = receive.view, receive.memory
-        end = self._end
-        position = self._position
-        if self._skip:
-            position = self._skip_payload(position, end)
+        end = incoming.end
+        position = incoming.position
+        if incoming.skip:
+            position = incoming.skipped(position)
+        find = self._finder.find()
+        preadv = os.preadv
+        count = served_bytes = 0  # reads served on the spot
+        head = tail = pieces = 0  # their answers that are one piece so far
         batch: list[Request] = []
-        slab = out.slab or out.fresh_slab(0)
+        answers = slab = out.slab or out.fresh_slab(0)
         room = MAX_REQUESTS - out.requests
         budget = MAX_BYTES - out.reply_bytes - self._payload_bytes
         if budget > BATCH_BYTES:
             budget = BATCH_BYTES
         elif not out.requests:
             budget = 1
-        self._wanted = header_size
+        incoming.wanted = header_size
         while end - position >= header_size and room > 0 and budget > 0:
             magic, flags, kind, cookie, offset, length = unpack(memory, position)
             if magic == request_magic and 0 < length <= MAX_LENGTH and offset + length <= size:
@@ -307,6 +285,30 @@ class Transmission:
                     slab.used = stop
                     slab.outstanding += 1
                     out.reply_bytes += stop - start
+                    if find is not None and length < LEND_MIN:
+                        place = find(offset, length)
+                        if place is not None:
+                            fd, where, how = place
+                            try:
+                                have = preadv(fd, (slab.view[data:stop],), where, how)
+                            except OSError:
+                                # Not in the page cache, as a rule; then much else is not.
+                                find = None
+                                have = 0
+                            if have == length:
+                                served_bytes += length
+                                count += 1
+                                if start == tail and answers is slab:
+                                    tail = stop
+                                    pieces += 1
+                                else:
+                                    if pieces:
+                                        out.add(answers.view[head:tail], answers, pieces)
+                                    answers, head, tail, pieces = slab, start, stop, 1
+                                position += header_size
+                                budget -= length
+                                room -= 1
+                                continue
                     tag: Tag = (cookie, slab, start, stop, None, offset, length, kind, ())
                     lend = MAY_LEND if length >= LEND_MIN else 0
                     batch.append(Request(READ, offset, length, slab.view[data:stop], replies, lend, tag))
@@ -317,7 +319,7 @@ class Transmission:
                 if kind == 1 and flags == write_flags and writable:
                     data = position + header_size
                     if end - data < length:
-                        self._wanted = header_size + length
+                        incoming.wanted = header_size + length
                         break
                     start = slab.used
                     stop = start + done_size
@@ -343,23 +345,23 @@ class Transmission:
             position = min(end, position + taken)
             if self._closing:
                 break
-            if self._skip:
-                position = self._skip_payload(position, end)
+            if incoming.skip:
+                position = incoming.skipped(position)
             room -= 1
             budget = min(budget, MAX_BYTES - out.reply_bytes - self._payload_bytes)
-        self._position = position
+        incoming.position = position
+        if count:
+            out.add(answers.view[head:tail], answers, pieces)
+            out.requests += count
+            self.stats.requests += count
+            self._target.served(count, served_bytes)
         return batch
-
-    def _skip_payload(self, position: int, end: int) -> int:
-        taken = min(self._skip, end - position)
-        self._skip -= taken
-        return position + taken
 
     def _uncommon(self, batch: list[Request], position: int, end: int) -> int:
         """One request that is not a plain read or write: bytes taken, 0 when more must arrive first."""
         encoder = self._encoder
         out = self._out
-        receive = self._receive_buffer
+        receive = self._in.buffer
         header = encoder.decode(receive.memory, position)
         payload = encoder.payload_length(header)
         verdict = encoder.check(header)
@@ -370,10 +372,10 @@ class Transmission:
             out.add_bytes(encoder.error(header, verdict.errno, verdict.text))
             if verdict.drop:
                 self._closing = verdict.text
-            self._skip = payload
+            self._in.skip = payload
             return encoder.request_size
         if end - data < payload:
-            self._wanted = encoder.request_size + payload
+            self._in.wanted = encoder.request_size + payload
             return 0
         body = receive.view[data : data + payload]
         if header.kind == c.CMD_DISC:
@@ -428,7 +430,7 @@ class Transmission:
         out.reply_bytes += stop - start
         receive = None
         if body is not None:
-            receive = self._receive_buffer
+            receive = self._in.buffer
             receive.lent += 1
             self._payload_bytes += header.length
         buffer = slab.view[data:stop] if is_read else body
@@ -449,9 +451,7 @@ class Transmission:
             _cookie, slab, start, stop, receive, _offset, length, _kind, _contexts = request.tag
             if receive is not None:
                 self._payload_bytes -= length
-                receive.lent -= 1
-                if not receive.lent and receive is not self._receive_buffer:
-                    self._pool.give_back(receive)
+                self._in.returned(receive)
             loan = request.result
             if start == last and slab is current and loan is None and not request.error:
                 last = stop
@@ -461,7 +461,9 @@ class Transmission:
                 out.add(current.view[first:last], current, count)
                 current = None
             if request.error or slab is None:
-                out.add_bytes(self._answer(request))
+                cookie, *_, offset, length, kind, contexts = request.tag
+                header = wire.RequestHeader(0, 0, kind, cookie, offset, length)
+                out.add_bytes(self._encoder.answer(header, request, contexts))
                 if slab is not None:
                     out.forget_slot(slab, stop - start)
                 continue
@@ -473,14 +475,6 @@ class Transmission:
             out.add(current.view[first:last], current, count)
         if self._gone:
             out.drop()
-
-    def _answer(self, request: Request) -> bytes:
-        """The reply that was not laid out beforehand: an error, or block status."""
-        cookie, _slab, _start, _stop, _receive, offset, length, kind, contexts = request.tag
-        header = wire.RequestHeader(0, 0, kind, cookie, offset, length)
-        if request.error:
-            return self._encoder.error(header, request.error, None)
-        return self._encoder.block_status(header, request.result, contexts)
 
     def _send(self) -> None:
         try:
