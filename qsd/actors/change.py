@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qsd.graph")
 
+# How many levels a near change goes down one by one, before it looks at all that is below.
+_LEVELS = 4
+
 
 class Firmness(Enum):
     """Whether a driver may refuse. Letting go of something cannot fail: who has left does not come back."""
@@ -44,7 +47,8 @@ class Change:
     """Describe with the methods, then ``run``. The caller holds the topology's lock from the first to the last.
 
     ``touched`` are the nodes the change is about, new children included. ``thawed`` are the edges it may change
-    although a job has frozen them.
+    although a job has frozen them. ``is_near`` looks no further down than permissions change: for edges of a node
+    that nobody uses, or can find yet, with both ends of them ``touched``.
     """
 
     def __init__(
@@ -53,12 +57,15 @@ class Change:
         touched: Iterable[Node],
         firmness: Firmness = Firmness.MAY_FAIL,
         thawed: Iterable[Edge] = (),
+        *,
+        is_near: bool = False,
     ) -> None:
         assert topology.lock.locked(), "the graph is changed under its lock"
         self._topology = topology
         self._firmness = firmness
         self._thawed = frozenset(edge.key for edge in thawed)
-        self._before = topology.snapshot(touched)
+        self._is_near = is_near
+        self._before = topology.snapshot(touched, is_near=is_near)
         self.snapshot = self._before
         self._attached: list[Edge] = []
         self._detached: list[Edge] = []
@@ -68,6 +75,8 @@ class Change:
         self._activity: dict[int, bool] = {}
         self._wanted: dict[RootEdge, Rights] = {}
         self._failures: list[tuple[Node, QmpError]] = []
+        # Nodes whose children are looked at in any case: a driver may want something else of them.
+        self._asked = frozenset(self._before.nodes) if is_near else frozenset()
 
     # -- describing -------------------------------------------------------------------------------------------
 
@@ -177,6 +186,13 @@ class Change:
         For a change that is a part of something larger, which calls ``tell`` when all is committed.
         """
         plan = self._plan()
+        for _level in range(_LEVELS):
+            if not self._grow(plan, is_near=True):
+                break
+            plan = self._plan()
+        else:
+            if self._grow(plan, is_near=False):
+                plan = self._plan()
         for edge, child in self._swaps.get(None, ()):
             yield _Hold(edge.node)
             yield _Swap(edge, child)
@@ -195,6 +211,23 @@ class Change:
             )
             plan_permissions(attrs.evolve(self.snapshot, edges=tuple(edges)), self._rule)
             raise
+
+    def _grow(self, plan: Plan, *, is_near: bool) -> bool:
+        """Look at the children of nodes whose permissions change, too; whether there were any not looked at yet."""
+        if not self._is_near:
+            return False
+        living = self._topology.living
+        known = {key: info_of(living[key]) for key in plan.nodes}
+        changing = [info for key, info in known.items() if key in self._asked or plan.nodes[key] != info.rights]
+        edges = (edge for info in changing for edge in info.children.values())
+        found = {edge.node for edge in edges if info_of(edge.node).key not in self._before.nodes}
+        if not found:
+            return False
+        more = self._topology.snapshot(found, is_near=is_near)
+        self._before = self._before.joined(more)
+        gone = {edge.key for edge in self._detached}
+        self.snapshot = self.snapshot.joined(more.without_edges(gone))
+        return True
 
     def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         driver = self._topology.living[key].driver

@@ -197,7 +197,7 @@ class Opener:
             return
         topology = self._topology
         async with topology.lock:
-            change = Change(topology, [node, *(child.node for child in children)])
+            change = Change(topology, [node, *(child.node for child in children)], is_near=True)
             for child in children:
                 change.attach(Edge(node, child.name, child.node, child.role, self._truncate))
             await change.run()
@@ -206,7 +206,7 @@ class Opener:
         topology = self._topology
         async with topology.lock:
             # What a driver wants of its children may depend on what it found when it opened.
-            await Change(topology, [node]).run()
+            await Change(topology, [node], is_near=True).run()
             info = info_of(node)
             if info.state is NodeState.OPENING:
                 info.state = NodeState.OPEN
@@ -255,7 +255,8 @@ class Opener:
         async with topology.lock:
             children = list(info.children.values())
             if children:
-                change = Change(topology, [node, *(edge.node for edge in children)], Firmness.MUST_SUCCEED)
+                touched = [node, *(edge.node for edge in children)]
+                change = Change(topology, touched, Firmness.MUST_SUCCEED, is_near=True)
                 for edge in children:
                     change.detach(edge)
                 await change.run()

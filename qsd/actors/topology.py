@@ -93,8 +93,11 @@ class Topology:
                 waiting.extend(edge.parent for edge in info_of(node).parents if edge.parent is not None)
         return found
 
-    def snapshot(self, touched: Iterable[Node]) -> Snapshot:
-        """The part of the graph that a change of ``touched`` can reach: them and what is below, and who uses it."""
+    def snapshot(self, touched: Iterable[Node], *, is_near: bool = False) -> Snapshot:
+        """The part of the graph that a change of ``touched`` can reach: them and what is below, and who uses it.
+
+        ``is_near`` leaves out what is below them.
+        """
         nodes: dict[int, NodeFacts] = {}
         edges: dict[int, EdgeFacts] = {}
         waiting = list(touched)
@@ -106,7 +109,8 @@ class Topology:
             nodes[info.key] = facts_of(node)
             for edge in info.parents:
                 edges[edge.key] = edge_facts(edge)
-            waiting.extend(edge.node for edge in info.children.values())
+            if not is_near:
+                waiting.extend(edge.node for edge in info.children.values())
         return Snapshot(nodes, tuple(edges[key] for key in sorted(edges)))
 
     def orphans(self, nodes: Iterable[Node]) -> list[Node]:

@@ -73,6 +73,11 @@ class Snapshot:
         """Add or change a node."""
         return attrs.evolve(self, nodes={**self.nodes, key: facts})
 
+    def joined(self, other: Snapshot) -> Snapshot:
+        """This part of a graph and another, of nodes that are not in this one."""
+        edges = {edge.key: edge for edge in (*self.edges, *other.edges)}
+        return Snapshot({**self.nodes, **other.nodes}, tuple(edges[key] for key in sorted(edges)))
+
     def _check(self, edge: EdgeFacts, parent_key: int) -> None:
         parent, child = self.nodes[parent_key], self.nodes[edge.child]
         if parent_key in self.below({edge.child}):

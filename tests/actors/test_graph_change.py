@@ -9,9 +9,13 @@ import pytest
 import trio
 from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
 
-from qsd.actors.edges import RootOptions
+from qsd.actors import topology
+from qsd.actors.edges import RootOptions, info_of
 from qsd.actors.graph import Graph
+from qsd.actors.node import Node
+from qsd.block.graph import NodeFacts
 from qsd.block.permissions import Perm
+from qsd.block.plan import Rights, plan_permissions
 from qsd.drivers.base import Mode
 from qsd.errors import QmpError
 from qsd.messages import Op, ReplyQueue, Request
@@ -308,3 +312,62 @@ async def test_activation_sees_what_another_owner_changed(bench: Bench) -> None:
     world.contents["a"] = bytearray(512)
     await graph.set_active(None, active=True)
     assert [node.length for node in graph.nodes] == [512] * 3
+
+
+# -- many nodes -----------------------------------------------------------------------------------------------
+
+
+def check_rights(graph: Graph) -> None:
+    """What nodes and edges have is what planning the whole graph anew gives them."""
+    living = graph.topology.living
+    nodes = list(living.values())
+    edges = {edge.key: edge for node in nodes for edge in info_of(node).parents}
+
+    def rule(key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        return living[key].driver.child_permissions(name, perm, shared)
+
+    plan = plan_permissions(graph.topology.snapshot(nodes), rule)
+    assert {key: Rights(edge.perm, edge.shared) for key, edge in edges.items()} == plan.edges
+    assert {info_of(node).key: info_of(node).rights for node in nodes} == plan.nodes
+
+
+async def test_long_chains_get_and_lose_permissions_all_the_way_down(bench: Bench) -> None:
+    """Opening and closing look no further than permissions change: down to the end here, and round a corner."""
+    graph, _world = bench
+    await graph.add(disk("n0"))
+    for number in range(1, 12):
+        # The size keeps what is below from being resized.
+        await graph.add(raw(f"n{number}", f"n{number - 1}", size=512 if number == 9 else None))
+        check_rights(graph)
+    user = await graph.attach("n8", RootOptions(Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED))
+    check_rights(graph)
+    for number in range(9, 12):
+        await graph.add(FormatOptions(node_name=f"f{number}", file=f"n{number}", backing="n2", read_only=True))
+        check_rights(graph)
+    await user.detach()
+    await graph.add(FormatOptions(node_name="top", file="n11", backing="f10", read_only=True))
+    check_rights(graph)
+    for name in ("top", "f11", "n11", "f10", "n10", "f9", "n9"):
+        await graph.delete(name)
+        check_rights(graph)
+
+
+async def test_adding_to_a_long_chain_looks_at_few_nodes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node of a chain was looked at four times for each new one: 200 overlays took seconds."""
+    graph, _world = bench
+    await graph.add(disk("n0"))
+    looked: list[Node] = []
+    facts_of = topology.facts_of
+
+    def noting(node: Node) -> NodeFacts:
+        looked.append(node)
+        return facts_of(node)
+
+    monkeypatch.setattr(topology, "facts_of", noting)
+    costs = []
+    for number in range(1, 40):
+        looked.clear()
+        file, backing = disk(filename=f"{number}"), f"n{number - 1}"
+        await graph.add(FormatOptions(node_name=f"n{number}", file=file, backing=backing))
+        costs.append(len(looked))
+    assert costs[-1] == costs[4]
