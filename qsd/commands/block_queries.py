@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
 
 from qsd.actors.edges import Edge, info_of
 from qsd.actors.node import Node
 from qsd.block.dirty import NamedBitmap
 from qsd.block.permissions import PERM_NAMES, Perm
 from qsd.commands.context import Context
-from qsd.commands.registry import command
+from qsd.commands.registry import Ready, command
+from qsd.drivers.filenames import name_of, names_kept
+from qsd.qapi.rows import Rows
 from qsd.qapi.schema.block_info import QueryBlockArgs, QueryBlockstatsArgs, QueryNamedBlockNodesArgs
+
+if TYPE_CHECKING:
+    from qsd.drivers.base import Driver
 
 Json = dict[str, Any]
 
@@ -26,6 +33,8 @@ _NOT_COUNTED = dict.fromkeys(
     ),
     0,
 )
+# Characters of a JSON name that are told.
+_MAX_NAME: Final = 4095
 _NO_THROTTLING = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
 
 
@@ -36,35 +45,37 @@ async def query_block(_context: Context, _args: QueryBlockArgs) -> list[Json]:
 
 
 @command("query-named-block-nodes")
-async def query_named_block_nodes(context: Context, args: QueryNamedBlockNodesArgs) -> list[Json]:
+async def query_named_block_nodes(context: Context, args: QueryNamedBlockNodesArgs) -> Ready:
     """All nodes, newest first. ``flat`` leaves the backing chains out of the images."""
-    images: dict[Node, Json] = {}
-    return [_device_info(node, images, flat=bool(args.flat)) for node in reversed(context.services.graph.nodes)]
+    images = _Images()
+    with names_kept():
+        nodes = reversed(context.services.graph.nodes)
+        return Ready([_device_info(node, images, flat=bool(args.flat)) for node in nodes])
 
 
-def _device_info(node: Node, images: dict[Node, Json], *, flat: bool) -> Json:
+def _device_info(node: Node, images: _Images, *, flat: bool) -> Json:
     mode = node.mode
-    chain = [] if flat else _backing_chain(node)
+    image, depth = images.of(node, flat=flat)
     info: Json = {
         "node-name": node.name,
         "drv": node.driver.name,
-        "file": node.driver.filename(),
+        "file": _shown_name(node.driver),
         "ro": mode.read_only,
         "active": node.active,
         "encrypted": node.driver.is_encrypted(),
-        "backing_file_depth": len(chain),
+        "backing_file_depth": depth,
         "detect_zeroes": mode.detect_zeroes.value,
         "write_threshold": _signed(node.write_threshold),
         "cache": {"writeback": True, "direct": mode.cache_direct, "no-flush": mode.cache_no_flush},
         "children": [{"child": name, "node-name": edge.node.name} for name, edge in _newest_first(node)],
-        "image": _image_with_chain(node, chain, images),
+        "image": image,
         **_NO_THROTTLING,
     }
     if node.bitmaps:
-        info["dirty-bitmaps"] = [_bitmap_info(bitmap) for bitmap in reversed(list(node.bitmaps))]
+        info["dirty-bitmaps"] = Rows(list(node.bitmaps)[::-1], _bitmap_info)
     backing = _children(node).get("backing")
     if backing is not None:
-        info["backing_file"] = backing.node.driver.filename()
+        info["backing_file"] = _shown_name(backing.node.driver)
     return info
 
 
@@ -101,23 +112,33 @@ def _below(node: Node) -> Edge | None:
     return _children(node).get("file" if node.driver.is_filter else "backing")
 
 
-def _backing_chain(node: Node) -> list[Node]:
-    chain: list[Node] = []
-    edge = _below(node)
-    while edge is not None:
-        chain.append(edge.node)
-        edge = _below(edge.node)
-    return chain
+def _shown_name(driver: Driver) -> str:
+    """A name as it is told: of a JSON one that is very long only the beginning, as the reference does."""
+    name = name_of(driver)
+    return name if len(name) <= _MAX_NAME or not name.startswith("json:") else name[: _MAX_NAME - 3] + "..."
 
 
-def _image_with_chain(node: Node, chain: list[Node], images: dict[Node, Json]) -> Json:
-    """The image with those below it. ``images`` are known from one question: every one is part of all above it."""
-    image: Json | None = None
-    for each in reversed((node, *chain)):
-        known = images.get(each)
-        image = known if known is not None else images.setdefault(each, _image_info(each, image))
-    assert image is not None
-    return image
+@attrs.define(eq=False)
+class _Images:
+    """The images of one answer. Every one is made once, although it is a part of all above it."""
+
+    _known: dict[Node, tuple[Json, int]] = attrs.field(factory=dict)
+
+    def of(self, node: Node, *, flat: bool) -> tuple[Json, int]:
+        """The image, and how many are below it; ``flat``: on its own."""
+        if flat:
+            return _image_info(node, None), 0
+        chain = [node]
+        while chain[-1] not in self._known and (edge := _below(chain[-1])) is not None:
+            chain.append(edge.node)
+        known = self._known.get(chain[-1])
+        for each in reversed(chain):
+            if each not in self._known:
+                below, depth = (None, 0) if known is None else (known[0], known[1] + 1)
+                self._known[each] = _image_info(each, below), depth
+            known = self._known[each]
+        assert known is not None
+        return known
 
 
 def _image_info(node: Node, below: Json | None) -> Json:
@@ -139,7 +160,7 @@ def _image_info(node: Node, below: Json | None) -> Json:
         if value:
             shown[name] = value
     image: Json = {
-        "filename": driver.filename(),
+        "filename": _shown_name(driver),
         "format": driver.name,
         "virtual-size": node.length,
         "limits": shown,
@@ -151,7 +172,7 @@ def _image_info(node: Node, below: Json | None) -> Json:
         ("actual-size", driver.allocated_size()),
         ("dirty-flag", driver.dirty_flag()),
         ("format-specific", driver.format_specific()),
-        ("snapshots", [snapshot.as_json() for snapshot in driver.snapshots()] or None),
+        ("snapshots", driver.snapshot_rows() or None),
     ):
         if fact is not None:
             image[name] = fact
@@ -188,10 +209,10 @@ def _statistics(node: Node) -> Json:
     specific = node.driver.driver_statistics()
     if specific is not None:
         answer["driver-specific"] = specific
-    children = _children(node)
-    for name, shown in (("file", "parent"), ("backing", "backing")):
-        if name in children:
-            answer[shown] = _statistics(children[name].node)
+    # Backing files are told for devices only, of which there are none.
+    file = _children(node).get("file")
+    if file is not None:
+        answer["parent"] = _statistics(file.node)
     return answer
 
 

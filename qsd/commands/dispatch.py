@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qsd.commands.context import Context
-from qsd.commands.registry import COMMANDS, Implementation
+from qsd.commands.registry import COMMANDS, Implementation, Ready
 from qsd.errors import ErrorClass, QmpError
 from qsd.qapi.core import SCHEMA
 from qsd.qapi.visit import to_json, visit_arguments
@@ -18,6 +18,8 @@ async def execute(context: Context, name: str, arguments: dict[str, Any]) -> Any
     if declared is None:
         raise _not_found(name)
     result = await implementation(context, visit_arguments(declared, arguments))
+    if isinstance(result, Ready):
+        return result.value
     return {} if result is None else to_json(result)
 
 

@@ -10,6 +10,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import attrs
+
+
+@attrs.frozen
+class Ready:
+    """An answer that is JSON already: looking through a long one once more would take long."""
+
+    value: Any
+
+
 Implementation = Callable[[Any, Any], Awaitable[Any]]
 
 COMMANDS: dict[str, Implementation] = {}

@@ -30,6 +30,7 @@ from qsd.drivers.snapshots import InternalSnapshot
 from qsd.drivers.spot import Spot
 from qsd.errors import QmpError
 from qsd.messages import Extent, Request
+from qsd.qapi.rows import Rows
 
 SECTOR = 512
 
@@ -232,7 +233,7 @@ class BitmapStore(Protocol):
     async def remove(self, name: str) -> None:
         """Remove a bitmap from the image, if it is there. Raises OSError."""
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> Rows[Any]:
         """What the image holds, for ``format_specific``."""
 
 
@@ -428,6 +429,10 @@ class Driver(ABC):
     def allocated_size(self) -> int | None:
         """Bytes used on the host, when known (``actual-size``)."""
         return None
+
+    def snapshot_rows(self) -> Rows[Any]:
+        """``snapshots`` as JSON (``SnapshotInfo``)."""
+        return Rows(self.snapshots(), InternalSnapshot.as_json)
 
     def filename(self) -> str:
         """The name the node is reported by (``file`` in query-named-block-nodes): plain or ``json:{...}``."""

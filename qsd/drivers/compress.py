@@ -7,10 +7,9 @@ format refuses it (EIO).
 
 from __future__ import annotations
 
-import json
 from typing import ClassVar
 
-from qsd.drivers.filenames import tree_of
+from qsd.drivers.filenames import object_text, tree_text
 from qsd.drivers.filters import FilterDriver
 from qsd.drivers.mapped import fill_zeroes
 from qsd.errors import QmpError
@@ -64,4 +63,4 @@ class CompressDriver(FilterDriver):
 
     def filename(self) -> str:
         """A disk of its own."""
-        return "json:" + json.dumps({"driver": self.name, "file": tree_of(self.below)})
+        return "json:" + object_text(self.name, {"file": tree_text(self.below)})

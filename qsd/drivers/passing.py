@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qsd.drivers.base import Driver
+from qsd.drivers.filenames import name_of
 from qsd.drivers.snapshots import InternalSnapshot
+from qsd.qapi.rows import Rows
 
 
 class PassingDriver(Driver):
@@ -20,7 +22,7 @@ class PassingDriver(Driver):
 
     def filename(self) -> str:
         """The child's."""
-        return self.below.filename()
+        return name_of(self.below)
 
     def allocated_size(self) -> int | None:
         """The child's."""
@@ -44,6 +46,10 @@ class PassingDriver(Driver):
     def snapshots(self) -> list[InternalSnapshot]:
         """The child's."""
         return self.below.snapshots()
+
+    def snapshot_rows(self) -> Rows[Any]:
+        """The child's."""
+        return self.below.snapshot_rows()
 
     async def create_snapshot(self, name: str, now_ns: int) -> str:
         """In the child."""

@@ -141,4 +141,4 @@ class RawDriver(PassingDriver):
     def filename(self) -> str:
         """The child's, unless a window makes it another disk."""
         shown = {name: value for name in ("offset", "size") if (value := getattr(self.options, name)) is not None}
-        return name_above_file(self, shown)
+        return name_above_file(self, {name: str(value) for name, value in shown.items()})

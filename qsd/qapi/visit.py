@@ -11,6 +11,7 @@ from typing import Any
 
 from qsd.errors import QmpError
 from qsd.qapi.core import NULL, Command, NullType, is_declared, resolve, wire_members
+from qsd.qapi.rows import Rows
 from qsd.qapi.scalars import Flavour, JsonFlavour, KeyvalFlavour, NameFlavour, invalid_type
 from qsd.qapi.types import (
     ANY,
@@ -71,7 +72,7 @@ def to_json(value: Any) -> Any:
         return value.value
     if isinstance(value, (str, int, float)):
         return value
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, Rows)):
         return [to_json(item) for item in value]
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}

@@ -24,9 +24,9 @@ import attrs
 from qsd.errors import QmpError
 from qsd.wire import modified_utf8
 from qsd.wire.qmp_json_lexer import MAX_TOKEN_SIZE, Kind, Lexer, Token
-from qsd.wire.qmp_json_writer import dumps
+from qsd.wire.qmp_json_writer import dumps, pieces
 
-__all__ = ["MAX_DEPTH", "MAX_TOKENS", "MAX_TOKEN_SIZE", "JsonError", "Parser", "dumps", "parse_one"]
+__all__ = ["MAX_DEPTH", "MAX_TOKENS", "MAX_TOKEN_SIZE", "JsonError", "Parser", "dumps", "parse_one", "pieces"]
 
 MAX_DEPTH: Final = 1024
 MAX_TOKENS: Final = 2 << 20

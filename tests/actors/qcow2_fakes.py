@@ -42,6 +42,25 @@ def extents_of(data: bytes | bytearray, request: Request) -> list[Extent]:
     return found[: request.extents_wanted]
 
 
+def file_node(name: str) -> Any:
+    """What a driver may ask the node of a file for: who it is."""
+    return SimpleNamespace(driver=_FileDriver(name), name=name)
+
+
+@attrs.define(eq=False)
+class _FileDriver:
+    path: str
+    name: str = "file"
+    is_format: bool = False
+    children: dict[str, Any] = attrs.field(factory=dict)
+
+    def filename(self) -> str:
+        return self.path
+
+    def allocated_size(self) -> int | None:
+        return None
+
+
 class MemoryFile(SlowPath):
     """A child that does everything on the spot. ``fails`` makes flushes fail.
 

@@ -11,7 +11,6 @@ import errno
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Final
 
 import attrs
@@ -20,7 +19,7 @@ import trio
 import trio.testing
 from guest import SECTOR as SECTOR
 from guest import Allowed, GuestOp, assert_shown
-from qcow2_fakes import extents_of
+from qcow2_fakes import extents_of, file_node
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath
@@ -73,8 +72,7 @@ class Disk(SlowPath):
         self.initial = data
         self.limits = Limits()
         self.changes_done = 0
-        driver = SimpleNamespace(name="file", is_format=False, filename=lambda: name, allocated_size=lambda: None)
-        self.node = SimpleNamespace(driver=driver, name=name)
+        self.node = file_node(name)
         self.largest_read = 0
         self.grows_at_once = world.rng.random() < 0.7
         self.is_read_only = False

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 from qcow2_builder import build
-from qcow2_fakes import KIB, MemoryFile, cut, examine, opened_on, read
+from qcow2_fakes import KIB, MemoryFile, cut, examine, file_node, opened_on, read
 
 from qsd.drivers.base import Mode
 from qsd.drivers.luks import keys
@@ -33,8 +32,7 @@ class Host:
         self._files = files
         for name, file in files.items():
             file.node_name = name
-            driver = SimpleNamespace(name="file", filename=lambda name=name: name)
-            file.node = SimpleNamespace(driver=driver, name=name)
+            file.node = file_node(name)
 
     @asynccontextmanager
     async def node(self, ref: Any) -> AsyncIterator[Any]:

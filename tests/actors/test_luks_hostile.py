@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 pytest.importorskip("numpy")
 pytest.importorskip("cryptography")
 
-from qcow2_fakes import MemoryFile, examine, new_image, read, write
+from qcow2_fakes import MemoryFile, examine, file_node, new_image, read, write
 
 from qsd.drivers.base import Mode
 from qsd.drivers.calls import call
@@ -61,8 +61,7 @@ class Disk(MemoryFile):
 
     def __init__(self, data: bytes | bytearray) -> None:
         super().__init__(data)
-        driver = SimpleNamespace(name="file", is_format=False, filename=lambda: "f", allocated_size=lambda: None)
-        self.node = SimpleNamespace(driver=driver, name="file")
+        self.node = file_node("f")
 
     def submit(self, batch: list[Request]) -> None:
         for request in batch:

@@ -20,6 +20,7 @@ from qsd import __version__
 from qsd.actors.core import Actor
 from qsd.actors.supervisor import Floor
 from qsd.errors import QmpError
+from qsd.qapi.rows import Rows
 from qsd.qapi.schema.control import MonitorMode, MonitorOptions
 from qsd.servers.monitor import output
 
@@ -641,6 +642,27 @@ async def test_long_input_lets_others_have_their_turn(house: House) -> None:
             answered += 1
     assert answered > 3
     assert (await odd.message())["error"]["class"] == NOT_FOUND
+
+
+async def test_long_answer_lets_others_have_their_turn(house: House) -> None:
+    """An image may have 65535 snapshots; events come before such an answer or after it, never inside."""
+
+    async def long(_session: Any, _arguments: Any) -> dict[str, Any]:
+        return {"rows": Rows(range(20000), lambda number: {"number": number})}
+
+    house.commands["long"] = long
+    one = await house.negotiated(await house.monitor("a"))
+    other = await house.negotiated(await house.monitor("b"))
+    await one.send('{"execute":"long"}')
+    answered = 0
+    while answered < 5 and one.nothing_came():
+        assert "return" in await other.ask("query-version")
+        answered += 1
+    assert answered == 5
+    house.events.emit("PLAIN")
+    event, answer = await one.message(), await one.message()
+    assert event["event"] == "PLAIN"
+    assert [row["number"] for row in answer["return"]["rows"]] == list(range(20000))
 
 
 def test_quiet_log(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qsd.actors.supervisor import Supervisor
 from qsd.commands.context import Context
 from qsd.commands.dispatch import execute
 from qsd.daemon import Daemon, build
+from qsd.qapi.visit import to_json
 
 
 @attrs.define(eq=False)
@@ -31,7 +32,7 @@ class Whole:
     async def run(self, name: str, /, **arguments: Any) -> Any:
         """Run a QMP command (underscores for dashes)."""
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
-        return await execute(Context(self.daemon.services), name, named)
+        return to_json(await execute(Context(self.daemon.services), name, named))
 
     def actor(self, kind: str) -> Actor:
         """The one actor of a kind."""

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsd.errors import QmpError
+from qsd.qapi.rows import Rows
 from qsd.wire import qmp_json_lexer
-from qsd.wire.qmp_json import MAX_DEPTH, MAX_TOKENS, JsonError, Parser, dumps, parse_one
+from qsd.wire.qmp_json import MAX_DEPTH, MAX_TOKENS, JsonError, Parser, dumps, parse_one, pieces
 
 _REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "qmp_json_reference.json").read_text())["rows"]
 
@@ -241,6 +242,18 @@ def test_dumps_pretty_indents_by_four_and_gives_empty_containers_two_lines() -> 
 def test_dumps_takes_any_depth_the_parser_takes() -> None:
     (value,) = Parser().feed(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
     assert dumps(value) == "[" * MAX_DEPTH + "]" * MAX_DEPTH
+
+
+@pytest.mark.parametrize("pretty", [False, True])
+def test_pieces_of_a_long_answer_are_short_and_together_what_dumps_writes(pretty: bool) -> None:
+    rows = [{"name": f"row {number}", "flags": ["a"], "count": number, "busy": False} for number in range(5000)]
+    answer = {"return": [{"rows": Rows(range(5000), rows.__getitem__), "none": Rows((), dict)}]}
+    whole = {"return": [{"rows": rows, "none": []}]}
+    found = list(pieces(answer, pretty))
+    assert "".join(found) == dumps(whole, pretty)
+    assert json.loads("".join(found)) == whole
+    assert len(found) > 50
+    assert max(map(len, found)) < 16 << 10
 
 
 _NONCHARACTERS = {chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)} | {

@@ -14,7 +14,7 @@ import trio
 
 from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mode, limits_above
-from qsd.drivers.filenames import tree_of
+from qsd.drivers.filenames import object_text, tree_text
 from qsd.drivers.luks.amend import amend_volume
 from qsd.drivers.luks.sealed import SealedChild, Sealer
 from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, volume_info
@@ -134,8 +134,8 @@ class LuksDriver(Driver):
 
     def filename(self) -> str:
         """How the node could be opened again; the password stays a name."""
-        shown = {"driver": self.name, **{name: tree_of(driver_of(child)) for name, child in self.children.items()}}
-        return "json:" + json.dumps(shown | {"key-secret": self.options.key_secret})
+        shown = {name: tree_text(driver_of(child)) for name, child in self.children.items()}
+        return "json:" + object_text(self.name, shown | {"key-secret": json.dumps(self.options.key_secret)})
 
     def format_specific(self) -> dict[str, Any] | None:
         """``ImageInfoSpecific`` of kind luks."""

@@ -26,6 +26,7 @@ from qsd.drivers.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Bitm
 from qsd.drivers.qcow2.geometry import big_endian, empty_table
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header
 from qsd.errors import QmpError, errno_text
+from qsd.qapi.rows import Rows
 
 log = logging.getLogger("qsd.qcow2")
 
@@ -89,16 +90,9 @@ class Qcow2Bitmaps:
 
     # -- facts ------------------------------------------------------------------------------------------------
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> Rows[Any]:
         """``Qcow2BitmapInfo`` of what is in the file."""
-        return [
-            {
-                "name": entry.text,
-                "granularity": 1 << entry.granularity_bits,
-                "flags": [name for flag, name in layout.FLAG_NAMES if entry.flags & flag],
-            }
-            for entry in self._entries
-        ]
+        return Rows(self._entries, _facts_of)
 
     def check(self, name: str, length: int, others: Iterable[NamedBitmap]) -> None:
         """Raise QmpError unless a new bitmap of ``length`` bytes can be stored along with ``others``."""
@@ -406,6 +400,14 @@ class _Allocations:
                     await self._image.release(offset, count)
                 except OSError as error:
                     log.warning("%d clusters at %d stay allocated: %s", count, offset, error)
+
+
+def _facts_of(entry: DirectoryEntry) -> dict[str, Any]:
+    return {
+        "name": entry.text,
+        "granularity": 1 << entry.granularity_bits,
+        "flags": [name for flag, name in layout.FLAG_NAMES if entry.flags & flag],
+    }
 
 
 def _stored_name(bitmap: NamedBitmap) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING, Any
 
+from qsd.drivers import filenames
 from qsd.drivers.base import Child
-from qsd.drivers.filenames import tree_of
 from qsd.drivers.implicit import full_name
 from qsd.drivers.qcow2.layout import (
     COMPRESSION_NAMES,
@@ -17,6 +18,7 @@ from qsd.drivers.qcow2.layout import (
     Header,
 )
 from qsd.errors import QmpError
+from qsd.qapi.rows import Rows
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.encryption import Encryption
@@ -30,8 +32,7 @@ def text(name: bytes) -> str:
 def name_of(child: Child) -> str:
     """The file name a child is reported by."""
     inner: Any = child
-    name: str = inner.node.driver.filename()
-    return name
+    return filenames.name_of(inner.node.driver)
 
 
 def allocated_size(children: dict[str, Child]) -> int | None:
@@ -47,18 +48,18 @@ def allocated_size(children: dict[str, Child]) -> int | None:
     return total
 
 
-def naming_options(children: dict[str, Child], options: Any, *, other_backing: str | None) -> dict[str, Any]:
-    """What an image cannot be opened again without, its files aside.
+def naming_options(children: dict[str, Child], options: Any, *, has_other_backing: bool) -> dict[str, str]:
+    """What an image cannot be opened again without, its files aside; the values are JSON.
 
-    ``other_backing``: the name of the backing file that it does not name itself.
+    ``has_other_backing``: its backing file is not the one that it names itself.
     """
-    named: dict[str, Any] = {}
-    if other_backing is not None:
+    named: dict[str, str] = {}
+    if has_other_backing:
         backing: Any = children.get("backing")
-        named["backing"] = None if backing is None else tree_of(backing.node.driver, other_backing)
+        named["backing"] = "null" if backing is None else filenames.tree_text(backing.node.driver)
     if options.encrypt is not None:
         # The format is not told: the header says it. The password stays a name.
-        named["encrypt.key-secret"] = options.encrypt.key_secret
+        named["encrypt.key-secret"] = json.dumps(options.encrypt.key_secret)
     return named
 
 
@@ -76,7 +77,7 @@ def image_facts(header: Header, image_name: str) -> dict[str, Any]:
     return facts
 
 
-def format_specific(header: Header, bitmaps: list[dict[str, Any]], encryption: Encryption | None) -> dict[str, Any]:
+def format_specific(header: Header, bitmaps: Rows[Any] | None, encryption: Encryption | None) -> dict[str, Any]:
     """``ImageInfoSpecificQCow2``."""
     data: dict[str, Any] = {
         "compat": "0.10" if header.content_version < 3 else "1.1",

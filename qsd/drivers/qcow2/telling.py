@@ -12,6 +12,7 @@ from qsd.drivers.qcow2.layout import DIRTY
 from qsd.drivers.runs import Run
 from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
+from qsd.qapi.rows import Rows
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
@@ -83,10 +84,9 @@ class TellingDriver(MappedDriver):
     def filename(self) -> str:
         """The file's name, unless another backing file makes it another disk."""
         backing = self.children.get("backing")
-        # Asked once: it asks its own backing file, and so on down the chain.
         name = "" if backing is None else facts.name_of(backing)
-        other = None if name == self.own_backing else name
-        own = facts.naming_options(self.children, self.options, other_backing=other)
+        is_other = name != self.own_backing
+        own = facts.naming_options(self.children, self.options, has_other_backing=is_other)
         return name_above_file(self, own)
 
     def image_facts(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class TellingDriver(MappedDriver):
 
     def format_specific(self) -> dict[str, Any] | None:
         """``ImageInfoSpecificQCow2``."""
-        bitmaps = [] if self.bitmap_store is None else self.bitmap_store.facts()
+        bitmaps = None if self.bitmap_store is None else self.bitmap_store.facts()
         return facts.format_specific(self.image.header, bitmaps, self.image.encryption)
 
     def is_encrypted(self) -> bool:
@@ -114,3 +114,7 @@ class TellingDriver(MappedDriver):
     def snapshots(self) -> list[InternalSnapshot]:
         """In the order of the image's list."""
         return [snapshot.shown for snapshot in self.image.snapshots]
+
+    def snapshot_rows(self) -> Rows[Any]:
+        """``snapshots``, one after the other: there may be tens of thousands."""
+        return Rows(self.image.snapshots, lambda snapshot: snapshot.shown.as_json())

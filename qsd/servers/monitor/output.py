@@ -40,20 +40,23 @@ class Output:
         """Whether less than ``SOFT_LIMIT`` is held."""
         return len(self._held) < SOFT_LIMIT
 
-    def put(self, data: bytes) -> None:
-        """Send, or keep for later. What is said to a client that has gone is lost."""
+    def put(self, data: bytes | bytearray) -> None:
+        """Send, or keep for later. What is said to a client that has gone is lost. An array is given away."""
         if self._stream.closed.is_set():
             return
         if not self._held:
             try:
-                sent = self._stream.send_nowait(data)
+                sent = self._stream.send_nowait(memoryview(data))
             except OSError:
                 self._stream.close()
                 return
             if sent == len(data):
                 return
-            data = data[sent:]
-        self._held += data
+            # Nothing is copied of an answer of many megabytes.
+            self._held = data if isinstance(data, bytearray) else bytearray(data)
+            del self._held[:sent]
+        else:
+            self._held += data
         self._notify()
 
     def put_unasked(self, data: bytes) -> None:

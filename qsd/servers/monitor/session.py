@@ -28,7 +28,7 @@ from qsd.servers.monitor import envelope
 from qsd.servers.monitor.envelope import Request
 from qsd.servers.monitor.output import Output
 from qsd.servers.monitor.version import VERSION
-from qsd.wire.qmp_json import Parser, dumps
+from qsd.wire.qmp_json import Parser, dumps, pieces
 
 log = logging.getLogger("qsd.monitor")
 
@@ -39,6 +39,8 @@ PIECE = 8 << 10
 LOOK_S = 0.25
 # Seconds a client has to take what is left for it when the connection ends.
 FLUSH_S = 1.0
+
+_END = b"\r\n"
 
 NEGOTIATE = "qmp_capabilities"
 
@@ -199,7 +201,7 @@ class Session:
         except Exception as error:  # noqa: BLE001  # it becomes the reply
             self._say(envelope.failure(_as_qmp(error), request_id))
         else:
-            self._say(envelope.success(result, request_id))
+            await self._answer(envelope.success(result, request_id))
 
     def _admit(self, request: Request) -> None:
         if not self.is_negotiated:
@@ -233,8 +235,20 @@ class Session:
         capabilities = [QMPCapability.OOB.value] if self._offers_oob else []
         self._say({"QMP": {"version": to_json(VERSION), "capabilities": capabilities}})
 
+    async def _answer(self, message: dict[str, Any]) -> None:
+        """Say what may be many megabytes: others run while it is put together."""
+        data = bytearray()
+        for piece in pieces(message, pretty=self.pretty):
+            if data:
+                await trio.lowlevel.checkpoint()
+            data += _on_the_wire(piece)
+        data += _END
+        self._put(data)
+
     def _say(self, message: dict[str, Any]) -> None:
-        data = self._encode(message)
+        self._put(self._encode(message))
+
+    def _put(self, data: bytes | bytearray) -> None:
         if _RESPOND.enabled:
             _RESPOND("mon {} resp: {}", self.name, data.rstrip().decode())
         self.output.put(data)
@@ -244,8 +258,12 @@ class Session:
             self.output.put_unasked(self._encode(dict(event.message)))
 
     def _encode(self, message: dict[str, Any]) -> bytes:
-        text = dumps(message, pretty=self.pretty) + "\n"  # line ends inside strings are escaped
-        return text.replace("\n", "\r\n").encode("ascii")
+        return _on_the_wire(dumps(message, pretty=self.pretty)) + _END
+
+
+def _on_the_wire(text: str) -> bytes:
+    # Line ends inside strings are escaped.
+    return text.replace("\n", "\r\n").encode("ascii")
 
 
 def _as_qmp(error: Exception) -> QmpError:

@@ -50,7 +50,7 @@ def make_tree(sources: Sources) -> Directory:
 
 
 def _as_json(value: Any) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"
+    return json.dumps(value, indent=2, default=list).encode() + b"\n"
 
 
 def _json(value: Any) -> Text:
