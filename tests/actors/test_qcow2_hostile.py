@@ -28,6 +28,7 @@ from qsd.drivers.calls import call
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
+from qsd.drivers.qcow2.loading import read_table
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot, pack
 from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
@@ -423,6 +424,21 @@ async def test_long_snapshot_table_lets_others_run() -> None:
             await driver.create_snapshot("one more", 0)
             assert turns.count > count // 100
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("cut", [0, 3, 1 << 20])
+async def test_large_table_lets_others_run_and_is_zeroes_behind_the_end_of_the_file(cut: int) -> None:
+    """An L1 table of 32 MiB that was in the page cache held the daemon for 50 ms."""
+    entries = 1 << 19
+    content = struct.pack(f">{entries}Q", *range(1, entries + 1))
+    kept = content[: len(content) - cut]
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        table = await read_table(MemoryFile(bytearray(16) + kept), 16, entries, "not read")
+        nursery.cancel_scope.cancel()
+    assert turns.count >= 10
+    assert list(table) == list(struct.unpack(f">{entries}Q", kept.ljust(len(content), b"\0")))
 
 
 @pytest.mark.parametrize("bits", [1, 0x1FF, 1 << 56, 0x7F << 56])

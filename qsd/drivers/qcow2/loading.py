@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from qsd.drivers.base import Child
-from qsd.drivers.qcow2.geometry import empty_table, swap
+from qsd.drivers.qcow2.geometry import swap
 from qsd.drivers.qcow2.layout import PROBE_LENGTH, Header, parse_header, probe_cluster_size
 from qsd.drivers.qcow2.snapshot_table import MAX_ENTRY, MAX_TABLE, StoredSnapshot, parse_entry
 from qsd.errors import QmpError, errno_text
@@ -33,16 +33,19 @@ async def _read(file: Child, offset: int, length: int) -> bytes:
 
 async def read_table(file: Child, offset: int, entries: int, failure: str) -> array[int]:
     """A table of 64-bit words; what lies beyond the end of the file is zeroes."""
-    table = empty_table(entries * 8)
+    table = array("Q")
     try:
-        # In pieces: the table is in memory once, and others run meanwhile.
-        with memoryview(table).cast("B") as view:
-            for start in range(0, min(len(view), file.length - offset), _PIECE):
-                found = await _read(file, offset + start, min(_PIECE, len(view) - start))
-                view[start : start + len(found)] = found
+        # In pieces: the table is in memory once, and others run meanwhile, although what is cached is read at once.
+        for start in range(0, entries * 8, _PIECE):
+            if start:
+                await trio.lowlevel.checkpoint()
+            length = min(_PIECE, entries * 8 - start)
+            found = await _read(file, offset + start, length)
+            piece = array("Q", found if len(found) == length else found.ljust(length, b"\0"))
+            swap(piece)
+            table.extend(piece)
     except OSError as error:
         raise QmpError(f"{failure}: {errno_text(error.errno or 0)}") from None
-    swap(table)
     return table
 
 
