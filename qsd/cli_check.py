@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import attrs
 
@@ -21,20 +21,25 @@ from qsd.errors import QmpError, errno_text
 from qsd.host.locks import ByteLocks
 
 CLEAN, FAILED, CORRUPT, LEAKING, UNSUPPORTED = 0, 1, 2, 3, 63
+# Bytes of the snapshot table read at a time; one entry fits in at least.
+_WINDOW: Final = 8 * snapshot_table.MAX_ENTRY
 
 
 class _Image:
-    """An image file, locked against writers (and for repairs against everybody)."""
+    """An image file, locked against writers (and for repairs against everybody) unless all is shared by force."""
 
-    def __init__(self, filename: str, *, writable: bool) -> None:
+    def __init__(self, filename: str, *, writable: bool, force_share: bool) -> None:
+        if writable and force_share:
+            raise QmpError(f"Could not open '{filename}': force-share=on can only be used with read-only images")
         self.filename = filename
         try:
             self.fd = os.open(filename, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
             raise QmpError(f"Could not open '{filename}': {errno_text(error.errno or 0)}") from None
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
+        shared = Perm.ALL if force_share else Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         try:
-            ByteLocks(filename).acquire(self.fd, perm, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED)
+            ByteLocks(filename).acquire(self.fd, perm, shared)
         except BaseException:
             os.close(self.fd)
             raise
@@ -61,7 +66,7 @@ def check(prog: str, words: Sequence[str]) -> int:
     """Run the sub-command; its exit code: 0 clean, 1 not checked, 2 corrupt, 3 leaks only, 63 not supported."""
     options = _parse(prog, words)
     try:
-        image = _Image(options.image, writable=options.repair is not None)
+        image = _Image(options.image, writable=options.repair is not None, force_share=options.force_share)
     except QmpError as error:
         sys.stderr.write(f"{prog} check: {error.desc}\n")
         return FAILED
@@ -75,9 +80,24 @@ def check(prog: str, words: Sequence[str]) -> int:
         os.close(image.fd)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong words mean that nothing was checked; argparse's own exit code 2 would say that the image is corrupt."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message}\nTry '{self.prog} --help' for more information\n")
+
+
 def _parse(prog: str, words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"{prog} check", description="Check a qcow2 image, and repair it.")
+    parser = _Parser(prog=f"{prog} check", description="Check a qcow2 image, and repair it.")
     parser.add_argument("image", help="the image file; it must not be open for writing elsewhere")
+    parser.add_argument("-f", "--format", help="the image's format (default: what its first bytes say)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but what is wrong, on stderr")
+    parser.add_argument(
+        "-U",
+        "--force-share",
+        action="store_true",
+        help="look at an image others write to; what is shown may be wrong",
+    )
     parser.add_argument("--output", choices=("human", "json"), default="human")
     parser.add_argument(
         "-r", "--repair", choices=("leaks", "all"), help="give leaked clusters back; all: also counts and flags"
@@ -87,14 +107,19 @@ def _parse(prog: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
+    if options.format not in (None, "qcow2", "raw"):
+        raise QmpError(f"Unknown driver '{options.format}'")
     start = image.read(0, layout.PROBE_LENGTH)
-    if not start.startswith(layout.MAGIC):
+    probed = start.startswith(layout.MAGIC)
+    if options.format == "qcow2" and not probed:
+        raise QmpError("Image is not in qcow2 format")
+    if options.format == "raw" or not probed:
         sys.stderr.write(f"{prog} check: This image format does not support checks\n")
         return UNSUPPORTED
     header = _header(image)
     _check_bitmaps(header, image)
     _check_snapshots(header, image)
-    progress = _show_progress if options.progress else _ignore
+    progress = _show_progress if options.progress and not options.quiet else _ignore
     found = Checker(header, image.read, image.length, progress).run()
     fixed = Repaired()
     if options.repair is not None and (found.leaks or found.corruptions):
@@ -105,7 +130,9 @@ def _check(prog: str, options: argparse.Namespace, image: _Image) -> int:
         found = Checker(header, image.read, image.length, progress).run()
         if not found.corruptions and header.incompatible & (layout.DIRTY | layout.CORRUPT):
             _clear_marks(image, header)
-    if options.output == "json":
+    if options.quiet:
+        sys.stderr.writelines(f"{problem}\n" for problem in found.problems)
+    elif options.output == "json":
         print(json.dumps(_as_json(options.image, found, fixed), indent=4))
     else:
         print(_as_text(found, fixed))
@@ -143,12 +170,15 @@ def _check_bitmaps(header: layout.Header, image: _Image) -> None:
 
 def _check_snapshots(header: layout.Header, image: _Image) -> None:
     """Raise QmpError when the image could not be opened for what it says about its snapshots."""
+    start, window = 0, b""
     position = 0
     for number in range(header.snapshot_count):
         if position > snapshot_table.MAX_TABLE:
             raise QmpError("Snapshot table too large")
-        start = header.snapshots_offset + position
-        _snapshot, length = snapshot_table.parse_entry(image.read(start, snapshot_table.MAX_ENTRY), number)
+        if position + snapshot_table.MAX_ENTRY > start + len(window):
+            start, window = position, image.read(header.snapshots_offset + position, _WINDOW)
+        at = position - start
+        _snapshot, length = snapshot_table.parse_entry(window[at : at + snapshot_table.MAX_ENTRY], number)
         position += length
 
 

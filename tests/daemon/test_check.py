@@ -13,6 +13,8 @@ import attrs
 import pytest
 from harness import PROGRAM
 
+from qsd import cli_check
+from qsd.drivers.qcow2 import snapshot_table
 from qsd.drivers.qcow2.layout import Header, marking, parse_header, serialise_header, unmarking
 
 FIGURES = (
@@ -263,6 +265,87 @@ def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: 
             done = run(*program, "check", image)
             assert done.returncode == 1
             assert text in done.stderr
+
+
+OPTIONS = {
+    "quiet": ["-q"],
+    "quiet in JSON": ["-q", "--output=json"],
+    "format": ["-f", "qcow2"],
+    "another format": ["-f", "raw"],
+    "unknown format": ["-f", "nothing"],
+    "shared": ["-U"],
+    "shared repair": ["-U", "-r", "all"],
+    "unknown repair": ["-r", "some"],
+    "unknown output": ["--output=xml"],
+    "unknown option": ["--nothing"],
+    "two images": ["another"],
+}
+
+
+@pytest.mark.parametrize(
+    ("image_is", "words"),
+    [
+        (kind, name)
+        for name in OPTIONS
+        for kind in ("clean", "leaking", "raw")[: 3 if "quiet" in name or "format" in name else 1]
+    ],
+)
+def test_options_mean_the_same_to_both(tmp_path: Path, image_is: str, words: str) -> None:
+    image = tmp_path / "image"
+    assert run(tool("qemu-img"), "create", "-q", "-f", "qcow2", image, "1M").returncode == 0
+    data = bytearray(image.read_bytes())
+    if image_is == "leaking":
+        table = int.from_bytes(data[48:56], "big")
+        block = int.from_bytes(data[table : table + 8], "big")
+        data[block + 2 * 9 + 1] = 1
+        data = data.ljust(10 << 16, b"\0")
+    elif image_is == "raw":
+        data = bytearray(1 << 20)
+    image.write_bytes(data)
+    done, expected = (run(*program, "check", *OPTIONS[words], image) for program in (PROGRAM, (tool("qemu-img"),)))
+    assert done.returncode == expected.returncode
+    assert bool(done.stdout) == bool(expected.stdout)
+    if "-q" in OPTIONS[words]:
+        assert done.stderr.removeprefix("qsd check") == expected.stderr.removeprefix("qemu-img")
+    assert image.read_bytes() == data
+
+
+def test_shared_beside_a_writer(tmp_path: Path, daemon: Any) -> None:
+    image = make(tmp_path, "plain")
+    options = {"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": str(image)}}
+    qmp = daemon().qmp()
+    qmp.execute_raw("blockdev-add", options)
+    export = {"type": "nbd", "id": "e", "node-name": "n", "writable": True}
+    address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    qmp.execute("nbd-server-start", addr=address)
+    qmp.execute_raw("block-export-add", export)
+    for program in (PROGRAM, (tool("qemu-img"),)):
+        refused = run(*program, "check", image)
+        assert refused.returncode == 1
+        assert "lock" in refused.stderr
+        assert run(*program, "check", "-U", image).returncode == 0
+
+
+def test_long_snapshot_tables_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 60000 entries was read 3600 times over: 132 KB for each of them."""
+    count = 60000
+    entry = snapshot_table.pack(
+        [snapshot_table.StoredSnapshot(l1_offset=0, l1_size=0, id=b"1", name=b"n", date_ns=0, vm_clock_ns=0)], 0
+    )
+    path = tmp_path / "table"
+    table = entry * count
+    path.write_bytes(table)
+    header = Header(version=3, refcount_table_clusters=1, snapshots_offset=0, snapshot_count=count)
+    image = cli_check._Image(str(path), writable=False, force_share=False)
+    taken = []
+
+    def read(offset: int, length: int) -> bytes:
+        taken.append(length)
+        return table[offset : offset + length].ljust(length, b"\0")
+
+    monkeypatch.setattr(image, "read", read)
+    cli_check._check_snapshots(header, image)
+    assert sum(taken) < 2 * len(table)
 
 
 @pytest.mark.parametrize("by", ["check", "opening", "qemu-img"])
