@@ -100,6 +100,8 @@ class Checker:
         self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
         self.findings.differences, self.findings.wrong_flags = self._differences, self._wrong_flags
         self._used, self._counted = self.findings.used, self.findings.counted
+        # An L1 table that reaches beyond the file is not: whatever stands in its clusters would look alone.
+        self._is_l1_counted = False
         # How many L1 entries lead to each L2 table, of all L1 tables and of the active one.
         self._tables, self._active_tables = Counts(), Counts()
         # The same of tables that stand across clusters, by offset: of all, and of the active one.
@@ -210,7 +212,9 @@ class Checker:
             self.findings.is_lossy = True
             return
         # One that reaches beyond the file's end has entries before it.
-        if not self._use(offset, entries * 8, "L1 table") and offset >= self._file_length:
+        is_inside = self._use(offset, entries * 8, "L1 table")
+        self._is_l1_counted |= is_active and is_inside
+        if not is_inside and offset >= self._file_length:
             return
         if not self._has_room(entries * 8, "L1 table"):
             return
@@ -468,7 +472,8 @@ class Checker:
             table = l1_entry & OFFSET_MASK
             if table:
                 place = header.l1_offset + 8 * position
-                is_table = not table % self._size and self._used.get(place >> self._bits) == 1
+                is_alone = self._is_l1_counted and self._used.get(place >> self._bits) == 1
+                is_table = is_alone and not table % self._size
                 yield place, l1_entry, table >> self._bits, 1, is_table
         for table, _times, active in self._all_tables():
             if not table or not active:
