@@ -285,6 +285,7 @@ def test_detached_data_begins_where_the_header_says(volume: Volume, tmp_path: Pa
         ({"cipher-alg": "serpent-128"}, "Algorithm 'serpent-128' not supported"),
         ({"cipher-alg": "twofish-192"}, "Algorithm 'twofish-192' not supported"),
         ({"cipher-alg": "cast5-128"}, "Unsupported cipher mode xts"),
+        ({"cipher-alg": "cast5-128", "ivgen-alg": "essiv"}, "Cipher cast5-128 not supported with essiv"),
         (
             {"cipher-mode": "cbc", "ivgen-alg": "essiv", "ivgen-hash-alg": "sha1"},
             "No AES cipher with key size 20 available",

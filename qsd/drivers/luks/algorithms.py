@@ -141,10 +141,10 @@ def check_spec(spec: CipherSpec) -> None:
     """Raise QmpError when the parts do not go together, or the libraries lack one."""
     if spec.algorithm.library_name is None:
         raise QmpError(f"Algorithm '{spec.algorithm.name}' not supported")
-    if spec.mode == "xts" and spec.algorithm.block_bytes != 16:
-        raise QmpError("Unsupported cipher mode xts")
     if spec.iv_generator == "essiv":
         spec.essiv_algorithm()
+    if spec.mode == "xts" and spec.algorithm.block_bytes != 16:
+        raise QmpError("Unsupported cipher mode xts")
 
 
 _LIBRARY: Final = ("cryptography.hazmat.primitives.ciphers", "numpy")
