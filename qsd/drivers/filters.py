@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from qsd.block.permissions import Perm
 from qsd.drivers.base import ChildRole, Mode, limits_above
 from qsd.drivers.passing import PassingDriver
 from qsd.messages import Extent, Op, ReplyQueue, Request
@@ -76,3 +77,8 @@ class StreamFilter(FilterDriver):
     """What stands above a node that is being streamed into. (What the job copies it copies below the filter.)"""
 
     name: ClassVar[str] = "copy-on-read"
+
+    def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Besides what its users do, data is copied, which changes nothing for them."""
+        unchanged = Perm.WRITE_UNCHANGED
+        return (perm | unchanged if self.mode.active else perm), shared | unchanged

@@ -144,6 +144,21 @@ class Talk:
                     return event
             self.events.append(self.receive())
 
+    def take_until(self, job: str, status: str) -> list[Any]:
+        """The events about a job, in order, up to the one with this status."""
+        found: list[Any] = []
+        seen = 0
+        while True:
+            while seen == len(self.events):
+                self.events.append(self.receive())
+            data = self.events[seen].get("data", {})
+            if job not in (data.get("id"), data.get("device")):
+                seen += 1
+                continue
+            found.append(self.events.pop(seen))
+            if data.get("status") == status:
+                return found
+
     def end(self) -> None:
         self._socket.close()
         self.process.terminate()
@@ -231,12 +246,14 @@ def held(pid: int) -> list[Any]:
 
 def play(program: Sequence[str], script: Script, *, is_watched: bool = False) -> list[Any]:
     """What the daemon answers to each step; a string that begins with ``event `` waits for that event. Events that
-    are waited for one behind the other may come in any order. ``is_watched``: what ends in an error may neither
-    leave nor take away descriptors and locks."""
+    are waited for one behind the other may come in any order; those of ``until JOB STATUS`` have theirs.
+    ``is_watched``: what ends in an error may neither leave nor take away descriptors and locks."""
     answers: list[Any] = []
     events = 0
     normal = Normaliser(script.unseen)
     with place() as where, loop_device(where, script.sector) as device:
+        for name, content in script.files.items():
+            (where / name).write_bytes(content)
         talk = Talk(program, script.arguments, where)
         try:
             talk.receive()
@@ -245,6 +262,9 @@ def play(program: Sequence[str], script: Script, *, is_watched: bool = False) ->
                     events += 1
                     answers.append(normal(talk.wait_event(step.removeprefix("event "))))
                     answers[-events:] = sorted(answers[-events:], key=json.dumps)
+                elif isinstance(step, str) and step.startswith("until "):
+                    events = 0
+                    answers.append([normal(event) for event in talk.take_until(*step.split()[1:])])
                 else:
                     events = 0
                     before = held(talk.process.pid) if is_watched else []

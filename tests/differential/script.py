@@ -1,11 +1,13 @@
 """What a QMP script is made of.
 
-A step is a command (a dict), raw text that has one answer, or ``event NAME``. ``Differs`` marks a step whose answer
-is not the reference's on purpose, and says why.
+A step is a command (a dict), raw text that has one answer, ``event NAME``, or ``until JOB STATUS``: all events
+about that job in their order, up to this status. ``Differs`` marks a step whose answer is not the reference's on
+purpose, and says why.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -26,13 +28,15 @@ class Script:
     """``marked`` is the script with its ``Differs``.
 
     ``sector``: the script needs a loop device of ``img`` with sectors of so many bytes, whose path ``LOOP``
-    stands for. ``unseen``: members of answers that are left out of the comparison.
+    stands for. ``unseen``: members of answers that are left out of the comparison. ``files``: what is there beside
+    the files of every program.
     """
 
     marked: list[Step | Differs]
     arguments: tuple[str, ...] = ()
     sector: int = 0
     unseen: frozenset[str] = frozenset()
+    files: Mapping[str, bytes] = {}
 
     @property
     def steps(self) -> list[Step]:

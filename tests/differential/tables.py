@@ -12,6 +12,7 @@ from scripts_chardev import SCRIPTS as _CHARDEV
 from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_graph import SCRIPTS as _GRAPH
 from scripts_images import SCRIPTS as _IMAGES
+from scripts_jobs import SCRIPTS as _JOBS
 from scripts_monitor import SCRIPTS as _MONITOR
 from scripts_nodes import SCRIPTS as _NODES
 from scripts_objects import SCRIPTS as _OBJECTS
@@ -27,6 +28,7 @@ SCRIPTS: dict[str, Script] = {
     **_QCOW2,
     **_GRAPH,
     **_IMAGES,
+    **_JOBS,
 }
 
 

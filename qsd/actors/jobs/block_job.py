@@ -99,9 +99,11 @@ class BlockJob(Job):
     def abort_end(self) -> None:
         """The end that was prepared does not come."""
 
-    def use(self, change: Change, node: Node, name: str, perm: Perm, shared: Perm) -> RootEdge:
-        """Describe an edge of the job's own."""
-        job = JobUse(self.id, self.type.value)
+    def use(
+        self, change: Change, node: Node, name: str, perm: Perm, shared: Perm, *, is_user: bool = False
+    ) -> RootEdge:
+        """Describe an edge of the job's own; ``is_user``: one like that of any other user."""
+        job = None if is_user else JobUse(self.id, self.type.value)
         options = RootOptions(perm, shared, name=name, job=job)
         edge = self.graph.tools.make_root(node, options)
         change.attach(edge)

@@ -145,6 +145,8 @@ class Job(Actor):
             await self._pauses.wait_value(0)
         finally:
             self.change_status(before)
+        # Who cancels a paused job lets it go on first.
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     def become_ready(self) -> None:
         """The work is done as far as it can be, and goes on until ``complete``."""

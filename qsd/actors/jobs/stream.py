@@ -11,6 +11,7 @@ import attrs
 from qsd.actors.edges import MAIN_NODE, Edge, check_not_in_job, info_of
 from qsd.actors.jobs.block_job import BlockJob, BlockJobOptions
 from qsd.actors.jobs.filter_node import FilterKind, open_filter, put_in, take_out
+from qsd.actors.jobs.pace import SMALLEST
 from qsd.actors.read_only import set_read_only
 from qsd.block.permissions import Perm
 from qsd.drivers.base import ChildRole
@@ -56,6 +57,9 @@ class StreamJob(BlockJob):
         super().__init__(options, graph)
         self._task = task
         self._is_unpinned = False
+        # What lies before is done; where a step failed, the extent that it failed in ends there.
+        self._offset = 0
+        self._failed_end = 0
 
     # -- the graph ----------------------------------------------------------------------------------------------
 
@@ -93,10 +97,12 @@ class StreamJob(BlockJob):
         check_not_in_job(task.top)
         put_in(change, task.top, self.filter)
         read, unchanged = Perm.CONSISTENT_READ, Perm.WRITE_UNCHANGED
+        # The job reads through its filter, which writes what it reads; that is how nobody may resize the top.
+        self.use(change, self.filter, "root", read, Perm.ALL & ~Perm.RESIZE, is_user=True)
         self.use(change, self.filter, MAIN_NODE, Perm.NONE, Perm.ALL)
-        self.use(change, task.top, "active node", read | unchanged, Perm.ALL & ~Perm.RESIZE)
         for node in task.between:
             self.use(change, node, "intermediate node", Perm.NONE, read | unchanged)
+        self.use(change, task.top, "active node", Perm.NONE, Perm.ALL & ~Perm.RESIZE)
         links = (_backing(node) for node in (task.top, *task.between))
         self.frozen.extend(link for link in links if link is not None)
 
@@ -136,38 +142,46 @@ class StreamJob(BlockJob):
         task = self._task
         length = task.top.length if task.between else 0
         failure: OSError | None = None
-        offset = 0
         self.show_progress(0, length)
-        while offset < length:
+        while self._offset < length:
             await self.step_allowed()
-            size = min(self.pace.step(self.largest_step), length - offset)
             try:
-                copied = await self._step(offset, size)
+                await self._step(min(self._offset + self.pace.step(self.largest_step), length))
             except OSError as error:
+                self.show_progress(self._offset, length)
                 await self.failed(IoOperationType.READ, error, task.on_error)
                 if task.on_error is not BlockdevOnError.IGNORE:
                     continue
-                failure, copied = failure or error, 0
-            offset += size
-            self.pace.spend(copied)
-            self.show_progress(offset, length)
+                failure, self._offset = failure or error, self._failed_end
+            self.show_progress(self._offset, length)
         if failure is not None:
             raise failure
 
-    async def _step(self, offset: int, size: int) -> int:
-        """Copy what is to be copied of a range; how much that was. Nobody else writes there meanwhile."""
+    async def _step(self, end: int) -> None:
+        """Copy what is to be copied up to ``end``. Nobody else writes there meanwhile."""
         top = self._task.top
-        copied = 0
-        async with top.working(), top.serialiser.exclusive(offset, offset + size):
-            end = offset + size
-            while offset < end:
-                extents = await self._extents(offset, end - offset)
-                for extent in extents:
+        async with top.working(), top.serialiser.exclusive(self._offset, end):
+            while self._offset < end:
+                self._failed_end = end
+                for extent in await self._extents(self._offset, end - self._offset):
                     if 1 < extent.depth <= 1 + len(self._task.between):
-                        await self._copy(offset, extent)
-                        copied += extent.length
-                    offset += extent.length
-        return copied
+                        await self._take(extent)
+                    else:
+                        self._offset += extent.length
+
+    async def _take(self, extent: Extent) -> None:
+        """Copy an extent, or as much of it as comes before an error."""
+        self._failed_end = self._offset + extent.length
+        try:
+            await self._copy(self._offset, extent)
+        except OSError:
+            if extent.length <= SMALLEST:
+                raise
+            for done in range(0, extent.length, SMALLEST):
+                await self._take(attrs.evolve(extent, length=min(SMALLEST, extent.length - done)))
+        else:
+            self.pace.spend(extent.length)
+            self._offset += extent.length
 
     async def _extents(self, offset: int, length: int) -> list[Extent]:
         request = await call(self._task.top.driver, Op.BLOCK_STATUS, offset, length, extents=EXTENTS)
