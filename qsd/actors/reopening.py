@@ -1,7 +1,8 @@
 """blockdev-reopen: new options for several nodes, all or none.
 
-An option left out goes back to its default. Children whose options stand inside the parent's are reopened with it;
-a child given by name is left as it is, or exchanged when it is another node.
+An option left out goes back to its default. Children whose options stand inside the parent's are reopened with it.
+A child given by name is exchanged when it is another node, else left as it is; but where its options stood inside
+the parent's, what is said now about the parent's cache and about read-only is said about the child, too.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ def _gather(
             if edge is not None:
                 plan.removed.append(edge)
         elif isinstance(value, str):
-            _refer(topology, plan, truncate, node, name, child_role, value)
+            if edge is None or edge.node.name != value:
+                _refer(topology, plan, truncate, node, name, child_role, value)
+            else:
+                _pass_on(plan, edge, options, mode)
         elif edge is not None and info_of(edge.node).inline_parent is node:
             if value.node_name is not None and value.node_name != edge.node.name:
                 raise QmpError("Cannot change the option 'node-name'")
@@ -108,12 +112,35 @@ def _gather(
             raise QmpError(f"Cannot change the option '{name}.driver'")
 
 
+def _pass_on(plan: _Plan, edge: Edge, given: BlockdevOptions, mode: Mode) -> None:
+    node, info = edge.node, info_of(edge.node)
+    if info.inline_parent is not edge.parent or node in plan.modes:
+        return
+    passed = {name: getattr(mode, name) for name in _said(given) - _said(info.options)}
+    if edge.role is ChildRole.COW:
+        passed.pop("read_only", None)
+    if passed:
+        new = attrs.evolve(node.mode, **passed)
+        plan.modes[node] = NewMode(info.options, new)
+        for below in info.children.values():
+            _pass_on(plan, below, given, new)
+
+
+def _said(options: BlockdevOptions) -> set[str]:
+    """The members of a ``Mode`` that options say something about and children inherit."""
+    cache = options.cache
+    said = {
+        "read_only": options.read_only,
+        "cache_direct": cache and cache.direct,
+        "cache_no_flush": cache and cache.no_flush,
+    }
+    return {name for name, value in said.items() if value is not None}
+
+
 def _refer(
     topology: Topology, plan: _Plan, truncate: Truncate, node: Node, name: str, role: ChildRole, child_name: str
 ) -> None:
     edge = info_of(node).children.get(name)
-    if edge is not None and edge.node.name == child_name:
-        return
     if name not in _EXCHANGED:
         raise QmpError(f"Cannot change the option '{name}'")
     child = topology.find(child_name, UNKNOWN_CHILD)

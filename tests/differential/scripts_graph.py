@@ -6,7 +6,7 @@ from typing import Any
 
 from script import NEGOTIATE, Script, call
 from scripts_block import export, unix
-from scripts_nodes import FLAT, GRAPH, Steps, active, add, options, resize
+from scripts_nodes import FLAT, GRAPH, Steps, active, add, options, reopen, resize
 from scripts_qcow2 import MIB, image, made
 
 SERVER = call("nbd-server-start", addr=unix("n"))
@@ -149,6 +149,21 @@ _ACTIVITY: Steps = [
     ),
 ]
 
+
+def _reopened(**given: Any) -> Steps:
+    """A child whose options stood inside its parent's, and is only named when that is reopened."""
+    inline = file("f", "img", **given)
+    direct, uncached = {"cache": {"direct": True}}, {"cache": {"direct": True, "no-flush": True}}
+    steps: Steps = []
+    for first in ({}, {"read_only": True}, direct):
+        steps.append(add(options("raw", "r", file=inline, **first)))
+        steps.append(FLAT)
+        for then in ({}, {"read_only": True}, {}, direct, uncached, {}, {"file": inline}):
+            steps += [reopen(options("raw", "r", **{"file": "f", **then})), FLAT]
+        steps.append(call("blockdev-del", node_name="r"))
+    return steps
+
+
 # What depends on who has made the images.
 _MADE = frozenset({"image"})
 
@@ -160,4 +175,5 @@ SCRIPTS: dict[str, Script] = {
     "data file below": Script(_ABOVE, unseen=_MADE),
     "conflicts": Script(_CONFLICTS),
     "activity of a chain": Script(_ACTIVITY, unseen=_MADE),
+    "child named when its parent is reopened": Script([NEGOTIATE, *_reopened(), *_reopened(read_only=False)]),
 }
