@@ -38,6 +38,7 @@ class Flag(IntFlag):
     MAY_UNMAP = 2  # WRITE_ZEROES may deallocate
     NO_FALLBACK = 4  # WRITE_ZEROES must fail with ENOTSUP rather than write zero bytes (NBD's fast zero)
     COMPRESSED = 16  # WRITE is stored compressed: whole clusters, or up to the disk's end
+    ASIDE = 32  # WRITE may take its time beside the loop: who asks has other things to do
     MAY_LEND = 8  # READ may end with a Loan in ``result`` instead of bytes in the buffer
 
 

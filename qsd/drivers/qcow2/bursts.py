@@ -19,7 +19,7 @@ from qsd.drivers.qcow2.writing import WRITE, EntryChanger
 from qsd.drivers.runs import Cold
 from qsd.drivers.spot import Finder
 from qsd.host.memory import AlignedPool
-from qsd.messages import ReplyQueue, Request
+from qsd.messages import Flag, ReplyQueue, Request
 
 if TYPE_CHECKING:
     from array import array
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
     from qsd.drivers.qcow2.writing import Writer
 
+ASIDE: Final = Flag.ASIDE.value
 # Bytes of clusters put together for one write, and the most clusters.
 TOGETHER: Final = 512 << 10
 MOST: Final = 32
@@ -204,7 +205,9 @@ class Bursts(EntryChanger):
             start += self._size
         burst.is_writing = True
         burst.left = 1
-        self._driver.post(self._image.map.data, Request(WRITE, burst.host, start, view[:start], burst))
+        # Another processor copies it to the page cache while this one reads for the next burst.
+        flags = ASIDE if len(burst.requests) > 1 else 0
+        self._driver.post(self._image.map.data, Request(WRITE, burst.host, start, view[:start], burst, flags))
         self._driver.send()
 
     def _finish(self, burst: Burst) -> None:
