@@ -249,7 +249,7 @@ async def test_failed_store_leaves_bitmaps_in_use(step: int) -> None:
     found = await Store(image).load()
     assert sorted(map(str, found)) == ["a", "b"]
     assert all(bitmap.is_inconsistent for bitmap in found.values())
-    assert store.bitmaps.facts() == [
+    assert list(store.bitmaps.facts()) == [
         {"name": "b", "granularity": 512, "flags": ["in-use", "auto"]},
         {"name": "a", "granularity": 512, "flags": ["in-use", "auto"]},
     ]
@@ -462,7 +462,7 @@ async def test_program_without_bitmaps_has_changed_the_image(tmp_path: Path) -> 
     assert store.warnings[0].startswith("warning: a program lacking bitmap support modified this file")
     await store.bitmaps.mark_in_use()
     assert store.image.header.extension(EXT_BITMAPS) is None
-    assert store.bitmaps.facts() == []
+    assert list(store.bitmaps.facts()) == []
 
 
 async def test_memory_an_image_can_ask_for_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
