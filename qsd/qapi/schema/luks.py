@@ -18,7 +18,7 @@ from qsd.qapi.schema.create import (
 
 @enum("QCryptoCipherAlgo")
 class QCryptoCipherAlgo(str, Enum):
-    """Some exist by name only, here as in the reference's builds: whoever asks for them is told so."""
+    """Serpent, twofish and des exist by name only: the library lacks them. The reference's has the first two."""
 
     AES_128 = "aes-128"
     AES_192 = "aes-192"
