@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import trio
 
 
@@ -17,6 +18,19 @@ def noted(*words: Any) -> Iterator[None]:
     except BaseException as error:
         error.add_note(" ".join(map(str, words)))
         raise
+
+
+def note_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """From now on, what ``owner.name`` is called with, by its first argument."""
+    noted_calls: list[Any] = []
+    function = getattr(owner, name)
+
+    def noting(first: Any) -> Any:
+        noted_calls.append(first)
+        return function(first)
+
+    monkeypatch.setattr(owner, name, noting)
+    return noted_calls
 
 
 class Turns:

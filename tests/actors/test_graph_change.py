@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import trio
 from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
+from watching import note_calls
 
 from qsd.actors import topology
 from qsd.actors.edges import RootOptions, info_of
 from qsd.actors.graph import Graph
-from qsd.actors.node import Node
-from qsd.block.graph import NodeFacts
 from qsd.block.permissions import Perm
 from qsd.block.plan import Rights, plan_permissions
 from qsd.drivers.base import Mode
@@ -356,14 +355,7 @@ async def test_adding_to_a_long_chain_looks_at_few_nodes(bench: Bench, monkeypat
     """Every node of a chain was looked at four times for each new one: 200 overlays took seconds."""
     graph, _world = bench
     await graph.add(disk("n0"))
-    looked: list[Node] = []
-    facts_of = topology.facts_of
-
-    def noting(node: Node) -> NodeFacts:
-        looked.append(node)
-        return facts_of(node)
-
-    monkeypatch.setattr(topology, "facts_of", noting)
+    looked = note_calls(monkeypatch, topology, "facts_of")
     costs = []
     for number in range(1, 40):
         looked.clear()

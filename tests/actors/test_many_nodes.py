@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from qcow2_fakes import new_image
+from watching import note_calls
 from whole_daemon import Whole, whole_daemon
 
 from qsd.drivers.file import FileDriver
@@ -35,14 +36,7 @@ async def overlays(whole: Whole, count: int) -> None:
 
 async def test_nodes_are_asked_for_their_names_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every raw node asked the one below it twice, and that one again: 30 of them held it for minutes."""
-    asked: list[FileDriver] = []
-    filename = FileDriver.filename
-
-    def noting(driver: FileDriver) -> str:
-        asked.append(driver)
-        return filename(driver)
-
-    monkeypatch.setattr(FileDriver, "filename", noting)
+    asked = note_calls(monkeypatch, FileDriver, "filename")
     async with whole_daemon(tmp_path) as whole:
         await stacked(whole, 12)
         asked.clear()

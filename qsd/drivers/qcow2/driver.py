@@ -21,7 +21,7 @@ from qsd.drivers.qcow2 import compressed, encryption, internal_snapshots, naming
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.bursts import Burst, Bursts
-from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
+from qsd.drivers.qcow2.geometry import COPIED, ODD, OFFSET_MASK
 from qsd.drivers.qcow2.image import Image
 from qsd.drivers.qcow2.layout import (
     CORRUPT,
@@ -49,9 +49,6 @@ from qsd.messages import Flag, Op, Request
 log = logging.getLogger("qsd.qcow2")
 
 COMPRESSED: Final = Flag.COMPRESSED.value
-
-# What a plain entry has none of, apart from its offset and COPIED: then it is an ordinary cluster.
-_ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 
 
 class Qcow2Driver(TellingDriver):
@@ -364,7 +361,7 @@ class Qcow2Driver(TellingDriver):
         slice_bits = geometry.slice_bits
         slice_mask = geometry.slice_mask
         cluster_mask = geometry.cluster_size - 1
-        odd = _ODD | cluster_mask
+        odd = ODD | cluster_mask
         young = image.cache.young
         data = image.map.data
         data_end = data.length

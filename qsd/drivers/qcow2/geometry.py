@@ -18,6 +18,8 @@ COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62
 ZERO_FLAG: Final = 1
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+# Bits that the entry of an ordinary cluster has none of, besides those below its cluster size.
+ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 # In an extended entry's second word: what a subcluster's two bits are when all 32 are set.
 ALL_ALLOCATED: Final = 0xFFFF_FFFF
 ALL_ZERO: Final = 0xFFFF_FFFF << 32

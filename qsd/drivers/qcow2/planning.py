@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, zero_words
+from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, COMPRESSED, COPIED, ODD, OFFSET_MASK, zero_words
 from qsd.drivers.runs import UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Planner:
         self._bits = geometry.cluster_bits
         self._mask = geometry.cluster_size - 1
         self._slice_mask = geometry.slice_mask
-        # Bits that an ordinary entry has none of.
-        self._odd = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1) | self._mask
+        self._odd = ODD | self._mask
         self.plan = self._plan if geometry.words == 1 else self._plan_subclusters
 
     def _plan(self, table: array[int], first: int, last: int, offset: int, end: int) -> Plan:

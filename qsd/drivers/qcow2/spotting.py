@@ -6,11 +6,11 @@ memory. Anything else is None, and goes from node to node the usual way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import attrs
 
-from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
+from qsd.drivers.qcow2.geometry import ODD, OFFSET_MASK
 from qsd.drivers.spot import Find, Spot
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from qsd.drivers.qcow2.geometry import Geometry
     from qsd.drivers.qcow2.mapping import ClusterMap
     from qsd.drivers.qcow2.tables import SliceCache
-
-# Bits a plain entry has none of, above its offset: then it is an ordinary cluster.
-_ODD: Final = ~(OFFSET_MASK | COPIED) & ((1 << 64) - 1)
 
 
 @attrs.frozen(eq=False)
@@ -62,7 +59,7 @@ def _find_in(layers: tuple[Layer, ...], end: int, below: Find | None) -> Find:
     bits, slice_bits, slice_mask = geometry.cluster_bits, geometry.slice_bits, geometry.slice_mask
     shift = bits + slice_bits
     mask = geometry.cluster_size - 1
-    odd = _ODD | mask
+    odd = ODD | mask
     walk: tuple[tuple[SliceCache, ClusterMap, Child, int, int], ...] = tuple(
         (layer.map.cache, layer.map, layer.map.data, layer.fd, layer.flags) for layer in layers
     )

@@ -448,7 +448,7 @@ class Transmission:
         current: Slab | None = None
         first = last = count = 0
         for request in ready:
-            _cookie, slab, start, stop, receive, _offset, length, _kind, _contexts = request.tag
+            cookie, slab, start, stop, receive, offset, length, kind, contexts = request.tag
             if receive is not None:
                 self._payload_bytes -= length
                 self._in.returned(receive)
@@ -461,7 +461,6 @@ class Transmission:
                 out.add(current.view[first:last], current, count)
                 current = None
             if request.error or slab is None:
-                cookie, *_, offset, length, kind, contexts = request.tag
                 header = wire.RequestHeader(0, 0, kind, cookie, offset, length)
                 out.add_bytes(self._encoder.answer(header, request, contexts))
                 if slab is not None:
