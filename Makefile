@@ -1,6 +1,9 @@
 # Everything this file makes lives in .venv, ./demo, temporary directories, and (as root) Debian packages.
 
-PYTHON ?= python3
+# Distributions build their interpreter with profile-guided optimisation, which makes the data path up to 15 % faster;
+# one built by hand, first in PATH, often lacks it.
+USABLE = $(1) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(1)
+PYTHON ?= $(or $(shell $(call USABLE,/usr/bin/python3)),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
