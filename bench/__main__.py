@@ -66,6 +66,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="NAME", help="only workloads whose name contains NAME, and no other measures"
     )
+    parser.add_argument(
+        "--cpus", choices=("any", "one", "both"), default="both", help="where daemon and client run (%(default)s)"
+    )
     parser.add_argument("--reps", type=int, metavar="N", help="repetitions (5)")
     parser.add_argument(
         "--daemon", metavar="COMMAND", default=default_daemon(), help="what starts ours (%(default)s)"
@@ -137,10 +140,11 @@ def main(arguments: Sequence[str]) -> int:
         plan = Plan(plan.seconds, plan.calibration, plan.ramp, options.reps, plan.size)
     ours, reference = make_side("ours", options.daemon), make_side("reference", options.reference)
     programs = find_clients(options.reference)
-    placements = list(Placement) if pinned_prefix() else [Placement.ANY]
+    wanted = {"any": [Placement.ANY], "one": [Placement.PINNED], "both": list(Placement)}[options.cpus]
+    placements = wanted if pinned_prefix() else [Placement.ANY]
     about = facts(ours=ours.version, reference=reference.version, fio=programs.fio, nbdcopy=programs.nbdcopy)
     about["image"] = f"{plan.size // MIB} MiB; {plan.reps} repetitions of {plan.seconds:g} s"
-    if len(placements) == 1:
+    if placements != wanted:
         about["one CPU"] = "not measured: taskset or SCHED_RR is not to be had here"
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qsd-bench-", dir=options.data) as room:
@@ -151,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     text = text_report(about, rows, measures)
     # Only a whole run may call itself the latest.
     latest = "latest" if options.group == "nbd" else f"latest-{options.group}"
-    stem = "partial" if options.quick or options.only else latest
+    stem = "partial" if options.quick or options.only or options.cpus != "both" else latest
     write_results(options.out, stem, text, data_report(about, rows, measures), ratio_plot(about, rows))
     say(f"\n{text}\nWritten to {options.out / stem}.txt, .json and .svg")
     return 1 if any(row.ours.error or row.reference.error for row in rows) else 0

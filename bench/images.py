@@ -5,6 +5,7 @@ All but raw ones are made by the reference's qemu-img and qemu-io. They are in t
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -24,6 +25,8 @@ LAYERS = 8
 PIECE = 256 * KIB
 TIB = 1 << 40
 SECRET = "bench"
+# Linux 5.14; the mmap module has no name for it.
+MADV_POPULATE_WRITE = 23
 
 
 @attrs.frozen
@@ -164,3 +167,18 @@ def settle(path: Path) -> None:
     """Write back what is dirty, so that it does not happen during the next measurement."""
     with path.open("rb") as file:
         os.fdatasync(file.fileno())
+
+
+def have_memory(size: int) -> None:
+    """Use ``size`` bytes of memory and give them back to the kernel.
+
+    A virtual machine's host may have taken memory back that was free for some seconds. What is written to a new
+    file then waits for the host page by page: 40 to 140 us for 64 KiB were seen, against 17.
+    """
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(MADV_POPULATE_WRITE)
+        except OSError:
+            for offset in range(0, size, mmap.PAGESIZE):
+                memory[offset] = 1

@@ -114,6 +114,8 @@ class Bench:
         """Run a workload once on a fresh daemon and return its figure. Raises ClientError, DaemonError."""
         load = attrs.evolve(load, size=load.size * setup.kind.scale)
         with self.daemon(setup) as daemon:
+            if setup.kind.fresh:
+                images.have_memory(2 * self.plan.size)
             figure = clients.measure(self.programs, workload, load, daemon.target, prefix_of(setup.placement))
         if workload.is_writing and not setup.kind.fresh:
             images.settle(setup.image)
