@@ -79,6 +79,19 @@ async def test_tables_take_no_more_memory_than_they_may(options: dict[str, int],
         assert await read(driver, 0, 1) == b"0"
 
 
+@pytest.mark.parametrize(("limit", "flushes"), [(8192, False), (4096, True)], ids=["all fit", "half of them fit"])
+async def test_tables_are_written_back_for_want_of_room_only(limit: int, *, flushes: bool) -> None:
+    """With tables for all of the disk in memory, half of them dirty started one write-back after the other."""
+    file = MemoryFile(new_image(Header(size=1024 * CLUSTER)))
+    async with opened_on(file, cache_clean_interval=0, l2_cache_entry_size=512, l2_cache_size=limit) as driver:
+        for cluster in range(1024):
+            await write(driver, cluster * CLUSTER, b"%d" % cluster)
+            await trio.testing.wait_all_tasks_blocked()
+        assert (None in file.log) is flushes
+        await driver.close()
+        assert check(file) == (0, 0)
+
+
 async def test_read_along_any_number_of_tables_that_are_not_in_memory() -> None:
     """A read of 32 MiB of an image with clusters of 512 bytes never ended: its parts were nested too deep."""
     file = MemoryFile(new_image(Header(size=20 << 20, cluster_bits=9), allocates=True))

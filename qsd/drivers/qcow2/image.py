@@ -355,11 +355,18 @@ class Image:
         dirty = self.dirty
         if not dirty.is_pinned(number):
             self._check_kind(self.map.slice_offset(number), ACTIVE_L2)
-            if dirty.pinned >= self.cache.limit:
-                raise Cold("write-back", self.driver.writeback.request)
-            if len(dirty.slices) >= self.cache.limit >> 1:
-                self.driver.writeback.start()
+            if not self._holds_all:
+                if dirty.pinned >= self.cache.limit:
+                    raise Cold("write-back", self.driver.writeback.request)
+                if len(dirty.slices) >= self.cache.limit >> 1:
+                    self.driver.writeback.start()
         return table
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether there is room for every slice: then none has to be written for another's sake."""
+        reach = self.cache.limit << self.geometry.cluster_bits + self.geometry.slice_bits
+        return self.header.size <= reach
 
     def _own_table(self, index: int, number: int) -> None:
         """Make the L2 table of L1 entry ``index``: a new one, or a copy of one that is shared."""

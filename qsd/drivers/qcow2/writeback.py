@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -149,17 +150,19 @@ class WriteBack:
 
     async def _write_tables(self) -> None:
         image = self._image
-        pieces = []
+        places = []
         for number, frozen in image.dirty.frozen.items():
-            offset = image.map.slice_offset(number)
             first = frozen.first // L1_SECTOR * L1_SECTOR
             last = min(len(frozen.table), -(-frozen.last // L1_SECTOR) * L1_SECTOR)
-            pieces.append((offset + first * 8, frozen.words(first, last)))
-        for sector, words in image.dirty.frozen_l1.items():
-            pieces.append((image.header.l1_offset + sector * L1_SECTOR * 8, words))
+            places.append((image.map.slice_offset(number) + first * 8, frozen, first, last))
+        sectors = image.dirty.frozen_l1.items()
+        pieces = [(image.header.l1_offset + sector * L1_SECTOR * 8, words) for sector, words in sectors]
+        ends = [offset + (last - first) * 8 for offset, _frozen, first, last in places]
         # A table may be cut short by the end of the file.
-        await image.extend(image.file, max(offset + len(words) for offset, words in pieces))
-        await write_all(image.file, pieces)
+        await image.extend(image.file, max([*ends, *(offset + len(words) for offset, words in pieces)]))
+        # One after the other, as they are written: together they may be as large as the cache.
+        words_of = ((offset, frozen.words(first, last)) for offset, frozen, first, last in places)
+        await write_all(image.file, chain(words_of, pieces))
 
     # -- freed clusters ---------------------------------------------------------------------------------------
 
