@@ -419,6 +419,8 @@ class Node(Actor, SlowPath):
                 except OSError as error:
                     log.error("flushing node %s while closing: %s", self.name, error)
             await self.driver.close()
+            # They may be large, and the node lives until Python looks for circles.
+            self.bitmaps = BitmapSet()
         self.break_down()
 
 

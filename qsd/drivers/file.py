@@ -164,7 +164,7 @@ class FileDriver(Driver):
     async def close(self) -> None:
         """Close the descriptor; its locks go with it."""
         if self.io.fd >= 0:
-            self.io.lender.forget()
+            self.io.let_go()
             os.close(self.io.fd)
             self.io.fd = -1
             end_epoch()

@@ -55,6 +55,10 @@ class DirectIo:
                     self._pool.give_back(bounce)
         self._ended(transfers)
 
+    def let_go(self) -> None:
+        """Free the buffers that are kept."""
+        self._pool.clear()
+
 
 def aligned(buffer: memoryview, alignment: int) -> memoryview:
     """The buffer itself, or a copy of it that lies well."""

@@ -96,6 +96,11 @@ class FileIo:
         self.discard_failed = 0
         self.discard_bytes_ok = 0
 
+    def let_go(self) -> None:
+        """The file is going to be closed: free the buffers, and lend no more of it."""
+        self._direct.let_go()
+        self.lender.forget()
+
     # -- the batch --------------------------------------------------------------------------------------------
 
     def submit(self, batch: list[Request]) -> None:

@@ -147,6 +147,11 @@ class Unpacker:
         self._cache.clear()
         self._size = 0
 
+    def let_go(self) -> None:
+        """Forget everything, and free the buffers that are kept."""
+        self.clear()
+        self._pool.clear()
+
     # -- fetching ---------------------------------------------------------------------------------------------
 
     def _fetch_wanted(self) -> None:

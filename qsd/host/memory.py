@@ -77,3 +77,8 @@ class AlignedPool:
         if self._kept + size <= self._limit:
             self._kept += size
             self._free.setdefault(size, []).append(item)
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self._kept = 0
+        self._free.clear()

@@ -59,8 +59,13 @@ class LuksDriver(Driver):
         self._offset = self._volume.header.payload_offset
         if self._offset > self._file.length:
             raise QmpError(f"Could not refresh total sector count: {errno_text(errno.EIO)}")
-        self._sealed = SealedChild(Sealer(self, self._volume.cipher), self._file, self._offset)
+        self._sealer = Sealer(self, self._volume.cipher)
+        self._sealed = SealedChild(self._sealer, self._file, self._offset)
         self.refresh_length()
+
+    async def close(self) -> None:
+        """Free the buffers at once."""
+        self._sealer.let_go()
 
     @property
     def _file(self) -> Child:

@@ -205,6 +205,10 @@ class Sealer:
             self._waiting.append((lambda: None, done.set))
             await done.wait()
 
+    def let_go(self) -> None:
+        """Free the buffers that are kept."""
+        self._pool.clear()
+
 
 class SealedChild(SlowPath):
     """See the module. ``start``: where in the child its byte 0 is; ``shift``: which byte that counts as."""

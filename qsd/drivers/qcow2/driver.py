@@ -85,14 +85,18 @@ class Qcow2Driver(TellingDriver):
 
     async def open(self) -> None:
         """Read the header and the L1 table; open the data file and the backing file the image names."""
-        await self._load()
-        await naming.open_data_file(self)
-        await self._unlock(self.image, self.options)
-        await naming.open_backing(self)
-        self.children_changed()
-        if not self.mode.read_only and self.mode.active:
-            await self._prepare_writing(self.image)
-            self._begin_writing()
+        try:
+            await self._load()
+            await naming.open_data_file(self)
+            await self._unlock(self.image, self.options)
+            await naming.open_backing(self)
+            self.children_changed()
+            if not self.mode.read_only and self.mode.active:
+                await self._prepare_writing(self.image)
+                self._begin_writing()
+        except BaseException:
+            self._let_go()
+            raise
         self.bitmap_store = Qcow2Bitmaps(DriverImage(self), self.host.warn)
         self._clean_caches()
 
@@ -109,9 +113,10 @@ class Qcow2Driver(TellingDriver):
         encryption.check_format(header, options, is_reopening=known is not None)
         unlocked = await encryption.unlock_luks(self, header, options, None if known is None else known.encryption)
         l1 = await read_table(file, header.l1_offset, header.l1_size, "Could not read L1 table")
+        snapshots = await read_snapshots(file, header)
         image = Image(self, header, settings, options, l1, file)
         image.encryption = unlocked
-        image.take_snapshots(*await read_snapshots(file, header))
+        image.take_snapshots(*snapshots)
         return image
 
     async def _unlock(self, image: Image, options: Any) -> None:
@@ -141,6 +146,7 @@ class Qcow2Driver(TellingDriver):
 
         Without ``mends`` nothing is written, whatever has to be done before the guest may write.
         """
+        image = None
         try:
             image = await self._read_image(options, mode)
             if image.header.has_data_file:
@@ -148,8 +154,10 @@ class Qcow2Driver(TellingDriver):
             await self._unlock(image, options)
             if not mode.read_only and mode.active:
                 await self._prepare_writing(image, mends=mends)
-        except OSError as error:
-            raise QmpError(errno_text(error.errno or 0)) from None
+        except (OSError, QmpError) as error:
+            if image is not None:
+                image.let_go()
+            raise QmpError(errno_text(error.errno or 0)) if isinstance(error, OSError) else error from None
         return image
 
     def _go_on_with(self, image: Image) -> None:
@@ -157,7 +165,9 @@ class Qcow2Driver(TellingDriver):
         self._is_sparse = None
         if image.header.backing_file != self.image.header.backing_file:
             self.own_backing = naming.backing_name(image)
+        before = self.image
         self._take(image)
+        before.let_go()
         self.is_writable = False
         if not self.mode.read_only and self.mode.active:
             self._begin_writing()
@@ -219,6 +229,7 @@ class Qcow2Driver(TellingDriver):
 
     def abort_reopen(self) -> None:
         """Forget it."""
+        self._next.let_go()
         del self._next
 
     can_truncate: ClassVar[bool] = True
@@ -289,6 +300,16 @@ class Qcow2Driver(TellingDriver):
             except (OSError, QmpError) as error:
                 log.error("closing %s: %s", self.node_name, error)
         self.is_writable = False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free what is large at once: node and driver refer to each other until Python looks for such circles."""
+        if hasattr(self, "image"):
+            self.image.let_go()
+        self.unpacker.let_go()
+        self.bitmap_store = None
+        for name in ("writer", "bursts", "zeroer", "packer"):
+            vars(self).pop(name, None)
 
     async def inactivate(self) -> None:
         """The same, for another owner of the image; or for this one, when something else fails."""

@@ -126,6 +126,18 @@ class Image:
         self.snapshots = snapshots
         self.snapshot_clusters = -(-table_length >> self.geometry.cluster_bits)
 
+    def let_go(self) -> None:
+        """The image is not used any more: free the tables at once, whoever still refers to it."""
+        self.map.l1 = array("Q")
+        self.cache.clear()
+        self.dirty = DirtyTables()
+        self.metadata.clusters = {}
+        self.snapshots = ()
+        if hasattr(self, "refs"):
+            self.refs.let_go()
+        if self.encryption is not None:
+            self.encryption.sealer.let_go()
+
     # -- becoming writable ------------------------------------------------------------------------------------
 
     async def begin_writing(self) -> None:

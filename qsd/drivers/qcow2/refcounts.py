@@ -96,6 +96,11 @@ class Refcounts:
         # Where blocks stand that the table has more than one entry for.
         self._shared = shared
 
+    def let_go(self) -> None:
+        """Nobody counts any more: free the table and the blocks."""
+        self.table = array("Q")
+        self.cache.clear()
+
     # -- looking ----------------------------------------------------------------------------------------------
 
     def block(self, index: int) -> array[int] | None:
