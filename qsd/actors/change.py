@@ -16,6 +16,7 @@ import attrs
 
 from qsd.actors import transaction
 from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
+from qsd.actors.depth import check_depth
 from qsd.actors.drain import Drained
 from qsd.actors.edges import Edge, NodeState, RootEdge, info_of, length_changed
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
@@ -185,6 +186,7 @@ class Change:
 
         For a change that is a part of something larger, which calls ``tell`` when all is committed.
         """
+        self._check_depth()
         plan = self._plan()
         for _level in range(_LEVELS):
             if not self._grow(plan, is_near=True):
@@ -199,6 +201,11 @@ class Change:
         for key in self._before.order_towards(self.snapshot):
             yield from self._actions(self._topology.living[key], plan)
         yield _Edges(self._topology, self, plan)
+
+    def _check_depth(self) -> None:
+        new = [(edge, edge.node) for edge in self._attached]
+        new.extend(swap for swaps in self._swaps.values() for swap in swaps)
+        check_depth(new, {edge.key for edge in self._detached})
 
     def _plan(self) -> Plan:
         try:

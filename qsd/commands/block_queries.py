@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -118,6 +119,14 @@ def _shown_name(driver: Driver) -> str:
     return name if len(name) <= _MAX_NAME or not name.startswith("json:") else name[: _MAX_NAME - 3] + "..."
 
 
+def _not_known(node: Node, known: Mapping[Node, Any], below: Callable[[Node], Edge | None]) -> list[Node]:
+    """From the first that is known, or stands on nothing, up to ``node``."""
+    chain = [node]
+    while chain[-1] not in known and (edge := below(chain[-1])) is not None:
+        chain.append(edge.node)
+    return chain[::-1]
+
+
 @attrs.define(eq=False)
 class _Images:
     """The images of one answer. Every one is made once, although it is a part of all above it."""
@@ -128,11 +137,9 @@ class _Images:
         """The image, and how many are below it; ``flat``: on its own."""
         if flat:
             return _image_info(node, None), 0
-        chain = [node]
-        while chain[-1] not in self._known and (edge := _below(chain[-1])) is not None:
-            chain.append(edge.node)
-        known = self._known.get(chain[-1])
-        for each in reversed(chain):
+        chain = _not_known(node, self._known, _below)
+        known = self._known.get(chain[0])
+        for each in chain:
             if each not in self._known:
                 below, depth = (None, 0) if known is None else (known[0], known[1] + 1)
                 self._known[each] = _image_info(each, below), depth
@@ -182,12 +189,25 @@ def _image_info(node: Node, below: Json | None) -> Json:
 
 
 @command("query-blockstats")
-async def query_blockstats(context: Context, args: QueryBlockstatsArgs) -> list[Json]:
+async def query_blockstats(context: Context, args: QueryBlockstatsArgs) -> Ready:
     """Counters: of devices, of which there are none, or of all nodes, oldest first."""
-    return [_statistics(node) for node in context.services.graph.nodes] if args.query_nodes else []
+    nodes = context.services.graph.nodes if args.query_nodes else []
+    known: dict[Node, Json] = {}
+    for node in nodes:
+        # Those of a node are a part of those of all above it.
+        for each in _not_known(node, known, _file):
+            if each not in known:
+                file = _file(each)
+                known[each] = _statistics(each, None if file is None else known[file.node])
+    return Ready([known[node] for node in nodes])
 
 
-def _statistics(node: Node) -> Json:
+def _file(node: Node) -> Edge | None:
+    # Backing files are told for devices only, of which there are none.
+    return _children(node).get("file")
+
+
+def _statistics(node: Node, file: Json | None) -> Json:
     stats = node.stats
     answer: Json = {
         "node-name": node.name,
@@ -209,10 +229,8 @@ def _statistics(node: Node) -> Json:
     specific = node.driver.driver_statistics()
     if specific is not None:
         answer["driver-specific"] = specific
-    # Backing files are told for devices only, of which there are none.
-    file = _children(node).get("file")
     if file is not None:
-        answer["parent"] = _statistics(file.node)
+        answer["parent"] = file
     return answer
 
 
