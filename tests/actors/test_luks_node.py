@@ -450,6 +450,24 @@ class Failing(Bytes):
             raise OSError(errno.EIO, "as arranged")
 
 
+PASSWORDS = {"r": b"other", "s": PASSWORD, "t": b"new"}
+# How they are amended.
+FORCED: dict[str, Any] = {"force": True, "secret": PASSWORDS.__getitem__, "opened_with": "s"}
+
+
+async def opened_by_two(make: Callable[[bytearray], Any]) -> tuple[Any, Any]:
+    """An area with a volume whose slots 0 and 1 the passwords s and r open, and the open volume."""
+    from qsd.drivers.luks import amend
+    from qsd.drivers.luks.volume import open_volume
+
+    made = await formatted("aes-128")
+    area = make(bytearray(made.header.area_bytes))
+    await made.write(area)
+    volume = await open_volume(area, PASSWORD)
+    await amend.amend_volume(volume, amendment(state="active", new_secret="r", iter_time=0), **FORCED)
+    return area, volume
+
+
 AMENDMENTS: dict[str, Any] = {
     "add": amendment(state="active", new_secret="t", iter_time=0),
     "erase": amendment(state="inactive", keyslot=1),
@@ -460,26 +478,24 @@ AMENDMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", AMENDMENTS)
 async def test_amendment_that_fails_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opened the volume before does so after the error, or the new password does; it can be tried again."""
+    """Whoever opened the volume before does so after the error, or the new password does; it can be tried again.
+
+    Where a single request fails the slots are as before, or as they were to be.
+    """
     from qsd.drivers.luks import amend, keys
     from qsd.drivers.luks.header import LENGTH, parse_header
     from qsd.drivers.luks.volume import open_volume
 
     monkeypatch.setattr(keys, "_measure", lambda _name, _length: 1000)
-    passwords = {"r": b"other", "s": PASSWORD, "t": b"new"}
-    made = await formatted("aes-128")
-    area = Failing(bytearray(made.header.area_bytes))
-    await made.write(area)
-    volume = await open_volume(area, PASSWORD)
-    given: dict[str, Any] = {"force": True, "secret": passwords.__getitem__, "opened_with": "s"}
-    await amend.amend_volume(volume, amendment(state="active", new_secret="r", iter_time=0), **given)
+    area, volume = await opened_by_two(Failing)
     before, header = bytes(area.data), volume.header
+    slots_before = await slots_of(bytearray(before), PASSWORDS)
     for number in range(40):
         times, area.keeps = HARDSHIPS[number % len(HARDSHIPS)]
         area.data[:], volume.header = before, header
         area.first, area.times = number, times
         try:
-            await amend.amend_volume(volume, AMENDMENTS[name], **given)
+            await amend.amend_volume(volume, AMENDMENTS[name], **FORCED)
         except OSError:
             assert number < 30
         else:
@@ -488,19 +504,55 @@ async def test_amendment_that_fails_anywhere(name: str, monkeypatch: pytest.Monk
         area.times = 0
         if times == 1:
             assert parse_header(bytes(area.data[:LENGTH])).slots == volume.header.slots
+            assert await slots_of(area.data, PASSWORDS) in (slots_before, AMENDED[name])
         known = "s"
         try:
             await open_volume(Bytes(bytearray(area.data)), PASSWORD)
         except QmpError:
             assert name == "overwrite"
-            await open_volume(Bytes(bytearray(area.data)), passwords["t"])
+            await open_volume(Bytes(bytearray(area.data)), PASSWORDS["t"])
             known = "t"
         if number % 3 == 0:
-            await amend.amend_volume(volume, AMENDMENTS[name], **given | {"opened_with": known})
-            found = await slots_of(area.data, passwords)
-            if name.startswith("overwrite"):
+            await amend.amend_volume(volume, AMENDMENTS[name], **FORCED | {"opened_with": known})
+            found = await slots_of(area.data, PASSWORDS)
+            if times > 1 and name.startswith("overwrite"):
                 # What held the new password meanwhile may be left from the first time.
                 found["t"] = [slot for slot in found["t"] if slot in AMENDED[name]["t"]]
             assert found == AMENDED[name]
     assert number > 3
-    assert await slots_of(area.data, passwords) == AMENDED[name]
+    assert await slots_of(area.data, PASSWORDS) == AMENDED[name]
+
+
+@pytest.mark.parametrize("name", AMENDMENTS)
+async def test_amendment_that_is_given_up_anywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun is done: the slots are as before, or as they were to be, and what is not in use opens nothing."""
+    from qsd.drivers.luks import amend, keys
+    from qsd.drivers.luks.header import LENGTH, parse_header
+
+    monkeypatch.setattr(keys, "_measure", lambda _name, _length: 1000)
+
+    class GivenUp(Bytes):
+        left = -1
+
+        async def write(self, offset: int, data: bytes) -> None:
+            self.left -= 1
+            if not self.left:
+                scope.cancel()
+            await trio.lowlevel.checkpoint()
+            await super().write(offset, data)
+
+    area, volume = await opened_by_two(GivenUp)
+    before, header = bytes(area.data), volume.header
+    slots_before = await slots_of(bytearray(before), PASSWORDS)
+    seen = []
+    for number in range(1, 20):
+        area.data[:], volume.header, area.left = before, header, number
+        with trio.CancelScope() as scope:
+            await amend.amend_volume(volume, AMENDMENTS[name], **FORCED)
+        assert parse_header(bytes(area.data[:LENGTH])).slots == volume.header.slots
+        seen.append(await slots_of(area.data, PASSWORDS))
+        if area.left > 0:
+            break
+    assert number > 2
+    assert all(each in (slots_before, AMENDED[name]) for each in seen)
+    assert seen[-1] == AMENDED[name]

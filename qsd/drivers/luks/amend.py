@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qsd.drivers.luks.header import SLOTS
-from qsd.drivers.luks.volume import FindSecret, InThread, Volume, add_key, erase_key, find_slots, in_thread
+from qsd.drivers.luks.volume import FindSecret, InThread, Volume, add_key, erase_key, find_slots, in_thread, unlock
 from qsd.errors import QmpError
 
 _ALL_THE_DATA = "which will erase all the data in the image irreversibly - refusing operation"
@@ -42,9 +42,9 @@ async def _activate(
     if options.old_secret is not None:
         raise QmpError("'old-secret' must not be given when activating keyslots")
     index = _slot_to_fill(volume, options.keyslot, force)
-    new = secret(options.new_secret)
     old = secret(opened_with if options.secret is None else options.secret)
-    await add_key(volume, index, old, new, options.iter_time, run)
+    master = await unlock(volume.area, volume.header, volume.spec, old, run)
+    await add_key(volume, index, master, secret(options.new_secret), options.iter_time, run)
 
 
 def _slot_to_fill(volume: Volume, wanted: int | None, force: bool) -> int:

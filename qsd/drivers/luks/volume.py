@@ -272,34 +272,63 @@ def _format(options: FormatOptions, password: bytes, is_detached: bool) -> Forma
 
 
 async def add_key(
-    volume: Volume, index: int, old: bytes, new: bytes, iter_time: int | None, run: InThread = in_thread
+    volume: Volume, index: int, master: bytes, new: bytes, iter_time: int | None, run: InThread = in_thread
 ) -> None:
-    """Fill slot ``index`` so that the password ``new`` opens it; ``old`` opens the volume now.
+    """Fill slot ``index`` so that the password ``new`` leads to the key ``master``, ``iter_time`` ms of hashing on.
 
-    The key material reaches the disk before the header says so. A slot that is overwritten may be the only one: as
-    long as it is neither the old nor the new, another that is free has the new password (and keeps it where this
-    fails then). Raises QmpError, OSError.
+    The key material reaches the disk before the header says so. Who is cancelled waits once that has begun. Raises
+    QmpError, OSError.
     """
     from qsd.drivers.luks import keys
 
     header, spec = volume.header, volume.spec
-    master = await unlock(volume.area, header, spec, old, run)
     time = DEFAULT_ITER_TIME if iter_time is None else iter_time
     iterations = await run(keys.count_iterations, header.hash_name, spec.key_bytes, time)
     slot = attrs.evolve(header.slots[index], is_active=True, iterations=iterations)
     keys.check_work(header.with_slot(index, slot))
     salt, material = await run(keys.seal_slot, header.hash_name, spec, master, new, iterations)
     slot = attrs.evolve(slot, salt=salt)
-    if not header.slots[index].is_active:
+    with trio.CancelScope(shield=True):
+        if header.slots[index].is_active:
+            await _overwrite(volume, index, slot, material)
+        else:
+            await _fill(volume, index, slot, material)
+
+
+async def _overwrite(volume: Volume, index: int, slot: KeySlot, material: bytes) -> None:
+    """Fill a slot that is in use, and may be the only one.
+
+    As long as it is neither the old nor the new, another that is free has the new password: a torn write must not
+    leave a volume that nothing opens. Raises OSError, and the slots are as before if the disk lets them be.
+    """
+    before = volume.header
+    spare = next((number for number in range(layout.SLOTS) if not before.slots[number].is_active), None)
+    kept = await volume.area.read(before.slots[index].offset, before.material_bytes)
+    try:
+        if spare is not None:
+            await _fill(volume, spare, slot, material)
+        await erase_key(volume, index)
         await _fill(volume, index, slot, material)
-        return
-    spare = next((number for number in range(layout.SLOTS) if not header.slots[number].is_active), None)
-    if spare is not None:
-        await _fill(volume, spare, slot, material)
-    # A torn write must not leave an active slot that nothing opens.
-    await erase_key(volume, index)
-    await _fill(volume, index, slot, material)
-    if spare is not None:
+        if spare is not None:
+            await erase_key(volume, spare)
+    except OSError:
+        with contextlib.suppress(OSError):
+            await _put_back(volume, index, before.slots[index], kept, spare)
+        raise
+
+
+async def _put_back(volume: Volume, index: int, slot: KeySlot, material: bytes, spare: int | None) -> None:
+    """Let a slot be what it was, and the spare one free. Raises OSError."""
+    is_spare_in_use = spare is not None and volume.header.slots[spare].is_active
+    now = volume.header.slots[index]
+    if now != slot:
+        if now.is_active:
+            if not is_spare_in_use:
+                # All is done but for the key material of the spare slot. Nothing else may open the volume.
+                return
+            await _write_header(volume, volume.header.with_slot(index, KeySlot(slot.offset)))
+        await _fill(volume, index, slot, material)
+    if spare is not None and is_spare_in_use:
         await erase_key(volume, spare)
 
 
@@ -311,11 +340,15 @@ async def _fill(volume: Volume, index: int, slot: KeySlot, material: bytes) -> N
 
 
 async def erase_key(volume: Volume, index: int) -> None:
-    """Make slot ``index`` useless: inactive in the header, its key material overwritten. Raises OSError."""
+    """Make slot ``index`` useless: inactive in the header, its key material overwritten. Raises OSError.
+
+    Who is cancelled meanwhile waits: what the header does not name any more must not stay.
+    """
     header = volume.header
-    await _write_header(volume, header.with_slot(index, KeySlot(header.slots[index].offset)))
-    await volume.area.write(header.slots[index].offset, secrets.token_bytes(header.material_bytes))
-    await volume.area.flush()
+    with trio.CancelScope(shield=True):
+        await _write_header(volume, header.with_slot(index, KeySlot(header.slots[index].offset)))
+        await volume.area.write(header.slots[index].offset, secrets.token_bytes(header.material_bytes))
+        await volume.area.flush()
 
 
 async def find_slots(volume: Volume, password: bytes, run: InThread = in_thread) -> list[int]:
