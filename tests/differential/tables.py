@@ -13,6 +13,7 @@ from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_graph import SCRIPTS as _GRAPH
 from scripts_images import SCRIPTS as _IMAGES
 from scripts_jobs import SCRIPTS as _JOBS
+from scripts_luks import SCRIPTS as _LUKS
 from scripts_monitor import SCRIPTS as _MONITOR
 from scripts_nodes import SCRIPTS as _NODES
 from scripts_objects import SCRIPTS as _OBJECTS
@@ -26,6 +27,7 @@ SCRIPTS: dict[str, Script] = {
     **_NODES,
     **_EXPORTS,
     **_QCOW2,
+    **_LUKS,
     **_GRAPH,
     **_IMAGES,
     **_JOBS,
