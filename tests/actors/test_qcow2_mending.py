@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import struct
-from collections.abc import Callable
 from typing import Any, Final
 
-import attrs
 import pytest
 from qcow2_builder import DATA, EXTENDED_KINDS, KINDS, PACKED, Built, build
+from qcow2_damage import MENDED, Damage
 from qcow2_fakes import MemoryFile, check, cut, opened_on, read
 
-from qsd.drivers.qcow2 import refcount_codec
-from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
-from qsd.drivers.qcow2.layout import DIRTY, EXTENDED_L2, Header, parse_header, serialise_header
+from qsd.drivers.qcow2.layout import DIRTY, EXTENDED_L2, Header
 from qsd.errors import QmpError
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -29,76 +25,7 @@ HEADERS: Final = {
 }
 
 
-class Damage:
-    """An image's refcounts and flags, to be made wrong."""
-
-    def __init__(self, image: bytes, rng: random.Random) -> None:
-        self.data, self.rng = bytearray(image), rng
-        self.header = header = parse_header(image[: 2 << 20])
-        self.size, self.order = header.cluster_size, header.refcount_order
-        table = struct.unpack_from(f">{self.size // 8}Q", self.data, header.refcount_table_offset)
-        self.blocks = [entry for entry in table if entry]
-
-    def counts(self, change: Callable[[int], int]) -> None:
-        """Change a quarter of the counts of what is in use."""
-        highest = refcount_codec.max_refcount(self.order)
-        for block in self.blocks:
-            counts = refcount_codec.decode(self.data[block : block + self.size], self.order)
-            for at, count in enumerate(counts):
-                if count and self.rng.random() < 0.25:
-                    counts[at] = max(0, min(highest, change(count)))
-            self.data[block : block + self.size] = refcount_codec.encode(counts, self.order)
-
-    def leaks(self) -> None:
-        self.counts(lambda count: count + 1)
-
-    def lows(self) -> None:
-        self.counts(lambda count: count - 1)
-
-    def both(self) -> None:
-        self.counts(lambda count: count + self.rng.choice((-1, 1)))
-
-    def flags(self) -> None:
-        """Entries of the active tables say the opposite of what is so."""
-        header = self.header
-        step = 16 if header.has_extended_l2 else 8
-        for index in range(header.l1_size):
-            place = header.l1_offset + index * 8
-            (entry,) = struct.unpack_from(">Q", self.data, place)
-            table = entry & OFFSET_MASK
-            for each in (place, *range(table, table + self.size, step)) if table else ():
-                (entry,) = struct.unpack_from(">Q", self.data, each)
-                if entry & OFFSET_MASK and self.rng.random() < 0.3:
-                    struct.pack_into(">Q", self.data, each, entry ^ COPIED)
-
-    def all(self) -> None:
-        self.both()
-        self.flags()
-
-    def table(self) -> None:
-        """Nothing is counted: the structure is built anew."""
-        self.all()
-        struct.pack_into(">Q", self.data, self.header.refcount_table_offset, 0)
-
-    def block(self) -> None:
-        """A block is behind the file's end."""
-        self.all()
-        struct.pack_into(">Q", self.data, self.header.refcount_table_offset, len(self.data) + 8 * self.size)
-
-    def outside(self) -> None:
-        """The table is behind the file's end."""
-        start = serialise_header(attrs.evolve(self.header, refcount_table_offset=len(self.data) + 64 * self.size))
-        self.data[: len(start)] = start
-
-
-DAMAGES: Final = ("leaks", "lows", "both", "flags", "all", "table", "block", "outside")
-
-
-def opened(data: bytes, **options: Any) -> Any:
-    return opened_on(MemoryFile(data), **options)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", MENDED)
 @pytest.mark.parametrize("name", HEADERS)
 async def test_repair_cut_off_anywhere(name: str, damage: str) -> None:
     header = HEADERS[name]

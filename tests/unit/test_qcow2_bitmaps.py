@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from qcow2_memory_image import MemoryImage
 from watching import Turns
 
-from qsd import cli_check
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2 import bitmap_layout as layout
 from qsd.drivers.qcow2 import bitmaps as store_module
+from qsd.drivers.qcow2 import examining
 from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, Run
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.extensions import BitmapsExtension
@@ -593,5 +593,5 @@ def test_check_reads_no_more_bitmap_tables_than_the_file_has_room_for() -> None:
 
     image: Any = SimpleNamespace(read=read, length=1 << 20)
     with pytest.raises(QmpError, match="Could not read bitmap_table table"):
-        cli_check._check_bitmaps(header, image)
+        examining._check_bitmaps(header, image)
     assert sum(reads) < (1 << 20) + len(data) + (1 << 13)

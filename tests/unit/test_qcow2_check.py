@@ -82,6 +82,21 @@ def test_leak_is_found_and_given_back() -> None:
     assert (found.corruptions, found.leaks) == (0, 0)
 
 
+def test_giving_leaks_back_sets_the_flags_of_what_is_alone_then() -> None:
+    """The reference does; else every such entry was a corruption in an image that had leaks only."""
+    image = Image()
+    for entry in (image.l2, image.l2 + 8):
+        data = image.word(entry) & ~COPIED
+        image.count(data // SIZE, 2)
+        image.set_word(entry, data)
+    # A flag that is wrong for another reason, too.
+    image.set_word(image.l2 + 8 * 5, image.word(image.l2 + 8 * 5) & ~COPIED)
+    found = image.check()
+    assert (found.corruptions, found.flags, found.leaks) == (1, 1, 2)
+    found = image.repair(leaks_only=True)
+    assert (found.corruptions, found.leaks) == (0, 0)
+
+
 def test_count_that_is_too_low_is_a_corruption() -> None:
     image = Image()
     image.count(8, 0)

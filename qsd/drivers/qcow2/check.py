@@ -52,6 +52,8 @@ class Findings:
     """
 
     corruptions: int = 0
+    # Those of them that are entries whose COPIED flag does not say what is counted.
+    flags: int = 0
     leaks: int = 0
     total_clusters: int = 0
     allocated_clusters: int = 0
@@ -448,12 +450,18 @@ class Checker:
             count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
                 self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
+                self.findings.flags += times
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
         for place, entry, cluster, _times, is_table in self._flagged():
-            is_alone = cluster is None or self._used.get(cluster) == 1
+            is_alone = cluster is None or self._is_used_once(cluster)
             if is_table and bool(entry & COPIED) != is_alone:
                 yield place, entry ^ COPIED
+
+    def _is_used_once(self, cluster: int) -> bool:
+        """What is counted twice may be: tables that could not be read may lead there."""
+        is_known = not self.findings.is_lossy or self._counted.get(cluster) <= 1
+        return is_known and self._used.get(cluster) == 1
 
     def _flagged(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
         """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, how

@@ -49,11 +49,14 @@ def repair(
 ) -> Repaired:
     """Set counts, and unless ``leaks_only`` also flags, to what was found. Raises OSError.
 
+    Where nothing is wrong but counts that are too high and flags, all of it is put right in any case, as the
+    reference does: with a count that becomes 1 an entry without the flag would be a corruption.
     Counts that are too low are raised before anything else: until then a cluster in use counts as free. Where the
     refcount structure is broken, or has no room for a count, a new one is written, which changes the header.
     ``flush`` returns when everything written is on the disk.
     """
     counted = _Table(header, read)
+    leaks_only = leaks_only and found.corruptions > found.flags
     if not leaks_only:
         is_missing = any(low < high and not counted.can_set(c, high) for c, low, high in found.differences())
         if found.needs_rebuild or is_missing:
