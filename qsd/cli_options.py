@@ -72,11 +72,16 @@ async def _export(daemon: Daemon, text: str, _report: Report) -> None:
     await daemon.command("block-export-add", argument.visited(BlockExportOptions))
 
 
-async def _object(daemon: Daemon, text: str, _report: Report) -> None:
+def object_options(text: str) -> Any:
+    """What an argument of ``--object`` says, as ``object-add`` takes it. Raises QmpError or Finish."""
     argument = _parsed(text, "qom-type")
     if argument.wants_help:
         raise Finish(tell(_object_help(argument.tree.get("qom-type"))))
-    await daemon.command("object-add", argument.visited(ObjectOptions))
+    return argument.visited(ObjectOptions)
+
+
+async def _object(daemon: Daemon, text: str, _report: Report) -> None:
+    await daemon.command("object-add", object_options(text))
 
 
 def _object_help(typename: Any) -> str:

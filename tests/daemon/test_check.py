@@ -14,7 +14,8 @@ import pytest
 from harness import PROGRAM
 
 from qsd import cli_check
-from qsd.drivers.qcow2 import snapshot_table
+from qsd.cli_check_image import Image, Place
+from qsd.drivers.qcow2 import examining, snapshot_table
 from qsd.drivers.qcow2.layout import Header, marking, parse_header, serialise_header, unmarking
 
 FIGURES = (
@@ -267,6 +268,93 @@ def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: 
             assert text in done.stderr
 
 
+# Words whose answer is the same to the letter, but for the program's name. Q: an image; L: one encrypted with LUKS.
+SAME = (
+    *("-r some Q", "--output=xml Q", "--nothing Q", "--nothing=x Q", "-Z Q", "-f", "--repair Q", "--quiet=x Q"),
+    *("", "a b", "-T bad Q", "-T none Q", "-T unsafe Q", "-T bad nobody", "-rall Q", "-qU Q", "-- Q", "Q -q"),
+    *("-f bad Q", "-f bad -T bad Q", "nobody", "/", "file:Q", "--rep=all Q", "--o=x Q", "-U -r all Q"),
+    *("json:{}", 'json:{"driver":"qcow2","file":{"driver":"file","filename":"Q"}}'),
+    *("--image-opts Q", "--image-opts file.filename=Q", "--image-opts -f qcow2 file.filename=Q"),
+    *("--image-opts driver=qcow2,file.filename=nobody", "--image-opts driver=qcow2,file=x", "--image-opts q=1"),
+    *("--image-opts driver=qcow2", "--image-opts driver=qcow2,file.driver=file", "--image-opts driver=bad"),
+    *("--image-opts driver=qcow2,file.driver=bad,file.filename=Q", "--image-opts driver=raw,file.filename=Q"),
+    *("--image-opts driver=qcow2,bad=1,file.filename=Q", "--image-opts driver=qcow2,file.filename=Q,file.bad=1"),
+    *("--image-opts driver=qcow2,file.filename=Q,force-share=on -r all", "--image-opts driver=file,filename=Q"),
+    *("--image-opts driver=qcow2,file.filename=Q,read-only=on -r leaks",),
+    *(
+        "--image-opts driver=qcow2,file.filename=Q,cache.direct=x",
+        "--object secret,data=x Q",
+        "--object bad,id=s Q",
+    ),
+    *("--object secret,id=s Q", "--object secret,id=s,data=x --object secret,id=s,data=y Q", "--object x= Q"),
+    '--object {"qom-type":"secret","id":"s","data":"abc"} Q',
+    "--image-opts driver=qcow2,encrypt.key-secret=s,file.filename=L",
+    "--object secret,id=s,data=bad --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=L",
+    "--object secret,id=s,data=abc --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=L",
+    "--object secret,id=s,data=abc --image-opts driver=qcow2,encrypt.bad=s,file.filename=L",
+    "--object secret,id=s,data=abc --image-opts driver=qcow2,encrypt.format=aes,file.filename=L",
+    "--image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename=Q",
+)
+
+
+@pytest.fixture(scope="module")
+def luks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image that the secret "abc" opens."""
+    image = tmp_path_factory.mktemp("luks") / "image"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    words = ("create", "-q", "--object", "secret,id=s,data=abc", "-f", "qcow2", "-o", options, image, "1M")
+    for _ in range(5):
+        done = run(tool("qemu-img"), *words)
+        # It measures how fast it hashes, and gives up where others use the processor.
+        if "Unable to get accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    return image
+
+
+def test_answers_to_words_are_the_others(
+    reference: Path,
+    luks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = reference.parent / "qemu-img"
+    if not program.exists():
+        pytest.skip("the reference's other programs are not there")
+    monkeypatch.chdir(tmp_path)
+    assert run(program, "create", "-q", "-f", "qcow2", "Q", "1M").returncode == 0
+    shutil.copy(luks, "L")
+    different = {}
+    for words in SAME:
+        theirs = run(program, "check", *words.split())
+        # Usage errors of the C library have the command's name, others have not: ours all have.
+        expected = theirs.stderr.replace("qemu-img check", "qemu-img").replace("qemu-img", "qsd check")
+        code = cli_check.check("qsd", words.split())
+        told = capsys.readouterr()
+        if (theirs.returncode, theirs.stdout, expected) != (code, told.out, told.err):
+            different[words] = (theirs, code, told)
+    assert not different
+
+
+def test_encrypted_image_is_checked_without_its_key(luks: Path) -> None:
+    """The reference wants the key, which it does not need either."""
+    assert ours(luks)[0] == 0
+
+
+def test_quiet_repair_tells_what_was_wrong(tmp_path: Path) -> None:
+    """It told what was left, which was nothing."""
+    image = make(tmp_path, "plain")
+    data = bytearray(image.read_bytes())
+    table = int.from_bytes(data[48:56], "big")
+    block = int.from_bytes(data[table : table + 8], "big")
+    data[block + 2 * 5 + 1] += 1
+    image.write_bytes(data)
+    done = run(*PROGRAM, "check", "-q", "-r", "leaks", image)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "Leaked cluster 5 refcount=3 reference=2\n"
+
+
 OPTIONS = {
     "quiet": ["-q"],
     "quiet in JSON": ["-q", "--output=json"],
@@ -336,7 +424,7 @@ def test_long_snapshot_tables_are_read_once(tmp_path: Path, monkeypatch: pytest.
     table = entry * count
     path.write_bytes(table)
     header = Header(version=3, refcount_table_clusters=1, snapshots_offset=0, snapshot_count=count)
-    image = cli_check._Image(str(path), writable=False, force_share=False)
+    image = Image(Place(filename=str(path)), writable=False)
     taken = []
 
     def read(offset: int, length: int) -> bytes:
@@ -344,7 +432,7 @@ def test_long_snapshot_tables_are_read_once(tmp_path: Path, monkeypatch: pytest.
         return table[offset : offset + length].ljust(length, b"\0")
 
     monkeypatch.setattr(image, "read", read)
-    cli_check._check_snapshots(header, image)
+    examining._check_snapshots(header, image)
     assert sum(taken) < 2 * len(table)
 
 

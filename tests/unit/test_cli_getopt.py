@@ -42,7 +42,7 @@ def test_words_become_options(words: list[str], found: list[tuple[str | None, st
     ("words", "text"),
     [
         (["--bogus"], "unrecognized option '--bogus'"),
-        (["--bogus=1"], "unrecognized option '--bogus'"),
+        (["--bogus=1"], "unrecognized option '--bogus=1'"),
         (["-x"], "invalid option -- 'x'"),
         (["-blockdev", "x"], "invalid option -- 'b'"),
         (["--blockdev"], "option '--blockdev' requires an argument"),

@@ -67,16 +67,20 @@ class Encryption:
         return {"format": self.format, **(volume_info(self.volume) if self.volume is not None else {})}
 
 
+def check_wanted(header: Header, wanted: str | None) -> None:
+    """Raise QmpError if another encryption is ``wanted`` than the image has."""
+    name = FORMATS.get(header.crypt_method)
+    if wanted is not None and header.crypt_method == CRYPT_NONE:
+        raise QmpError(f"No encryption in image header, but options specified format '{wanted}'")
+    if wanted is not None and wanted != name:
+        raise QmpError(f"Header reported '{name}' encryption format but options specify '{wanted}'")
+
+
 def check_format(header: Header, options: Any, *, is_reopening: bool) -> None:
     """Raise QmpError unless the options mean the encryption the image has; saying nothing is answered later."""
-    name = FORMATS.get(header.crypt_method)
     wanted = None if options.encrypt is None else options.encrypt.format.value
-    if header.crypt_method == CRYPT_NONE:
-        if wanted is not None:
-            raise QmpError(f"No encryption in image header, but options specified format '{wanted}'")
-    elif wanted is not None and wanted != name:
-        raise QmpError(f"Header reported '{name}' encryption format but options specify '{wanted}'")
-    elif is_reopening:
+    check_wanted(header, wanted)
+    if header.crypt_method != CRYPT_NONE and is_reopening:
         if wanted is None:
             raise QmpError("Option 'encrypt.format' cannot be reset to its default value")
         if options.encrypt.key_secret is None:
