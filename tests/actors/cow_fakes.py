@@ -220,16 +220,16 @@ class House:
 
 
 @asynccontextmanager
-async def running_house() -> AsyncIterator[House]:
-    """A house; at the end everything must have been closed."""
+async def running_house(*drivers: type[Driver]) -> AsyncIterator[House]:
+    """A house, with other drivers as well; at the end everything must have been closed."""
     shelf = Shelf()
     cow = type("CowDriver", (CowDriver,), {"shelf": shelf})
     bus = EventBus()
 
+    known: dict[str, type[Driver]] = {cow.name: cow, **JOB_FILTERS, **{each.name: each for each in drivers}}
+
     async def find(name: str) -> type[Driver]:
-        if name == cow.name:
-            return cow
-        return JOB_FILTERS[name]
+        return known[name]
 
     async with Supervisor() as supervisor:
         aio: Any = NoAio()  # never used

@@ -24,7 +24,15 @@ from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import DIRTY, Header, parse_header, serialise_header, unmarking
+from qsd.drivers.qcow2.layout import (
+    DIRTY,
+    EXT_BACKING_FORMAT,
+    MIN_CLUSTER_BITS,
+    Header,
+    parse_header,
+    serialise_header,
+    unmarking,
+)
 from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.repair import repair
 from qsd.errors import QmpError
@@ -49,12 +57,13 @@ OPTIONS: Final[tuple[dict[str, Any], ...]] = (
 class State:
     """What the image holds apart from the disk's data: its length in units, snapshots by id, bitmaps by name.
 
-    A bitmap is its bits' digest, or IN_USE.
+    A bitmap is its bits' digest, or IN_USE. ``backing``: the name of the backing file, and its format's.
     """
 
     units: int
     snapshots: dict[str, bytes | None] = attrs.field(factory=dict)
     bitmaps: dict[str, str | None] = attrs.field(factory=dict)
+    backing: tuple[bytes | None, bytes | None] = (None, None)
 
     def disowned(self, by: State) -> State:
         """The same, with no promise about snapshots that another state has not."""
@@ -66,6 +75,11 @@ class State:
         return list(self.snapshots) == list(snapshots) and all(
             data in (None, snapshots[name]) for name, data in self.snapshots.items()
         )
+
+
+def backing_of(header: Header) -> tuple[bytes | None, bytes | None]:
+    """The name of the backing file, and its format's."""
+    return header.backing_file, header.extension(EXT_BACKING_FORMAT)
 
 
 @attrs.define(eq=False)
@@ -107,7 +121,7 @@ class Life:
         below = world.disks.get("backing")
         world.below = below.initial if below is not None else b""
         snapshots = {"1": world.first_base} if built.snapshot_l1 else {}
-        self.first = self.state = State(length, snapshots)
+        self.first = self.state = State(length, snapshots, backing=backing_of(header))
         room = length // ROOM * max(1, SECTOR // world.unit)
         world.give_room(room)
         self.possible = [self.state]
@@ -220,6 +234,7 @@ class Life:
             self.driver.length == state.units * self.world.unit
             and names == list(state.snapshots)
             and bitmaps == {name: value is IN_USE for name, value in state.bitmaps.items()}
+            and backing_of(self.driver.image.header) == state.backing
         )
 
     def _change_units(self, step: Step, units: int) -> None:
@@ -249,6 +264,8 @@ class Life:
         """One of all."""
         # Opening again is not to fail.
         kinds = ["resize"] if self.world.fails else ["resize", "reopen"]
+        if not self.header.is_data_file_raw:
+            kinds += ["rename"]
         if not self.header.has_data_file and self.header.refcount_order:
             kinds += ["snapshot", "snapshot"]
             if self.state.snapshots:
@@ -283,6 +300,20 @@ class Life:
         finally:
             for bitmap in self.bitmaps:
                 bitmap.bits.resize(self.driver.length)
+
+    async def rename(self, _nursery: trio.Nursery) -> None:
+        """Name another backing file, or none; where it lies does not change."""
+        # With a header of more than a sector version 2 has no mark for snapshots.
+        lengths = (1, 30, 200) if self.header.version < 3 else (1, 30, 200, 600, 1022)
+        if self.header.cluster_bits == MIN_CLUSTER_BITS:
+            # Room is left for other things in the header.
+            lengths = (1, 30)
+        letter = self.rng.choice("abc")
+        name = "" if self.rng.random() < 0.2 else "/" + letter * self.rng.choice(lengths)
+        kind = self.rng.choice(("", "raw", "qcow2"))
+        wanted = (name.encode(), kind.encode() or None) if name else (None, None)
+        after = attrs.evolve(self.state, backing=wanted)
+        await self.step("rename", after, self.driver.change_backing_file, name, kind)
 
     async def whole(self) -> bytes:
         """All that the guest sees."""
@@ -410,6 +441,7 @@ async def look_into(life: Life, replay: LifeReplay, disks: dict[str, bytearray])
     possible = replay.possible
     assert any(each.units == units for each in possible), (units, possible)
     assert any(each.shows(snapshots) for each in possible), (list(snapshots), possible)
+    assert any(each.backing == backing_of(header) for each in possible), (backing_of(header), possible)
     assert any(list(each.bitmaps) == list(bitmaps) for each in possible) or set(bitmaps) in [
         set(each.bitmaps) for each in possible
     ], (bitmaps, [each.bitmaps for each in possible])

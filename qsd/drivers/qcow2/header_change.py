@@ -3,6 +3,9 @@
 A write that fails may have reached the file all the same, and then the header leads to tables nobody keeps: who
 opened the image next would find what it held at that moment. So the header the image goes on with is written back,
 at once or, where that fails as well, before any other metadata (``restore``): no flush succeeds until it is there.
+
+A sector arrives as a whole, or not at all. What lies behind is there before the sector that needs it: the name of
+another backing file, which goes where the old one is not.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from qsd.drivers.qcow2.layout import Header, serialise_header
+from qsd.drivers.qcow2.layout import SECTOR, Header, header_parts, place_name, serialise_header
 from qsd.errors import QmpError
 
 if TYPE_CHECKING:
@@ -35,14 +38,15 @@ class HeaderChanges:
         # Half of a change is none: who is cancelled waits for it.
         with trio.CancelScope(shield=True):
             async with self._lock:
-                header = attrs.evolve(image.header, **changes)
-                data = _serialised(header)
+                header = _placed(attrs.evolve(image.header, **changes), image.header)
+                has_name = header.backing_offset == image.header.backing_offset and "backing_file" not in changes
+                _parts(header)
                 self.is_certain = False
                 try:
-                    await self._write(data)
+                    await self._write(header, has_name=has_name)
                 except OSError:
                     with contextlib.suppress(OSError):
-                        await self._write(_serialised(image.header))
+                        await self._write(image.header, has_name=False)
                     raise
                 image.header = header
 
@@ -51,16 +55,43 @@ class HeaderChanges:
         if not self.is_certain:
             async with self._lock:
                 if not self.is_certain:
-                    await self._write(_serialised(self._image.header))
+                    await self._write(self._image.header, has_name=False)
 
-    async def _write(self, data: bytes) -> None:
-        await self._image.file.write(0, data)
-        await self._image.file.flush()
+    async def _write(self, header: Header, *, has_name: bool) -> None:
+        """``has_name``: the name of the backing file is in its place."""
+        file = self._image.file
+        data, name = _parts(header)
+        at = place_name(header, len(data))
+        if at + len(name) <= SECTOR:
+            data = serialise_header(header)
+        elif not has_name:
+            await file.write(at, name)
+            await file.flush()
+        await file.write(0, data)
+        await file.flush()
         self.is_certain = True
 
 
-def _serialised(header: Header) -> bytes:
+def _placed(new: Header, old: Header) -> Header:
+    """The new header with a place for its name that neither the old one's name nor anything else of it needs.
+
+    Where the cluster has no such place, it goes where it goes.
+    """
+    front, old_front = len(_parts(new)[0]), len(_parts(old)[0])
+    at = place_name(new, front)
+    name, old_end = new.backing_file or b"", old.backing_offset + len(old.backing_file or b"")
+    if at + len(name) > SECTOR and (at, name) != (old.backing_offset, old.backing_file):
+        behind = max(front, old_front)
+        for free in (behind, max(behind, old_end)):
+            is_apart = free + len(name) <= old.backing_offset or free >= old_end
+            if is_apart and free + len(name) <= new.cluster_size:
+                at = free
+                break
+    return attrs.evolve(new, backing_offset=at)
+
+
+def _parts(header: Header) -> tuple[bytes, bytes]:
     try:
-        return serialise_header(header)
+        return header_parts(header)
     except QmpError:
         raise OSError(errno.ENOSPC, "the header does not fit into its cluster") from None

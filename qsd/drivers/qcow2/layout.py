@@ -82,7 +82,8 @@ COMPRESSION_NAMES: Final = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
-_SECTOR: Final = 512
+# Of a disk: arrives as a whole, or not at all.
+SECTOR: Final = 512
 _NOT_QCOW2 = "Image is not in qcow2 format"
 
 
@@ -92,7 +93,7 @@ class Header:
 
     ``extensions`` are in file order, without the end mark and the feature name table (which is written anew).
     ``later_fields`` are the bytes of a longer header than ``FULL_LENGTH``. ``backing_offset`` and
-    ``backing_file`` are where the name was found and what it is; ``serialise_header`` places it anew.
+    ``backing_file`` are where the name is and what it is; for who makes a header, ``place_name`` finds a place.
     """
 
     version: int = 3
@@ -113,6 +114,7 @@ class Header:
     compression_type: int = COMPRESSION_ZLIB
     later_fields: bytes = b""
     backing_file: bytes | None = None
+    backing_offset: int = attrs.field(default=0, eq=False)
     extensions: tuple[Extension, ...] = ()
     feature_names: dict[tuple[int, int], str] = attrs.field(factory=dict, eq=False)
 
@@ -244,7 +246,8 @@ def parse_header(cluster: bytes) -> Header:
     header = _with_extensions(header, cluster, extensions_end)
     _check_extensions(header)
     if backing_offset:
-        header = attrs.evolve(header, backing_file=_backing_name(cluster, backing_offset, backing_size))
+        name = _backing_name(cluster, backing_offset, backing_size)
+        header = attrs.evolve(header, backing_file=name, backing_offset=backing_offset)
     if header.size > MAX_SIZE:
         raise QmpError("Could not refresh total sector count: File too large")
     return header
@@ -377,7 +380,7 @@ def marking(header: Header) -> dict[str, Any]:
     except QmpError:
         # Clusters may be no longer than that.
         return {}
-    return changes if length <= _SECTOR else {}
+    return changes if length <= SECTOR else {}
 
 
 def unmarking(header: Header) -> dict[str, Any]:
@@ -392,15 +395,37 @@ def serialise_header(header: Header) -> bytes:
 
     Raises QmpError when they do not fit into a cluster.
     """
+    front, name = header_parts(header)
+    whole = front.ljust(place_name(header, len(front)), b"\0") + name
+    return whole.ljust(-(-len(whole) // 8) * 8, b"\0")
+
+
+def place_name(header: Header, front: int) -> int:
+    """Offset of the backing file name behind ``front`` bytes of other things; 0 for none.
+
+    It follows them where all fits into a sector. Otherwise it stays where it is, if it can: a header that changes
+    and a name that moves do not arrive at the same time.
+    """
+    if header.backing_file is None:
+        return 0
+    length, at = len(header.backing_file), header.backing_offset
+    stays = front + length > SECTOR and front <= at <= header.cluster_size - length
+    return at if stays else front
+
+
+def header_parts(header: Header) -> tuple[bytes, bytes]:
+    """The fields and extensions, and the backing file name. Raises QmpError as ``serialise_header`` does."""
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
     has_names = header.content_version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
     extensions = serialise_extensions((*header.extensions, *([feature_table()] if has_names else [])))
     name = header.backing_file or b""
-    backing_offset = length + len(extensions) if header.backing_file is not None else 0
+    end = length + len(extensions)
+    if end + len(name) > header.cluster_size:
+        raise QmpError("No space left on device")
     fields = _V2.pack(
         MAGIC,
         header.version,
-        backing_offset,
+        place_name(header, end),
         len(name),
         header.cluster_bits,
         header.size,
@@ -416,7 +441,4 @@ def serialise_header(header: Header) -> bytes:
         fields += _V3.pack(header.incompatible, header.compatible, header.autoclear, header.refcount_order, length)
         fields += bytes((header.compression_type,)) + bytes(7)
         fields += header.later_fields.ljust(length - FULL_LENGTH, b"\0")
-    whole = fields + extensions + name
-    if len(whole) > header.cluster_size:
-        raise QmpError("No space left on device")
-    return whole.ljust(-(-len(whole) // 8) * 8, b"\0")
+    return fields + extensions, name
