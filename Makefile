@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test check soak bench clean bytecode
+.PHONY: help run test check soak guest bench clean bytecode
 
 help:
 	@echo "make run     start a daemon that exports a demo disk over NBD (until Ctrl-C)"
 	@echo "make test    run all tests"
 	@echo "make check   ruff, mypy --strict and the layer rule"
 	@echo "make soak    kill -9 under load, ROUNDS=100 times; models and power cuts with EFFORT=10 times as much"
+	@echo "make guest   kill a Linux guest and its daemon, ROUNDS=100 times; needs 250 MB of packages"
 	@echo "make bench   compare speed with the reference daemon; writes bench/results/"
 	@echo "make clean   remove .venv, ./demo and caches"
 
@@ -58,6 +59,10 @@ soak: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils
 	$(BIN)/python tests/daemon/soak.py $(ROUNDS)
 	QSD_EFFORT=$(EFFORT) $(BIN)/python -m pytest -q tests/actors/test_qcow2_*.py tests/daemon/test_qcow2_model.py
+
+guest: $(VENV)/.qsd-all bytecode
+	@tools/packages qemu-utils qemu-system-x86 busybox-static linux-image-cloud-amd64 e2fsprogs
+	$(BIN)/python tests/daemon/guest_soak.py $(ROUNDS)
 
 bench: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils libnbd-bin fio

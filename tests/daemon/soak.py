@@ -201,7 +201,7 @@ def kill_once(disk: Disk, place: Path) -> None:
         while load.take_answer(disk, under_way):
             pass
     wait_unlocked(disk.path.parent)
-    check(disk)
+    check(disk.path, disk.key)
 
 
 def wait_unlocked(place: Path) -> None:
@@ -221,17 +221,21 @@ def look_again(disk: Disk, client: NbdReader) -> None:
     disk.see(data)
 
 
-def check(disk: Disk) -> None:
-    """Leaks at most, by both checks; of an image that is marked dirty, when it has been repaired."""
-    if parse_header(disk.path.read_bytes()[: 1 << 21]).incompatible & DIRTY:
-        path = disk.path.with_suffix(".repaired")
-        shutil.copy(disk.path, path)
+def check(image: Path, key: str = "") -> None:
+    """Leaks at most, by both checks; of an image that is marked dirty, when it has been repaired.
+
+    ``key``: options of the node that name its key.
+    """
+    path = image
+    with image.open("rb") as file:
+        is_dirty = parse_header(file.read(1 << 21)).incompatible & DIRTY
+    if is_dirty:
+        path = image.with_suffix(".repaired")
+        shutil.copy(image, path)
         repaired = run("check", "-r", "all", path)
         assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-    else:
-        path = disk.path
-    image = f"driver=qcow2,file.driver=file,file.filename={path}{disk.key}"
-    command = [find("qemu-img"), "check", "--object", SECRET, "--image-opts", image]
+    options = f"driver=qcow2,file.driver=file,file.filename={path}{key}"
+    command = [find("qemu-img"), "check", "--object", SECRET, "--image-opts", options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode in (0, 3), done.stdout + done.stderr
     ours = run("check", path)
