@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,8 @@ class Uring:
         self._is_reaping = False
         self._deferred: list[Callable[[], None]] = []
         # Operations that found the completion queue's worth in flight; started as others end.
-        self._backlog: list[tuple[int, int, int, int, int, int, Done, memoryview | None]] = []
+        self._backlog: deque[tuple[int, int, int, int, int, int, Done, memoryview | None]] = deque()
+        self._is_refilling = False
         self._limit = cq_entries
 
     def fileno(self) -> int:
@@ -223,7 +225,7 @@ class Uring:
                 raise OSError(error, os.strerror(error))
             self._queued -= count
         # Fast devices and cached pages end within the system call; who reaps already takes these as well.
-        if words[self._cq_head] != words[self._cq_tail] and not self._is_reaping:
+        if words[self._cq_head] != words[self._cq_tail] and not self._is_reaping and not self._is_refilling:
             self.reap()
 
     # -- completions ------------------------------------------------------------------------------------------
@@ -237,11 +239,23 @@ class Uring:
             self._is_reaping = False
         while self._deferred:
             self._deferred.pop()()
-        if self._backlog:
-            backlog, self._backlog = self._backlog, []
-            for item in backlog:
-                self._queue(*item)
+        if self._backlog and not self._is_refilling:
+            self._refill()
+
+    def _refill(self) -> None:
+        """Queue as much of the backlog as there is room for.
+
+        What ends within that system call is left to the next round: there may be thousands more, and every ``reap``
+        from here on would stand on the one before.
+        """
+        backlog = self._backlog
+        self._is_refilling = True
+        try:
+            while backlog and len(self._slots) < self._limit:
+                self._queue(*backlog.popleft())
             self.flush()
+        finally:
+            self._is_refilling = False
 
     def _take(self) -> None:
         words = self._words
