@@ -39,8 +39,10 @@ Handler = Callable[[Any, Request], None]
 
 READ: Final = Op.READ.value
 
-# After so many rounds of ``send`` it looks at the clock, and after so many nanoseconds more the loop has its turn.
+# After so many rounds of ``send``, or requests it went on with, it looks at the clock; after so many nanoseconds
+# more the loop has its turn. So many requests go on in one round.
 MANY_ROUNDS: Final = 16
+AT_ONCE: Final = 32
 SLICE_NS: Final = 2_000_000
 ZEROES: Final = memoryview(bytes(1 << 20))
 
@@ -141,16 +143,19 @@ class MappedDriver(Driver):
         try:
             while self._outbox or self._resumed:
                 rounds += 1
-                if rounds == MANY_ROUNDS:
+                if not end and rounds >= MANY_ROUNDS:
                     end = perf_counter_ns() + SLICE_NS
                 elif end and perf_counter_ns() > end:
                     # An image can be made so that one request looks at a million tables. Let others run.
                     self.started()
                     self.host.spawn(self._send_later, name="go on")
                     return
-                resumed, self._resumed = self._resumed, []
-                for go_on in resumed:
-                    go_on()
+                if self._resumed:
+                    # A thousand parts of one request may have waited for the same table.
+                    resumed, self._resumed = self._resumed[:AT_ONCE], self._resumed[AT_ONCE:]
+                    rounds += len(resumed)
+                    for go_on in resumed:
+                        go_on()
                 outbox, self._outbox = self._outbox, {}
                 for child, requests in outbox.items():
                     child.submit(requests)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
 import trio.testing
 from qcow2_fakes import CLUSTER, MemoryFile, check, new_image, opened, opened_on, read, write
 
+from qsd.drivers import mapped
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.layout import Header
-from qsd.messages import Flag, Op
+from qsd.drivers.qcow2.storing import PIECES, write_all
+from qsd.messages import Flag, Op, Request
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
@@ -144,3 +148,39 @@ async def test_discarded_clusters_keep_their_place_and_not_their_space(op: Op, c
         assert await read(driver, 0, 200) == bytes(100) + b"again" + bytes(95)
         await driver.close()
         assert check(file) == (0, 0)
+
+
+async def test_what_waited_for_one_table_goes_on_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand parts of a large write into small clusters were looked at in one go, each time anew."""
+    clock = 0
+
+    def now() -> int:
+        nonlocal clock
+        clock += 10 * mapped.SLICE_NS
+        return clock
+
+    monkeypatch.setattr(mapped, "perf_counter_ns", now)
+    async with opened() as (driver, _file):
+        done: list[int] = []
+        for number in range(1000):
+            driver.resume(partial(done.append, number))
+        driver.send()
+        assert len(done) < 100
+        await driver.wait_idle()
+        assert done == list(range(1000))
+
+
+async def test_small_tables_are_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four megabytes are 8192 tables of 512 bytes: 56 ms."""
+    sizes: list[int] = []
+    file = MemoryFile(b"")
+    original = file.submit
+
+    def counting(batch: list[Request]) -> None:
+        sizes.append(len(batch))
+        original(batch)
+
+    monkeypatch.setattr(file, "submit", counting)
+    await write_all(file, ((number * 512, number.to_bytes(512, "little")) for number in range(1000)))
+    assert sizes == [PIECES, PIECES, PIECES, 1000 - 3 * PIECES]
+    assert all(file.data[number * 512] == number % 256 for number in range(1000))

@@ -11,8 +11,9 @@ from qsd.drivers.base import Child
 from qsd.drivers.gather import Callback
 from qsd.messages import Op, Request
 
-# Bytes on their way at once.
+# Bytes on their way at once, and pieces: tables of 512 bytes take the loop 7 us each.
 BATCH: Final = 4 << 20
+PIECES: Final = 256
 
 
 async def write_all(child: Child, pieces: Iterable[tuple[int, bytes]]) -> None:
@@ -22,7 +23,7 @@ async def write_all(child: Child, pieces: Iterable[tuple[int, bytes]]) -> None:
     for offset, data in pieces:
         waiting.append(Request(Op.WRITE.value, offset, len(data), memoryview(data), _NOWHERE))
         size += len(data)
-        if size >= BATCH:
+        if size >= BATCH or len(waiting) == PIECES:
             await _write_batch(child, waiting)
             waiting, size = [], 0
     if waiting:
