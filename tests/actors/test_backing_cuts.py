@@ -6,7 +6,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import Enum
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import attrs
 import pytest

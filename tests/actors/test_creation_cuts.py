@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -101,6 +102,35 @@ async def test_cut_off_image(name: str, before: bytes) -> None:
             async with opened_on(MemoryFile(data), mode=Mode(read_only=True), **place) as driver:
                 assert await read(driver, 0, SIZE) == bytes(SIZE)
     assert seen == {"nothing", "new"} | ({"old"} if before == OLD else set())
+
+
+@pytest.mark.parametrize("fails", ["write", "flush"])
+@pytest.mark.parametrize("name", ["plain", "full", "backing", "data-file"])
+async def test_creation_that_fails_over_another_image(name: str, fails: str) -> None:
+    """What is left is the old image, none, or all of the new; and it can be tried again."""
+    options = {"driver": "qcow2", "file": "f", "size": SIZE, **IMAGES[name]}
+    for room in range(1, 200):
+        file, data_file = MemoryFile(OLD), MemoryFile(b"")
+        if fails == "write":
+            file.room = room
+        else:
+            file.fails = True
+        with contextlib.suppress(OSError, QmpError):
+            await create(Host(f=file, d=data_file), **options)
+            assert fails == "write"
+            assert file.room > 0
+            break
+        header = parsed(bytes(file.data))
+        if header is not None:
+            found = examine(file.data)
+            assert (found.corruptions, found.leaks) == (0, 0), found.problems
+            assert header != parsed(OLD) or file.data[: len(OLD)] == OLD
+        file.room, file.fails = -1, False
+        await create(Host(f=file, d=data_file), **options)
+        assert parsed(bytes(file.data)) is not None
+        if fails == "flush":
+            break
+    assert (room > 2) == (fails == "write")
 
 
 async def test_data_file_is_there_before_its_image() -> None:
