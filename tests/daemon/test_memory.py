@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -11,8 +12,10 @@ from typing import Final
 import attrs
 import pytest
 from harness import Qmp, RunningDaemon
+from nbd_reader import NbdError, NbdReader
 from qcow2_images import img
 
+from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, pack_directory
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header, parse_header, serialise_header
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot, pack
@@ -126,3 +129,76 @@ def test_memory_is_bounded(
         for _time in range(3):
             use("image")
         assert peak(running) - before < room
+
+
+# -- compressed clusters ------------------------------------------------------------------------------------------
+
+DISK: Final = 64 << 20
+
+
+def packed(path: Path, data: bytes, places: Callable[[int], tuple[int, int]], *options: str) -> None:
+    """An image all of whose clusters are compressed; ``places``: offset in ``data`` and bytes of each."""
+    header, end = plain(path, str(DISK), *options)
+    start = end + 2 * CLUSTER
+    found = (places(number) for number in range(DISK // CLUSTER))
+    l2 = (compressed.encode_entry(start + at, length, header.cluster_bits) for at, length in found)
+    table = struct.pack(f">{DISK // CLUSTER}Q", *l2)
+    change(path, attrs.evolve(header, l1_offset=end), end, struct.pack(">Q", end + CLUSTER), table, data)
+
+
+def deflated(size: int) -> bytes:
+    """So many zeroes."""
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -12)
+    return b"".join(deflater.compress(bytes(1 << 20)) for _ in range(size >> 20)) + deflater.flush()
+
+
+def endless(path: Path) -> None:
+    """Every cluster goes on for 64 MiB when it is inflated."""
+    bomb = deflated(64 << 20)
+    packed(path, bomb, lambda _number: (0, len(bomb)))
+
+
+def endless_zstd(path: Path) -> None:
+    """Every cluster is a frame of repeated blocks, 128 KiB each, and asks for a window of 2 GiB."""
+    block = (CLUSTER << 4 | 2).to_bytes(3, "little") + b"A"
+    bomb = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + block * 30000
+    packed(path, bomb, lambda _number: (0, CLUSTER * 2 - 512), "-o", "compression_type=zstd")
+
+
+def overlapping(path: Path) -> None:
+    """Every cluster begins within those before it, and within a stream."""
+    bomb = deflated(16 << 20)
+    packed(path, bomb, lambda number: (number % len(bomb), CLUSTER))
+
+
+def beyond_the_end(path: Path) -> None:
+    """The file ends within the first, and before all the others."""
+    packed(path, b"\xff", lambda number: (number << 40, CLUSTER * 2 - 512))
+
+
+@pytest.mark.parametrize("make", [endless, endless_zstd, overlapping, beyond_the_end])
+def test_compressed_bombs_cost_no_more_than_other_clusters(
+    daemon: Callable[..., RunningDaemon], tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    """Each is a cluster or an error; the daemon goes on answering."""
+    make(tmp_path / "image")
+    running = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock")
+    with contextlib.closing(Qmp(tmp_path / "qmp.sock")) as qmp:
+        file = {"driver": "file", "filename": str(tmp_path / "image")}
+        qmp.execute("blockdev-add", driver="qcow2", node_name="n", file=file, read_only=True)
+        qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d")
+        before = peak(running)
+        errors: list[int] = []
+        with NbdReader(tmp_path / "nbd.sock", "d") as client:
+            for start in range(0, DISK, 4 << 20):
+                try:
+                    client.read(start, 4 << 20)
+                except NbdError as error:
+                    errors.append(error.args[0])
+                qmp.execute("query-version")
+        # EIO.
+        assert set(errors) == (set() if make is endless else {5})
+        assert peak(running) - before < 60
+        qmp.execute("block-export-del", id="e")
+        qmp.wait_event("BLOCK_EXPORT_DELETED")
+        qmp.execute("blockdev-del", node_name="n")
