@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import pytest
+import trio
 from qcow2_builder import build
 from qcow2_fakes import KIB, MemoryFile, cut, examine, file_node, opened_on, read
+from watching import Turns
 
 from qsd.drivers.base import Mode
 from qsd.drivers.luks import keys
@@ -195,3 +197,16 @@ async def opens(data: bytes) -> str:
         else:
             return password
     raise AssertionError("nothing opens it")
+
+
+async def test_others_run_while_all_tables_of_an_image_are_written() -> None:
+    """For a disk of 1 TiB that held the loop for 1.3 s."""
+    file, turns = MemoryFile(b""), Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        options = {"cluster-size": 512, "size": 4 << 20, "preallocation": "metadata"}
+        await create(Host(f=file), driver="qcow2", file="f", **options)
+        nursery.cancel_scope.cancel()
+    # An L2 table of 512 bytes is for 32 KiB.
+    assert turns.count > 128
+    assert examine(file.data).corruptions == 0

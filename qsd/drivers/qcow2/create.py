@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import trio
 
 from qsd.drivers.base import Child
 from qsd.drivers.creating import CreateHost
@@ -195,6 +196,8 @@ async def _write(
     await file.flush()
     for offset, part in metadata(placement):
         await file.write(offset, part)
+        # The page cache takes it on the spot, and where space is allocated there may be gigabytes.
+        await trio.lowlevel.checkpoint()
     if data is not None:
         await data.truncate(0, exact=False)
         await data.truncate(size, exact=False)

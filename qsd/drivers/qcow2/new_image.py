@@ -21,6 +21,8 @@ from qsd.drivers.qcow2.refcount_codec import encode, typecode
 from qsd.errors import QmpError
 
 COPIED: Final = 1 << 63
+# Bytes of a table that are made at a time.
+PIECE: Final = 1 << 18
 # The most bytes a block device may have in the reference.
 MAX_LENGTH: Final = 0x7FFF_FFFF_C000_0000
 # Sizes come as unsigned numbers and are signed ones in the reference.
@@ -108,43 +110,42 @@ def _refcounts(header: Header, others: int) -> tuple[int, int]:
 
 
 def metadata(placement: Placement) -> Iterator[tuple[int, bytes]]:
-    """The parts but the header, as (offset, bytes); each part is whole clusters."""
+    """The parts but the header, as (offset, bytes), in pieces that take a millisecond at most."""
     header = placement.header
     size = header.cluster_size
-    table = [(placement.refcount_blocks + index) * size for index in range(placement.block_count)]
-    yield header.refcount_table_offset, _words(table, header.refcount_table_clusters * size)
+    first = placement.refcount_blocks * size
+    blocks = range(first, first + placement.block_count * size, size)
+    yield from _table(header.refcount_table_offset, blocks, header.refcount_table_clusters * size)
     per_block = size * 8 // header.refcount_bits
     for index in range(placement.block_count):
         used = max(0, min(per_block, placement.end - index * per_block))
         counts = array(typecode(header.refcount_order), [1]) * used
         counts.extend(array(counts.typecode, [0]) * (per_block - used))
-        yield table[index], bytes(encode(counts, header.refcount_order))
-    l1_clusters = -(-header.l1_size * 8 // size)
-    l1 = [(placement.l2_tables + index) * size | COPIED for index in range(placement.l2_count)]
-    if l1_clusters:
-        yield header.l1_offset, _words(l1, l1_clusters * size)
-    for index in range(placement.l2_count):
-        yield (placement.l2_tables + index) * size, _l2_table(placement, index)
-
-
-def _l2_table(placement: Placement, index: int) -> bytes:
-    header = placement.header
-    size, entries = header.cluster_size, header.l2_entries
-    guest = range(index * entries, min((index + 1) * entries, -(-header.size // size)))
+        yield blocks[index], bytes(encode(counts, header.refcount_order))
+    first = placement.l2_tables * size | COPIED
+    tables = range(first, first + placement.l2_count * size, size)
+    yield from _table(header.l1_offset, tables, -(-header.l1_size * 8 // size) * size)
     base = 0 if header.has_data_file else placement.data
-    offsets = [(base + cluster) * size | COPIED for cluster in guest]
-    if header.has_extended_l2:
-        # A place and nothing written there yet: the subclusters read as zeroes, or as the backing file.
-        offsets = [word for offset in offsets for word in (offset, 0)]
-    return _words(offsets, size)
+    clusters, entries = -(-header.size // size), header.l2_entries
+    # The second word of an extended entry: nothing is written there yet, so the subclusters read as zeroes, or as
+    # the backing file.
+    words = 2 if header.has_extended_l2 else 1
+    for index in range(placement.l2_count):
+        low, high = index * entries, min((index + 1) * entries, clusters)
+        places = range((base + low) * size | COPIED, (base + high) * size | COPIED, size)
+        yield from _table((placement.l2_tables + index) * size, places, size, words)
 
 
-def _words(values: list[int], length: int) -> bytes:
-    """Big-endian 64-bit numbers, padded with zeroes to ``length`` bytes."""
-    words = array("Q", values)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tobytes().ljust(length, b"\0")
+def _table(offset: int, values: range, length: int, words: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Big-endian entries of ``words`` 64-bit numbers, the first of them given; then zeroes up to ``length``."""
+    for start in range(0, length, PIECE):
+        stop = min(length, start + PIECE)
+        given = array("Q", values[start // 8 // words : stop // 8 // words])
+        table = array("Q", bytes(len(given) * words * 8))
+        table[::words] = given
+        if sys.byteorder == "little":
+            table.byteswap()
+        yield offset + start, table.tobytes().ljust(stop - start, b"\0")
 
 
 def header_cluster(header: Header) -> bytes:
