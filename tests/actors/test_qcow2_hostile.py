@@ -25,7 +25,7 @@ from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
 from watching import Turns
 
 from qsd.drivers.calls import call
-from qsd.drivers.qcow2 import layout
+from qsd.drivers.qcow2 import layout, metadata_map
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
 from qsd.drivers.qcow2.loading import read_table
@@ -448,3 +448,23 @@ def test_l1_entry_that_leads_nowhere_but_has_bits_set(bits: int) -> None:
     struct.pack_into(">Q", image, victim.tables[0][0], bits)
     for read_only in (True, False):
         look_at("4k", bytes(image), read_only=read_only)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+async def test_many_tables_are_known_as_few_are(monkeypatch: pytest.MonkeyPatch, *, backwards: bool) -> None:
+    """Whichever way they are kept: as they come where they ascend, or one by one."""
+    image = bytearray(new_image(Header(size=32 << 20, cluster_bits=12), allocates=True))
+    header = layout.parse_header(bytes(image[:4096]))
+    if backwards:
+        entries = struct.unpack_from(f">{header.l1_size}Q", image, header.l1_offset)
+        struct.pack_into(f">{header.l1_size}Q", image, header.l1_offset, *reversed(entries))
+    known: list[dict[int, str | None]] = []
+    for many in (metadata_map.MANY, 0):
+        monkeypatch.setattr(metadata_map, "MANY", many)
+        async with opened_on(MemoryFile(image)) as driver:
+            clusters = driver.image.metadata.clusters
+            assert isinstance(clusters, dict) is bool(many)
+            known.append({cluster: clusters.get(cluster) for cluster in range(len(image) >> 12)})
+    assert known[0] == known[1]
+    assert list(known[0].values()).count(metadata_map.ACTIVE_L2) == header.l1_size
+    assert metadata_map.REFCOUNT_BLOCK in known[0].values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +17,17 @@ CLUSTERS = st.one_of(st.integers(0, 40), st.integers(0, 1 << 55))
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.sampled_from(("one", "two", "three", "")), CLUSTERS)), st.integers(0, 30))
-def test_table_says_what_a_dictionary_says(steps: list[tuple[str, int]], room: int) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from(("one", "two", "three", "")), CLUSTERS)),
+    st.integers(0, 30),
+    st.lists(st.sets(CLUSTERS), max_size=3),
+)
+def test_table_says_what_a_dictionary_says(steps: list[tuple[str, int]], room: int, runs: list[set[int]]) -> None:
     table, model = ClusterTable(room), dict[int, str]()
+    for number, clusters in enumerate(runs):
+        table.add_ascending(array("Q", sorted(clusters)), f"run {number}")
+        model.update(dict.fromkeys(clusters, f"run {number}"))
+    assert table.highest() == max(model, default=-1)
     for word, cluster in steps:
         if word:
             table.put((cluster,), word)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from operator import lt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -40,6 +41,8 @@ MOST_GUARDED: Final = 1024
 MOST_READ: Final = 4 * MAX_L1_BYTES
 # Entries gone through in one go (2 to 5 ms, where there are millions).
 PIECE: Final = 2048
+# What entries lead to stands at whole sectors.
+SECTOR_BITS: Final = 9
 
 
 async def guard(image: Image, refcount_table: array[int]) -> None:
@@ -53,26 +56,33 @@ async def guard(image: Image, refcount_table: array[int]) -> None:
     directory = header.bitmaps_extension()
     if directory is not None:
         inactive.insert(0, (BITMAP_DIRECTORY, directory.offset, directory.size))
-    known.expect(
-        await _entries_in_use(image.map.l1)
-        + await _entries_in_use(refcount_table)
-        + sum(length >> header.cluster_bits for _kind, _offset, length in inactive)
-    )
+    tables = [
+        (ACTIVE_L2, await _places(image.map.l1, OFFSET_MASK, header.cluster_bits)),
+        (REFCOUNT_BLOCK, await _places(refcount_table, BLOCK_OFFSET, header.cluster_bits)),
+    ]
+    others = sum(length >> header.cluster_bits for _kind, _offset, length in inactive)
+    many = sum(len(places.numbers) for _kind, places in tables)
+    # Only together, as the second replace the first.
+    are_ascending = all(places.is_ascending for _kind, places in tables)
+    known.expect(others if are_ascending else others + many, ascending=many if are_ascending else 0)
+    for kind, places in tables:
+        if not (are_ascending and known.add_ascending(kind, places.numbers)):
+            for piece in _pieces(places.numbers):
+                known.put(kind, piece)
+                await trio.lowlevel.checkpoint()
     for kind, offset, length in inactive:
-        known.add(kind, offset, length)
+        known.add(kind, offset, length, replaces=False)
         await trio.lowlevel.checkpoint()
-    await _add_tables(image, ACTIVE_L2, image.map.l1)
-    await _add_tables(image, REFCOUNT_BLOCK, refcount_table, BLOCK_OFFSET)
     known.add(REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters * cluster)
     known.add(ACTIVE_L1, header.l1_offset, header.l1_size * 8)
     known.add(SNAPSHOT_TABLE, header.snapshots_offset, image.snapshot_clusters * cluster)
     known.add(MAIN_HEADER, 0, cluster)
     if image.encryption is not None:
-        places = image.encryption.places(header)
+        slots = image.encryption.places(header)
         image.encryption.overlap = next(
-            ((found, *place) for place in places if (found := known.kind_at(*place)) is not None), None
+            ((found, *slot) for slot in slots if (found := known.kind_at(*slot)) is not None), None
         )
-        for offset, length in places:
+        for offset, length in slots:
             known.add(ENCRYPTION_HEADER, offset, length)
     if INACTIVE_L2 in known.checked:
         await _guard_snapshots(image)
@@ -80,18 +90,18 @@ async def guard(image: Image, refcount_table: array[int]) -> None:
 
 async def used_twice(entries: array[int], mask: int) -> frozenset[int]:
     """Where more than one entry of a table leads."""
-    once: set[int] | ClusterTable = set()
+    places = await _places(entries, mask, SECTOR_BITS)
     found: set[int] = set()
-    if len(entries) > MANY and await _entries_in_use(entries) > MANY:
-        once = ClusterTable(len(entries))
-    for piece in _pieces(entries):
-        for entry in piece:
-            place = (entry & mask) >> 9
-            if place and place in once:
-                found.add(place << 9)
-            elif place:
-                once.add(place)
-        await trio.lowlevel.checkpoint()
+    if not places.is_ascending:
+        many = len(places.numbers)
+        once: set[int] | ClusterTable = ClusterTable(many) if many > MANY else set()
+        for piece in _pieces(places.numbers):
+            for place in piece:
+                if place in once:
+                    found.add(place << SECTOR_BITS)
+                else:
+                    once.add(place)
+            await trio.lowlevel.checkpoint()
     return frozenset(found)
 
 
@@ -121,12 +131,26 @@ async def _add_tables(
         await trio.lowlevel.checkpoint()
 
 
-async def _entries_in_use(entries: array[int]) -> int:
-    found = 0
+class _Places(NamedTuple):
+    """Where the entries of a table lead that lead somewhere; ``is_ascending``: each further than the one before."""
+
+    numbers: array[int]
+    is_ascending: bool
+
+
+async def _places(entries: array[int], mask: int, bits: int) -> _Places:
+    """The places in units of ``1 << bits`` bytes. Four million entries take 0.5 s."""
+    numbers = array("Q")
+    is_ascending, last = True, -1
     for piece in _pieces(entries):
-        found += len(piece) - piece.count(0)
+        if any(piece):
+            some = [(entry & mask) >> bits for entry in piece if entry & mask]
+            if is_ascending and some:
+                is_ascending = last < some[0] and all(map(lt, some, some[1:]))
+                last = some[-1]
+            numbers.fromlist(some)
         await trio.lowlevel.checkpoint()
-    return found
+    return _Places(numbers, is_ascending)
 
 
 def _pieces(entries: array[int]) -> Iterator[array[int]]:

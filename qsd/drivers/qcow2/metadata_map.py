@@ -70,10 +70,23 @@ class MetadataMap:
         self.checked = checked
         self.clusters: dict[int, str] | ClusterTable = {}
 
-    def expect(self, clusters: int) -> None:
-        """So many clusters are going to be added. Call before anything is."""
-        if clusters > MANY:
-            self.clusters = ClusterTable(clusters)
+    def expect(self, clusters: int, *, ascending: int = 0) -> None:
+        """So many clusters are going to be added, and so many by ``add_ascending``. Call before anything is."""
+        if clusters + ascending > MANY:
+            self.clusters = ClusterTable(max(clusters, MANY))
+
+    def add_ascending(self, kind: str, clusters: array[int]) -> bool:
+        """Take in clusters that ascend, which stay as they are; False when they have to be put in one by one."""
+        is_kept = isinstance(self.clusters, ClusterTable)
+        if isinstance(self.clusters, ClusterTable) and kind in self.checked:
+            self.clusters.add_ascending(clusters, kind)
+        return is_kept
+
+    def put(self, kind: str, clusters: Iterable[int], *, replaces: bool = True) -> None:
+        """Clusters are of that kind; ``replaces``: whatever they were before."""
+        if kind in self.checked:
+            known = self.clusters
+            self._put(clusters if replaces else [each for each in clusters if each not in known], kind)
 
     def _put(self, clusters: Iterable[int], kind: str) -> None:
         if isinstance(self.clusters, ClusterTable):
@@ -85,17 +98,15 @@ class MetadataMap:
         """The clusters of a range of bytes."""
         return range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1 if length else 0)
 
-    def add(self, kind: str, offset: int, length: int) -> None:
-        """A structure of ``length`` bytes stands at ``offset``."""
-        if kind in self.checked:
-            self._put(self._covered(offset, length), kind)
+    def add(self, kind: str, offset: int, length: int, *, replaces: bool = True) -> None:
+        """A structure of ``length`` bytes stands at ``offset``; ``replaces``: whatever stood there before."""
+        self.put(kind, self._covered(offset, length), replaces=replaces)
 
     def add_tables(self, kind: str, entries: array[int], mask: int = OFFSET_MASK, *, replaces: bool = True) -> None:
         """Every entry that is not 0 leads to one cluster of that kind; ``replaces``: whatever it was before."""
         if kind in self.checked:
-            bits, known = self._bits, self.clusters
-            found = [(entry & mask) >> bits for entry in entries if entry & mask]
-            self._put(found if replaces else [each for each in found if each not in known], kind)
+            bits = self._bits
+            self.put(kind, [(entry & mask) >> bits for entry in entries if entry & mask], replaces=replaces)
 
     def remove(self, offset: int, length: int) -> None:
         """What stood there is gone."""
