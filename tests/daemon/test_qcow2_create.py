@@ -142,8 +142,6 @@ WIDTHS = "Refcount width must be a power of two and may not exceed 64 bits"
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ),
         ({"data_file_raw": True}, "data-file-raw requires data-file"),
-        # The reference meets a conflict of permissions when it opens what it has made.
-        ({"data_file": "f"}, "'f' cannot be both the image and its data file"),
         ({"version": "v2", "data_file": "d"}, f"External data files are only supported {NEWER}"),
         (
             {"data_file": "d", "data_file_raw": True, "backing_file": "b", "backing_fmt": "raw"},
@@ -154,3 +152,45 @@ WIDTHS = "Refcount width must be a power of two and may not exceed 64 bits"
 )
 def test_what_does_not_go_together_is_refused(create: Any, options: dict[str, Any], text: str) -> None:
     assert create(**options) == text
+
+
+def test_image_is_not_its_own_data_file(create: Any, tmp_path: Path) -> None:
+    """The reference meets the conflict when it opens what it has made."""
+    assert create(data_file="f").startswith(
+        "Permission conflict on node 'f': permissions 'write, resize' are both "
+    )
+    again = {"driver": "file", "filename": str(tmp_path / "f.img")}
+    assert create(data_file=again) == 'Failed to get "write" lock'
+    text = create(data_file={**again, "locking": "off"})
+    assert text.endswith("cannot be both the image and its data file")
+    assert (tmp_path / "f.img").read_bytes() == b"old" * 100_000
+
+
+def test_two_images_at_once(daemon: Start, tmp_path: Path) -> None:
+    """In two files both are made. In one, neither would be whole: the second is refused, as the reference does."""
+    qmp = daemon().qmp()
+    for name in ("f", "d"):
+        (tmp_path / name).touch()
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / name))
+    large = {"driver": "qcow2", "size": 64 * MIB, "cluster-size": 4096, "preallocation": "metadata"}
+    small = {"driver": "qcow2", "size": MIB, "preallocation": "full"}
+    for files in (("f", "d"), ("f", "f")):
+        # Sent together: the first job has just begun when the second comes.
+        for number, (options, file) in enumerate(zip((large, small), files, strict=True)):
+            arguments = {"job-id": f"j{number}", "options": {**options, "file": file}}
+            qmp.send(json.dumps({"execute": "blockdev-create", "arguments": arguments}))
+        assert [qmp.answer(), qmp.answer()] == [{"return": {}}] * 2
+        for number in (0, 1):
+            wanted = {"id": f"j{number}", "status": "concluded"}
+            qmp.wait_event("JOB_STATUS_CHANGE", lambda data, wanted=wanted: data == wanted)
+        errors = {job["id"]: job.get("error", "") for job in qmp.execute("query-jobs")}
+        for number in (0, 1):
+            qmp.execute("job-dismiss", id=f"j{number}")
+        assert errors["j0"] == ""
+        if files[0] != files[1]:
+            assert errors["j1"] == ""
+        else:
+            assert errors["j1"].startswith("Permission conflict on node 'f': permissions 'write, resize' are both ")
+    for name, size in (("f", 64 * MIB), ("d", MIB)):
+        assert qemu_img("info", "--output=json", "-U", tmp_path / name)["virtual-size"] == size
+        assert not qemu_img("check", "--output=json", "-U", tmp_path / name).get("leaks")

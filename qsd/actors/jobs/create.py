@@ -19,8 +19,11 @@ from qsd.drivers.base import Child
 from qsd.drivers.creating import Creator
 from qsd.qapi.schema.jobs import JobType
 
-# How an image is written into: its old contents are nobody's any more, but who uses it may go on.
-_WRITE = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, needs_active=True)
+# How an image is written into: its old contents are nobody's any more. Readers may go on; of two images that are
+# made in one file at the same time, neither would be whole.
+_WRITE = RootOptions(
+    Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, Perm.ALL & ~(Perm.WRITE | Perm.RESIZE), needs_active=True
+)
 # The same for an image that is changed in place, which goes on being exported and keeps its length.
 _AMEND = RootOptions(Perm.CONSISTENT_READ | Perm.WRITE, needs_active=True, amends=True)
 _AMEND_READ_ONLY = RootOptions(Perm.CONSISTENT_READ, needs_active=True, amends=True)

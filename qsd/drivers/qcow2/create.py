@@ -170,8 +170,8 @@ async def _volume(header: Header, options: BlockdevCreateOptionsQcow2, password:
 
 
 def _is_same(file: Child, data: Child) -> bool:
-    """Whether metadata and data would be written over each other."""
-    return file.node_name == data.node_name or _file_name(file) == _file_name(data) != ""
+    """Whether metadata and data would be written over each other, where no lock keeps them from it."""
+    return _file_name(file) == _file_name(data) != ""
 
 
 def _file_name(child: Child) -> str:
