@@ -88,10 +88,11 @@ def format_specific(header: Header, bitmaps: Rows[Any] | None, encryption: Encry
         data["lazy-refcounts"] = bool(header.compatible & LAZY_REFCOUNTS)
         data["corrupt"] = bool(header.incompatible & CORRUPT)
         data["extended-l2"] = header.has_extended_l2
-    if header.has_data_file:
+        # Told also where the image does not use it.
         name = header.extension(EXT_DATA_FILE)
-        if name:
+        if name is not None:
             data["data-file"] = text(name)
+    if header.has_data_file:
         data["data-file-raw"] = header.is_data_file_raw
     if encryption is not None:
         data["encrypt"] = encryption.facts()
