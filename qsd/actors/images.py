@@ -43,9 +43,9 @@ def _find_snapshot(node: Node, snapshot_id: str | None, name: str | None) -> Int
     if snapshot_id is None and name is None:
         raise QmpError("Name or id must be provided")
     node.driver.require_snapshots()
-    for snapshot in node.driver.snapshots():
-        if snapshot_id in (None, snapshot.id) and name in (None, snapshot.name):
-            return snapshot
+    found = node.driver.find_snapshot(snapshot_id, name)
+    if found is not None:
+        return found
     shown_id, shown_name = ("null" if text is None else text for text in (snapshot_id, name))
     raise QmpError(f"Snapshot with id '{shown_id}' and name '{shown_name}' does not exist on device '{node.name}'")
 

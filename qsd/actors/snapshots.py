@@ -219,7 +219,7 @@ class InternalSnapshotAction(GraphAction):
         if not self.name:
             raise QmpError("Name is empty")
         node.driver.require_snapshots()
-        if any(snapshot.name == self.name for snapshot in node.driver.snapshots()):
+        if node.driver.find_snapshot(None, self.name) is not None:
             raise QmpError(f"Snapshot with name '{self.name}' already exists on device '{self.device}'")
 
     async def prepare(self) -> None:

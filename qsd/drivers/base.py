@@ -395,6 +395,13 @@ class Driver(ABC):
         """The internal snapshots, in the order of the image's list."""
         return []
 
+    def find_snapshot(self, snapshot_id: str | None, name: str | None) -> InternalSnapshot | None:
+        """The first of ``snapshots`` with that id and that name, each None for any."""
+        for snapshot in self.snapshots():
+            if snapshot_id in (None, snapshot.id) and name in (None, snapshot.name):
+                return snapshot
+        return None
+
     async def create_snapshot(self, name: str, now_ns: int) -> str:
         """Keep the present contents as the snapshot ``name``, taken at ``now_ns``; the snapshot's id.
 

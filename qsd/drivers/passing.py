@@ -47,6 +47,10 @@ class PassingDriver(Driver):
         """The child's."""
         return self.below.snapshots()
 
+    def find_snapshot(self, snapshot_id: str | None, name: str | None) -> InternalSnapshot | None:
+        """In the child."""
+        return self.below.find_snapshot(snapshot_id, name)
+
     def snapshot_rows(self) -> Rows[Any]:
         """The child's."""
         return self.below.snapshot_rows()

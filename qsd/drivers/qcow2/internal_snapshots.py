@@ -92,7 +92,8 @@ async def _undo(
 async def delete(driver: Qcow2Driver, snapshot_id: str) -> None:
     """Delete the first snapshot with that id. Raises QmpError."""
     image = driver.image
-    gone = next(snapshot for snapshot in image.snapshots if snapshot.shown.id == snapshot_id)
+    gone = snapshot_table.find(image.snapshots, snapshot_id, None)
+    assert gone is not None
     if gone.l1_size * 8 > MAX_L1_BYTES:
         raise QmpError("Snapshot L1 table too large")
     if gone.l1_offset & image.geometry.cluster_size - 1:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from qsd.drivers.qcow2.cluster_table import ClusterTable
 from qsd.drivers.qcow2.geometry import OFFSET_MASK
 
-# From so many tables on they are kept in few bytes each, where a look-up takes longer (0.4 to 1.5 us).
+# From so many tables on they are kept in few bytes each, where a look-up takes longer (0.4 to 2 us).
 MANY: Final = 1 << 16
 
 MAIN_HEADER: Final = "qcow2_header"

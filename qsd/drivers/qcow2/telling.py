@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qsd.drivers.base import Child, Host, Mode
 from qsd.drivers.filenames import name_above_file
 from qsd.drivers.mapped import MappedDriver
-from qsd.drivers.qcow2 import compressed, facts
+from qsd.drivers.qcow2 import compressed, facts, snapshot_table
 from qsd.drivers.qcow2.layout import DIRTY
 from qsd.drivers.runs import Run
 from qsd.drivers.snapshots import InternalSnapshot
@@ -114,6 +114,11 @@ class TellingDriver(MappedDriver):
     def snapshots(self) -> list[InternalSnapshot]:
         """In the order of the image's list."""
         return [snapshot.shown for snapshot in self.image.snapshots]
+
+    def find_snapshot(self, snapshot_id: str | None, name: str | None) -> InternalSnapshot | None:
+        """The first with that id and that name, each None for any."""
+        found = snapshot_table.find(self.image.snapshots, snapshot_id, name)
+        return None if found is None else found.shown
 
     def snapshot_rows(self) -> Rows[Any]:
         """``snapshots``, one after the other: there may be tens of thousands."""
