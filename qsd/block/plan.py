@@ -40,11 +40,12 @@ class Plan:
 
 def sum_of(edges: Iterable[EdgeFacts]) -> Rights:
     """What users need together, and what all of them share."""
-    perm, shared = Perm.NONE, Perm.ALL
+    # In plain integers: a node may have a thousand exports, and operators of flags take a microsecond each.
+    perm, shared = Perm.NONE.value, Perm.ALL.value
     for edge in edges:
-        perm |= edge.perm
-        shared &= edge.shared
-    return Rights(perm, shared)
+        perm |= edge.perm.value
+        shared &= edge.shared.value
+    return Rights(Perm(perm), Perm(shared))
 
 
 def plan_permissions(snapshot: Snapshot, rule: Rule) -> Plan:
@@ -60,8 +61,8 @@ def plan_permissions(snapshot: Snapshot, rule: Rule) -> Plan:
     for key in snapshot.order():
         facts = snapshot.nodes[key]
         parents = [planned[edge.key] for edge in reversed(users.get(key, ()))]
-        _check_conflicts(facts, parents)
         rights = sum_of(parents)
+        _check_conflicts(facts, parents, rights)
         _check_mode(facts, rights)
         nodes[key] = rights
         for edge in uses.get(key, ()):
@@ -72,9 +73,10 @@ def plan_permissions(snapshot: Snapshot, rule: Rule) -> Plan:
     return Plan({key: Rights(edge.perm, edge.shared) for key, edge in planned.items()}, nodes)
 
 
-def _check_conflicts(facts: NodeFacts, parents: list[EdgeFacts]) -> None:
-    # Of several conflicts the reference tells that of the newest user who does not share.
-    for other in parents:
+def _check_conflicts(facts: NodeFacts, parents: list[EdgeFacts], rights: Rights) -> None:
+    used = rights.perm.value
+    # Of several conflicts the reference tells that of the newest user who does not share. Most share what is used.
+    for other in (edge for edge in parents if used & ~edge.shared.value):
         for one in parents:
             clash = one.perm & ~other.shared
             if one is not other and clash:

@@ -156,3 +156,22 @@ def test_plan_accepts_exactly_what_does_not_clash(users: list[tuple[int, int]]) 
 def test_perm_text_names_in_bit_order() -> None:
     assert perm_text(ALL) == "consistent read, write, write unchanged, resize"
     assert [int(bit) for bit, _name in PERM_NAMES] == [1, 2, 4, 8]
+
+
+def test_a_thousand_users_are_not_compared_with_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To add the thousandth export of a node took a second."""
+    operations = 0
+    original = Perm.__and__
+
+    def counting(self: Perm, other: int) -> Perm:
+        nonlocal operations
+        operations += 1
+        return original(self, other)
+
+    monkeypatch.setattr(Perm, "__and__", counting)
+    many = 1000
+    users = [root(key, FILE, R, ALL & ~WU) for key in range(many - 1)]
+    assert planned(*users, root(many, FILE, R | W)).nodes[FILE] == Rights(R | W, ALL & ~WU)
+    assert operations < 10 * many
+    with pytest.raises(QmpError, match="permissions 'write unchanged' are both required"):
+        planned(*users, root(many, FILE, R | WU))
