@@ -131,6 +131,77 @@ def test_memory_is_bounded(
         assert peak(running) - before < room
 
 
+# -- again and again ----------------------------------------------------------------------------------------------
+
+
+def resident(running: RunningDaemon) -> int:
+    """The memory the daemon has now, in KiB."""
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+def nodes(qmp: Qmp, place: Path, _number: int) -> None:
+    file = {"driver": "file", "filename": str(place / "disk")}
+    qmp.execute("blockdev-add", driver="raw", node_name="more", file=file)
+    qmp.execute("blockdev-del", node_name="more")
+
+
+def refused_nodes(qmp: Qmp, place: Path, _number: int) -> None:
+    file = {"driver": "file", "filename": str(place / "disk")}
+    qmp.refusal("blockdev-add", driver="qcow2", node_name="more", file=file)
+
+
+def exports(qmp: Qmp, _place: Path, number: int) -> None:
+    qmp.execute("block-export-add", type="nbd", id=f"e{number}", node_name="n", name=f"e{number}")
+    qmp.execute("block-export-del", id=f"e{number}")
+    qmp.wait_event("BLOCK_EXPORT_DELETED")
+
+
+def jobs(qmp: Qmp, place: Path, number: int) -> None:
+    options = {"driver": "file", "filename": str(place / "made"), "size": 4096}
+    qmp.execute("blockdev-create", job_id=f"j{number}", options=options)
+    assert qmp.finish_job(f"j{number}") is None
+    qmp.events.clear()
+
+
+def snapshots(qmp: Qmp, _place: Path, number: int) -> None:
+    qmp.execute("blockdev-snapshot-internal-sync", device="n", name=f"s{number}")
+    qmp.execute("blockdev-snapshot-delete-internal-sync", device="n", name=f"s{number}")
+
+
+def sessions(_qmp: Qmp, place: Path, _number: int) -> None:
+    with contextlib.closing(Qmp(place / "other.sock")):
+        pass
+
+
+def clients(_qmp: Qmp, place: Path, _number: int) -> None:
+    with NbdReader(place / "nbd.sock", "n") as client:
+        client.read(0, 4096)
+
+
+@pytest.mark.parametrize("use", [nodes, refused_nodes, exports, jobs, snapshots, sessions, clients])
+def test_nothing_is_left_of_what_comes_and_goes(
+    daemon: Callable[..., RunningDaemon], tmp_path: Path, use: Callable[[Qmp, Path, int], None]
+) -> None:
+    """Hundreds of times the same takes no more memory than the first fifty."""
+    plain(tmp_path / "image")
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    arguments = ["--chardev", f"socket,id=o,path={tmp_path}/other.sock,server=on,wait=off", "--monitor", "o"]
+    running = daemon(*arguments, "--nbd-server", f"addr.type=unix,addr.path={tmp_path}/nbd.sock")
+    with contextlib.closing(Qmp(tmp_path / "qmp.sock")) as qmp:
+        file = {"driver": "file", "filename": str(tmp_path / "image")}
+        cache = {"no-flush": True}
+        qmp.execute("blockdev-add", driver="qcow2", node_name="n", file=file, cache=cache)
+        qmp.execute("block-export-add", type="nbd", id="n", node_name="n", writable=True)
+        for number in range(50):
+            use(qmp, tmp_path, number)
+        before = resident(running)
+        for number in range(50, 350):
+            use(qmp, tmp_path, number)
+        # What is left of a node is 100 KiB, until Python looks for circles.
+        assert resident(running) - before < 4096
+
+
 # -- compressed clusters ------------------------------------------------------------------------------------------
 
 DISK: Final = 64 << 20
