@@ -13,6 +13,7 @@ from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import ENTRY as ENTRY_OF_BITMAP
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.counts import Counts
+from qsd.drivers.qcow2.examining import Examined, Repairs, examine
 from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import COPIED, NewImage, header_cluster, metadata, place
@@ -56,6 +57,16 @@ class Image:
 
     def check(self) -> Findings:
         return Checker(self.header, self.read, len(self.data)).run()
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    def flush(self) -> None:
+        """All of it is where it belongs."""
+
+    def examine(self, repairs: Repairs) -> Examined:
+        return examine(self, repairs)
 
     def repair(self, *, leaks_only: bool = False) -> Findings:
         repair(self.header, self.read, self.write, self.check(), leaks_only=leaks_only)
@@ -208,13 +219,96 @@ def test_rebuild_cut_off_leaves_the_old_structure() -> None:
     assert all(at >= len(before) for at, _data in writes[: headers[0]])
 
 
-def test_count_without_room_is_left_alone() -> None:
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_count_without_room_is_the_highest_there_is(*, is_counted: bool) -> None:
+    """It was left as it was: at 0, for the next writer to take what is in use."""
     image = Image(order=0)
     image.set_word(image.l2, image.word(image.l2 + 8))
-    image.set_word(image.header.refcount_table_offset, 0)
+    cluster = (image.word(image.l2) & ~COPIED) // SIZE
+    block = image.block
+    if is_counted:
+        image.write(block + cluster // 8, bytes([image.data[block + cluster // 8] & ~(1 << cluster % 8)]))
+    else:
+        image.set_word(image.header.refcount_table_offset, 0)
+    found = image.repair()
+    assert (found.corruptions, found.flags, found.leaks) == (1, 0, 0), found.problems
+    assert found.counted.get(cluster) == 1
+    # Again it stays as it is.
     before = bytes(image.data)
-    assert image.repair().corruptions
-    assert image.data[: len(before)] == before
+    assert image.repair().corruptions == 1
+    assert image.data == before
+
+
+@pytest.mark.parametrize("incompatible", [0, layout.DATA_FILE, layout.EXTENDED_L2])
+def test_zeroes_between_clusters_need_no_place(incompatible: int) -> None:
+    """As the reference repairs them: they can be read then, and what was counted for them is given back."""
+    image = Image(incompatible=incompatible)
+    step = 2 if incompatible == layout.EXTENDED_L2 else 1
+    entry = image.l2 + 8 * step * 4
+    image.set_word(entry, (image.word(entry) & ~COPIED) + 512 | (step == 1))
+    if step == 2:
+        image.set_word(entry + 8, 0xFFFF_FFFF << 32)
+    before = image.check()
+    assert [each for each in before.problems if "Preallocated zero cluster is not properly aligned" in each]
+    assert image.examine(Repairs.LEAKS).found.corruptions == before.corruptions
+    examined = image.examine(Repairs.ALL)
+    assert (examined.found.corruptions, examined.found.leaks) == (0, 0), examined.found.problems
+    assert image.word(entry) == (1 if step == 1 else 0)
+    assert examined.found.allocated_clusters == 19
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_no_cluster_is_called_alone_where_a_table_was_not_looked_at(count: int) -> None:
+    """A snapshot's L1 table is too long to be one. What it shares with the disk must not be written in place."""
+    image = Image()
+    table = len(image.data)
+    fields = (image.header.l1_offset, 1 << 20, 1, 1, 0, 0, 0, 0, 16)
+    image.write(table, (ENTRY_OF_SNAPSHOT.pack(*fields) + bytes(16) + b"ab").ljust(SIZE, b"\0"))
+    image.count(table // SIZE, 1)
+    image.header = attrs.evolve(image.header, snapshot_count=1, snapshots_offset=table)
+    image.write(0, layout.serialise_header(image.header))
+    data = image.word(image.l2) & ~COPIED
+    image.set_word(image.l2, data)
+    image.count(data // SIZE, count)
+    assert "ERROR L1 table overlaps with others" in image.check().problems
+    image.repair()
+    assert image.word(image.l2) == data
+
+
+def test_table_behind_the_end_keeps_what_looks_leaked() -> None:
+    """The file was made longer, by a table of nothing, and all the disk's clusters were given back."""
+    image = Image()
+    image.set_word(image.header.l1_offset, len(image.data) | COPIED)
+    before = bytes(image.data)
+    found = image.repair()
+    assert (found.corruptions, found.leaks) == (1, 21)
+    assert len(image.data) == len(before)
+
+
+def test_file_does_not_grow_while_something_leads_nowhere() -> None:
+    """It made one entry more of those that led behind the end a wrong one."""
+    image = Image()
+    del image.data[-3 * SIZE :]
+    assert image.check().corruptions == 3
+    length = len(image.data)
+    assert image.repair().corruptions == 3
+    assert len(image.data) == length
+
+
+def test_every_use_behind_the_end_is_one() -> None:
+    image = Image()
+    del image.data[-SIZE:]
+    image.set_word(image.l2, image.word(image.l2 + 8 * 19))
+    assert image.check().corruptions == 2
+
+
+def test_table_that_begins_inside_the_file_is_counted() -> None:
+    """All that is beyond the end is a part of a cluster that says nothing."""
+    image = Image(incompatible=layout.DATA_FILE)
+    assert image.l2 + SIZE == len(image.data)
+    del image.data[-SIZE + 512 :]
+    found = image.check()
+    assert (found.corruptions, found.leaks, found.image_end) == (0, 0, image.l2 + SIZE)
 
 
 def test_large_counts_are_counted() -> None:
@@ -284,8 +378,8 @@ def test_table_that_many_entries_lead_to_is_looked_at_once_and_counted_for_each(
     assert found.fragmented_clusters == entries * 8191
     assert found.used.get(table // SIZE) == entries
     assert found.used.get(data // SIZE) == entries * 8192
-    # Both clusters, and the flag of every entry.
-    assert found.corruptions == 2 + entries * 8192
+    # Both clusters, the flag of every entry, and the uses that no count has room for.
+    assert found.corruptions == 2 + entries * 8192 + entries * 8192 - 0xFFFF
 
 
 def test_tables_that_cannot_all_be_parts_of_the_file_are_not_walked() -> None:

@@ -21,8 +21,9 @@ import attrs
 
 from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import ENTRY, MAX_DATA
-from qsd.drivers.qcow2.counts import BLOCK, BLOCK_BITS, Counts, last_used
-from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
+from qsd.drivers.qcow2.comparison import Comparison
+from qsd.drivers.qcow2.counts import Counts
+from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
 from qsd.drivers.qcow2.snapshot_table import MAX_TABLE, MIN_EXTRA_V3
@@ -64,9 +65,11 @@ class Findings:
     # not ``used``; what is written there would be taken for it.
     claimed_end: int = 0
     problems: list[str] = attrs.field(factory=list)
-    # Cluster, counted, used, where they differ.
-    differences: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
-    # Offset in the file and entry as it should be, where COPIED does not say what ``used`` says.
+    # Cluster, counted, and what should be counted, where they differ.
+    changes: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
+    # Offset in the file and entry as it should be, of zeroes that have a place, which they need not, off a cluster.
+    crooked_zeroes: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
+    # The same where COPIED does not say what should be counted.
     wrong_flags: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
     used: Counts = attrs.field(factory=Counts)
     counted: Counts = attrs.field(factory=Counts)
@@ -99,11 +102,14 @@ class Checker:
         self._max_problems = max_problems
         self._bits = header.cluster_bits
         self._size = header.cluster_size
+        # The cluster behind the file, and behind what begins in it.
+        self._end = -(-file_length // self._size)
         self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
-        self.findings.differences, self.findings.wrong_flags = self._differences, self._wrong_flags
         self._used, self._counted = self.findings.used, self.findings.counted
         # An L1 table that reaches beyond the file is not: whatever stands in its clusters would look alone.
         self._is_l1_counted = False
+        # There is a table that was not looked at: what it leads to is known from the counts alone.
+        self._is_blind = False
         # How many L1 entries lead to each L2 table, of all L1 tables and of the active one.
         self._tables, self._active_tables = Counts(), Counts()
         # The same of tables that stand across clusters, by offset: of all, and of the active one.
@@ -122,6 +128,10 @@ class Checker:
         self._walk_bitmaps()
         self._walk_crypto()
         self._check_refcount_blocks()
+        highest = refcount_codec.max_refcount(self._header.refcount_order)
+        self._comparison = Comparison(self._used, self._counted, highest, self._end, self.findings.is_lossy)
+        self.findings.changes = self._comparison.changes
+        self.findings.wrong_flags, self.findings.crooked_zeroes = self._wrong_flags, self._crooked_zeroes
         self._compare()
         self._check_flags()
         return self.findings
@@ -136,16 +146,21 @@ class Checker:
         if len(self.findings.problems) < self._max_problems:
             self.findings.problems.append(line)
 
-    def _use(self, offset: int, length: int, what: str, times: int = 1, *, counts: bool = False) -> bool:
+    def _use(
+        self, offset: int, length: int, what: str, times: int = 1, *, counts: bool = False, is_data: bool = False
+    ) -> bool:
         """Count the clusters of a range as used once more, or so many times; False when it reaches beyond the file.
 
-        ``counts``: it is a part of the refcount structure.
+        ``counts``: it is a part of the refcount structure. ``is_data``: a cluster of the guest's.
         """
         if not length:
             return True
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
         # A last cluster may be cut short: the file ends where its data does.
-        if last << self._bits >= self._file_length + self._size or offset + length > layout.MAX_SIZE:
+        is_inside = offset + length < self._file_length + self._size
+        # A cluster of data may follow the file's end, where nothing has been written: the file can become longer.
+        follows = is_data and last << self._bits < self._file_length + self._size
+        if not (is_inside or follows) or offset + length > layout.MAX_SIZE:
             self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file", times)
             self._claim(offset, length)
             if counts:
@@ -153,6 +168,8 @@ class Checker:
             else:
                 self.findings.is_lossy = True
             return False
+        if is_inside:
+            self._end = max(self._end, last + 1)
         for cluster in range(first, last + 1):
             self._used.add(cluster, times)
         if counts:
@@ -207,18 +224,16 @@ class Checker:
     # -- the guest's data -------------------------------------------------------------------------------------
 
     def _walk_l1(self, offset: int, entries: int, *, is_active: bool) -> None:
-        if not entries:
-            return
         if offset % self._size:
             self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
-            self.findings.is_lossy = True
+            self.findings.is_lossy |= bool(entries)
+            return
+        if not entries:
             return
         # One that reaches beyond the file's end has entries before it.
         is_inside = self._use(offset, entries * 8, "L1 table")
         self._is_l1_counted |= is_active and is_inside
-        if not is_inside and offset >= self._file_length:
-            return
-        if not self._has_room(entries * 8, "L1 table"):
+        if (not is_inside and offset >= self._file_length) or not self._has_room(entries * 8, "L1 table"):
             return
         for entry in self._words(offset, entries):
             if not entry:
@@ -251,7 +266,7 @@ class Checker:
         self._room -= length
         if self._room < 0:
             self._corrupt(f"{what} overlaps with others")
-            self.findings.is_lossy = True
+            self.findings.is_lossy = self._is_blind = True
         return self._room >= 0
 
     def _walk_tables(self) -> None:
@@ -296,17 +311,19 @@ class Checker:
             offset = entry & OFFSET_MASK
             if not offset and not has_data_file:
                 continue
-            if has_data_file and not entry & (OFFSET_MASK | COPIED):
+            # At the start of a data file a cluster has no offset; zeroes have none anyway.
+            if has_data_file and not offset and (not entry & COPIED or (entry & ZERO_FLAG and step == 1)):
                 continue
             if offset % self._size:
-                what = "Preallocated zero cluster" if entry & ZERO_FLAG and step == 1 else "Data cluster"
+                is_zero = self._is_crooked_zero(entry, bitmap if step == 2 else None)
+                what = "Preallocated zero cluster" if is_zero else "Data cluster"
                 self._corrupt(f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted.", times)
             findings.allocated_clusters += active
             if last_data >= 0 and offset != last_data + self._size:
                 findings.fragmented_clusters += active
             last_data = offset
             if not has_data_file:
-                self._use(offset, self._size, "data cluster", times)
+                self._use(offset, self._size, "data cluster", times, is_data=True)
 
     def _check_subclusters(self, entry: int, bitmap: int, times: int) -> None:
         """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
@@ -353,7 +370,7 @@ class Checker:
                 self._corrupt(f"snapshot table entry {number} is incomplete")
             if l1_size * 8 > layout.MAX_L1_BYTES:
                 self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
-                self.findings.is_lossy = True
+                self.findings.is_lossy = self._is_blind = True
             else:
                 self._walk_l1(l1_offset, l1_size, is_active=False)
             position += -(-(ENTRY_OF_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
@@ -406,43 +423,17 @@ class Checker:
                 self.findings.needs_rebuild = True
 
     def _compare(self) -> None:
-        findings = self.findings
-        for cluster, counted, used in self._differences():
+        findings, highest = self.findings, self._comparison.highest
+        for cluster, counted, used in self._comparison.differences():
             if counted > used:
                 findings.leaks += 1
                 self._tell(f"Leaked cluster {cluster} refcount={counted} reference={used}")
-            else:
-                findings.corruptions += 1
-                self._tell(f"ERROR cluster {cluster} refcount={counted} reference={used}")
-        findings.image_end = self._end_of_use() << self._bits
-
-    def _end_of_use(self) -> int:
-        """The cluster behind the last that is counted or used, inside the file."""
-        end = -(-self._file_length // self._size)
-        blocks = self._counted.blocks, self._used.blocks
-        # Only where there are any: a file may be exabytes long, and holes.
-        for index in sorted(set().union(*blocks), reverse=True):
-            inside = max(0, min(BLOCK, end - (index << BLOCK_BITS)))
-            last = max(last_used(kind.get(index), inside) for kind in blocks)
-            if last >= 0:
-                return (index << BLOCK_BITS) + last + 1
-        return 0
-
-    def _differences(self) -> Iterator[tuple[int, int, int]]:
-        nothing = array("H", bytes(2 * BLOCK))
-        # What is counted beyond the file's end is nobody's space, and what is used there counts as not counted.
-        end = -(-self._file_length // self._size)
-        for index in sorted(set(self._counted.blocks) | set(self._used.blocks)):
-            counted = self._counted.blocks.get(index, nothing)
-            used = self._used.blocks.get(index, nothing)
-            inside = max(0, min(BLOCK, end - (index << BLOCK_BITS)))
-            if counted[:inside] != used[:inside]:
-                for position in range(inside):
-                    if counted[position] != used[position]:
-                        yield (index << BLOCK_BITS) + position, counted[position], used[position]
-            for position in range(inside, last_used(used, BLOCK) + 1):
-                if used[position]:
-                    yield (index << BLOCK_BITS) + position, 0, used[position]
+                continue
+            # Each use behind the end is one too many, and each that no count has room for.
+            wrong = used if cluster >= self._end else max(0, used - highest) + (counted < min(used, highest))
+            findings.corruptions += wrong
+            self._tell(f"ERROR cluster {cluster} refcount={counted} reference={used}")
+        findings.image_end = self._comparison.end_of_use() << self._bits
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
@@ -454,14 +445,27 @@ class Checker:
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
         for place, entry, cluster, _times, is_table in self._flagged():
-            is_alone = cluster is None or self._is_used_once(cluster)
-            if is_table and bool(entry & COPIED) != is_alone:
+            is_alone = cluster is None or self._comparison.wanted(cluster) == 1
+            is_known = not self._is_blind or cluster is None or self._counted.get(cluster) == 1
+            if is_table and bool(entry & COPIED) != is_alone and (is_known or not is_alone):
                 yield place, entry ^ COPIED
 
-    def _is_used_once(self, cluster: int) -> bool:
-        """What is counted twice may be: tables that could not be read may lead there."""
-        is_known = not self.findings.is_lossy or self._counted.get(cluster) <= 1
-        return is_known and self._used.get(cluster) == 1
+    def _crooked_zeroes(self) -> Iterator[tuple[int, int]]:
+        step = 2 if self._header.has_extended_l2 else 1
+        for table, _times, _active in self._all_tables():
+            number = table >> self._bits
+            if table % self._size or self._used.get(number) != self._tables.get(number):
+                continue
+            words = self._words(table, self._size // 8)
+            for index in range(0, len(words), step):
+                if self._is_crooked_zero(words[index], words[index + 1] if step == 2 else None):
+                    yield table + 8 * index, ZERO_FLAG if step == 1 else 0
+
+    def _is_crooked_zero(self, entry: int, bitmap: int | None) -> bool:
+        """Whether an entry has a place for zeroes, which need none, between two clusters."""
+        if entry & COMPRESSED or not (entry & OFFSET_MASK) % self._size or self._header.version < 3:
+            return False
+        return not bitmap & ALL_ALLOCATED if bitmap is not None else bool(entry & ZERO_FLAG)
 
     def _flagged(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
         """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, how
@@ -481,8 +485,7 @@ class Checker:
             if table:
                 place = header.l1_offset + 8 * position
                 is_alone = self._is_l1_counted and self._used.get(place >> self._bits) == 1
-                is_table = is_alone and not table % self._size
-                yield place, l1_entry, table >> self._bits, 1, is_table
+                yield place, l1_entry, table >> self._bits, 1, is_alone
         for table, _times, active in self._all_tables():
             if not table or not active:
                 continue

@@ -20,6 +20,18 @@ class Counts:
         # Two bytes a number; a block with one that does not fit has eight.
         self.blocks: dict[int, array[int]] = {}
 
+    def copy(self) -> Counts:
+        """The same numbers, to be changed on their own."""
+        made = Counts()
+        made.blocks = {index: block[:] for index, block in self.blocks.items()}
+        return made
+
+    def limit(self, highest: int) -> None:
+        """Let no number be higher."""
+        for block in self.blocks.values():
+            if max(block) > highest:
+                block[:] = array(block.typecode, [min(number, highest) for number in block])
+
     def add(self, cluster: int, difference: int = 1) -> None:
         """Count a cluster once more, or so many times."""
         index, at = divmod(cluster, BLOCK)

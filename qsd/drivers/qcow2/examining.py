@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import sys
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -16,11 +17,15 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.drivers.qcow2 import bitmap_layout, layout, snapshot_table
 from qsd.drivers.qcow2.check import Checker, Findings
 from qsd.drivers.qcow2.layout import Header
-from qsd.drivers.qcow2.repair import Repaired, repair
+from qsd.drivers.qcow2.repair import Repaired, place_nothing, repair
 from qsd.errors import QmpError, errno_text
 
 # Bytes of the snapshot table read at a time; one entry fits in at least.
 _WINDOW: Final = 8 * snapshot_table.MAX_ENTRY
+
+
+# How much is done, of how much.
+Progress = Callable[[int, int], None]
 
 
 class File(Protocol):
@@ -60,7 +65,7 @@ class Examined:
 def examine(
     file: File,
     repairs: Repairs,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = lambda _done, _total: None,
 ) -> Examined:
     """Check a qcow2 image, repair it, and check it again.
 
@@ -69,17 +74,39 @@ def examine(
     header = read_header(file)
     _check_bitmaps(header, file)
     _check_snapshots(header, file)
-    before = found = Checker(header, file.read, file.length, progress).run()
-    fixed = Repaired()
-    if repairs is not Repairs.NONE and (found.leaks or found.corruptions):
-        leaks_only = repairs is Repairs.LEAKS
-        fixed = repair(header, file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
+    examined = check_and_repair(file, header, repairs, progress)
+    header = read_header(file)
+    is_repaired = examined.found is not examined.before and not examined.found.corruptions
+    if is_repaired and header.incompatible & (layout.DIRTY | layout.CORRUPT):
+        _clear_marks(file, header)
+    return examined
+
+
+def check_and_repair(
+    file: File,
+    header: Header,
+    repairs: Repairs,
+    progress: Progress = lambda _done, _total: None,
+    max_problems: int = sys.maxsize,
+) -> Examined:
+    """Check, repair and check again an image that can be opened, whose marks stay. Raises OSError."""
+
+    def check() -> Findings:
+        return Checker(read_header(file), file.read, file.length, progress, max_problems).run()
+
+    before = found = check()
+    if repairs is Repairs.NONE or not (found.leaks or found.corruptions):
+        return Examined(before, Repaired(), found)
+    placed = 0
+    if repairs is Repairs.ALL:
+        placed = place_nothing(header, file.read, file.write, found)
+    if placed:
         file.flush()
-        header = read_header(file)
-        found = Checker(header, file.read, file.length, progress).run()
-        if not found.corruptions and header.incompatible & (layout.DIRTY | layout.CORRUPT):
-            _clear_marks(file, header)
-    return Examined(before, fixed, found)
+        found = check()
+    leaks_only = repairs is Repairs.LEAKS
+    fixed = repair(header, file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
+    file.flush()
+    return Examined(before, attrs.evolve(fixed, corruptions=fixed.corruptions + placed), check())
 
 
 def read_header(file: File) -> Header:

@@ -13,10 +13,9 @@ import attrs
 import trio
 
 from qsd.drivers.base import Child
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.examining import Examined, Repairs, check_and_repair
 from qsd.drivers.qcow2.layout import Header, unmarking
 from qsd.drivers.qcow2.loading import read_header, read_table
-from qsd.drivers.qcow2.repair import Repaired, repair
 from qsd.errors import QmpError, errno_text
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
     Afterwards its header and L1 table are those of the file. What is beyond repair leaves the mark where it is.
     """
     try:
-        found, fixed = await trio.to_thread.run_sync(_check_and_repair, _OnThread(image.file), image.header)
+        examined = await trio.to_thread.run_sync(_check_and_repair, _OnThread(image.file), image.header)
+        found, fixed = examined.found, examined.fixed
         header = await read_header(image.file)
         image.header = attrs.evolve(header, feature_names=image.header.feature_names)
         if found.corruptions:
@@ -49,15 +49,8 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
         raise QmpError(f"Could not repair dirty image: {errno_text(error.errno or 0)}") from None
 
 
-def _check_and_repair(file: _OnThread, header: Header) -> tuple[Findings, Repaired]:
-    """What is left to be found, and what was put right."""
-    found = Checker(header, file.read, file.length, max_problems=MAX_PROBLEMS).run()
-    if not found.corruptions and not found.leaks:
-        return found, Repaired()
-    fixed = repair(header, file.read, file.write, found, leaks_only=False, flush=file.flush)
-    file.flush()
-    header = file.header()
-    return Checker(header, file.read, file.length, max_problems=MAX_PROBLEMS).run(), fixed
+def _check_and_repair(file: _OnThread, header: Header) -> Examined:
+    return check_and_repair(file, header, Repairs.ALL, max_problems=MAX_PROBLEMS)
 
 
 class _OnThread:
@@ -84,11 +77,6 @@ class _OnThread:
     def flush(self) -> None:
         """Return when everything is on the disk."""
         self._ask(self._file.flush)
-
-    def header(self) -> Header:
-        """The header as it is now. Raises QmpError."""
-        found: Header = self._ask(read_header, self._file)
-        return found
 
     async def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)

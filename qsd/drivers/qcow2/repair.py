@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Final
 
@@ -58,7 +58,7 @@ def repair(
     counted = _Table(header, read)
     leaks_only = leaks_only and found.corruptions > found.flags
     if not leaks_only:
-        is_missing = any(low < high and not counted.can_set(c, high) for c, low, high in found.differences())
+        is_missing = any(low < high and not counted.has_block(c) for c, low, high in found.changes())
         if found.needs_rebuild or is_missing:
             return _rebuild_all(header, read, write, found, flush)
     elif found.needs_rebuild:
@@ -68,17 +68,29 @@ def repair(
         fixed += counted.set(found, write, raises=True)
         if fixed:
             # What is counted now may stand just behind the file's end: clusters there are nobody's, for others.
-            end = found.used.last() + 1 << header.cluster_bits
+            last = max(cluster for cluster, _counted, wanted in found.changes() if wanted)
+            end = last + 1 << header.cluster_bits
             write(end - 1, read(end - 1, 1))
         flush()
         fixed += _set_flags(header, read, write, found)
-    leaks = 0 if found.is_lossy else counted.set(found, write, raises=False)
-    return Repaired(leaks, fixed)
+    return Repaired(counted.set(found, write, raises=False), fixed)
+
+
+def place_nothing(header: Header, read: Read, write: Write, found: Findings) -> int:
+    """Let zeroes that have a place between two clusters have none, which they need not; how many. Raises OSError.
+
+    Then they use nothing: what was found before is not what there is.
+    """
+    return _set_entries(header, read, write, found.crooked_zeroes())
 
 
 def _set_flags(header: Header, read: Read, write: Write, found: Findings) -> int:
+    return _set_entries(header, read, write, found.wrong_flags())
+
+
+def _set_entries(header: Header, read: Read, write: Write, entries: Iterator[tuple[int, int]]) -> int:
     fixed = 0
-    for _cluster, group in groupby(found.wrong_flags(), lambda each: each[0] >> header.cluster_bits):
+    for _cluster, group in groupby(entries, lambda each: each[0] >> header.cluster_bits):
         changes = list(group)
         first, last = changes[0][0], changes[-1][0] + 8
         words = bytearray(read(first, last - first))
@@ -99,30 +111,28 @@ class _Table:
         self._blocks = array("Q", read(header.refcount_table_offset, length))
         swap(self._blocks)
         self._per_block = refcount_codec.block_entries(header.cluster_bits, header.refcount_order)
-        self._highest = refcount_codec.max_refcount(header.refcount_order)
 
     def _block(self, index: int) -> int:
         offset = self._blocks[index] & REFCOUNT_BLOCK_MASK if index < len(self._blocks) else 0
         return 0 if offset % self._header.cluster_size else offset
 
-    def can_set(self, cluster: int, count: int) -> bool:
-        """Whether there is a block that counts a cluster; a count that is too large is beyond repair anyway."""
-        return bool(self._block(cluster // self._per_block)) or count > self._highest
+    def has_block(self, cluster: int) -> bool:
+        """Whether there is a block that counts a cluster."""
+        return bool(self._block(cluster // self._per_block))
 
     def set(self, found: Findings, write: Write, *, raises: bool) -> int:
-        """Raise counts that are too low, or lower those that are too high, where they fit; how many."""
+        """Raise counts that are too low, or lower those that are too high; how many."""
         order = self._header.refcount_order
         done = 0
-        wanted = (each for each in found.differences() if (each[1] < each[2]) is raises)
-        for index, changes in groupby(wanted, lambda each: each[0] // self._per_block):
+        chosen = (each for each in found.changes() if (each[1] < each[2]) is raises)
+        for index, changes in groupby(chosen, lambda each: each[0] // self._per_block):
             offset = self._block(index)
             if not offset:
                 continue
             counts = refcount_codec.decode(self._read(offset, self._header.cluster_size), order)
-            for cluster, _counted, used in changes:
-                if used <= self._highest:
-                    counts[cluster % self._per_block] = used
-                    done += 1
+            for cluster, _counted, wanted in changes:
+                counts[cluster % self._per_block] = wanted
+                done += 1
             write(offset, bytes(refcount_codec.encode(counts, order)))
         return done
 
@@ -131,7 +141,7 @@ class _Table:
 
 
 def _rebuild_all(header: Header, read: Read, write: Write, found: Findings, flush: Callable[[], None]) -> Repaired:
-    lows = sum(counted < used for _cluster, counted, used in found.differences())
+    lows = sum(counted < wanted for _cluster, counted, wanted in found.changes())
     corruptions = max(1, lows)
     if not rebuild(header, write, found, flush):
         return Repaired()
@@ -141,18 +151,17 @@ def _rebuild_all(header: Header, read: Read, write: Write, found: Findings, flus
 def rebuild(header: Header, write: Write, found: Findings, flush: Callable[[], None] = _nothing) -> bool:
     """Write a new refcount table, with blocks, behind everything there is, and let the header lead to it.
 
-    ``found.used`` is then what the table says. Returns False with nothing written that is used, where the format
-    has no room for it. Raises OSError.
+    What the old one took is not ``found.used`` then. Returns False with nothing written that is used, where the
+    format has no room for the table. Raises OSError.
     """
-    counts = found.used
     for cluster in found.structures:
-        counts.add(cluster, -1)
+        found.used.add(cluster, -1)
+    counts = found.used.copy()
     if found.is_lossy:
         _keep(counts, found.counted, found.image_end >> header.cluster_bits)
     bits, order = header.cluster_bits, header.refcount_order
     per_block = refcount_codec.block_entries(bits, order)
-    if any(block and max(block) > refcount_codec.max_refcount(order) for block in counts.blocks.values()):
-        return False
+    counts.limit(refcount_codec.max_refcount(order))
     # Of what is cut off by the file's end nothing is counted: what is left of the keys of an encrypted image, say.
     start = max(1 + max(counts.last(), max(found.structures, default=-1)), found.claimed_end)
     used = _blocks_of(counts, per_block)
