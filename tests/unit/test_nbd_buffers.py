@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from qsd.servers.nbd.buffers import POOL_BYTES, RECEIVE_SIZES, SLAB_SIZE, Pool
+from qsd.servers.nbd.incoming import Incoming
 
 MIB = 1 << 20
 
@@ -40,3 +43,23 @@ def test_pool_keeps_a_bounded_amount() -> None:
     for make, size in ((pool.slab, SLAB_SIZE), (pool.receive, RECEIVE_SIZES[-1])):
         kept = {id(make(MIB)) for _ in range(30)} & set(map(id, buffers))
         assert POOL_BYTES // size <= len(kept) <= POOL_BYTES // size + 1
+
+
+def test_a_client_that_has_gone_leaves_no_buffer() -> None:
+    """A hundred that broke off large writes left 1.5 GB, until Python looked for circles."""
+    incoming = Incoming(Pool(), b"", wanted=32 << 20)
+    incoming.room()
+    held = weakref.ref(incoming.buffer.view)
+    incoming.let_go()
+    assert held() is None
+
+
+def test_a_buffer_is_given_back_once() -> None:
+    pool = Pool()
+    incoming = Incoming(pool, b"", wanted=28)
+    mine = incoming.buffer
+    incoming.let_go()
+    incoming.let_go()
+    taken = [pool.receive(mine.size) for _client in range(3)]
+    assert taken[0] is mine
+    assert len(set(map(id, taken))) == 3

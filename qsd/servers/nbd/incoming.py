@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+from typing import Final
+
 from qsd.servers.nbd.buffers import Pool, Receive
 
 # A partial request of more than this is received exactly to its end, so that the next one starts a fresh buffer.
 EXACT = 64 << 10
 # Less room than this in the receive buffer is not worth a system call.
 MIN_ROOM = 16 << 10
+
+# What is left of a buffer that was given back; of a size no pool keeps.
+_NOTHING: Final = Receive(mmap.PAGESIZE)
 
 
 class Incoming:
@@ -57,6 +63,12 @@ class Incoming:
         buffer.lent -= 1
         if not buffer.lent and buffer is not self.buffer:
             self._pool.give_back(buffer)
+
+    def let_go(self) -> None:
+        """The client has gone, and nobody uses what it has sent: give the buffer back. Idempotent."""
+        self._pool.give_back(self.buffer)
+        self.buffer = _NOTHING
+        self.position = self.end = 0
 
     def skipped(self, position: int) -> int:
         """Throw away what is to be skipped from ``position`` on, as far as it is there; where one is then."""

@@ -142,6 +142,7 @@ class Transmission:
             return
         ended, self._ended = self._ended, _ignore
         self._out.rest()
+        self._in.let_go()
         self._replies.armed = False
         ended(self._closing)
 
