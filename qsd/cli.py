@@ -90,12 +90,14 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
     import trio
 
     from qsd import cli_options
+    from qsd.actors.depth import RECURSION_LIMIT
     from qsd.actors.supervisor import Supervisor
     from qsd.daemon import build
     from qsd.life import Process, run
 
     gc.freeze()
     gc.enable()
+    sys.setrecursionlimit(RECURSION_LIMIT)
 
     class Stderr(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ import qsd.commands.objects
 import qsd.commands.snapshots  # noqa: F401  # each fills the table of commands
 from qsd.actors.core import Actor
 from qsd.actors.dataplane import DataPlane
-from qsd.actors.depth import RECURSION_LIMIT
 from qsd.actors.events import EventActor, EventBus
 from qsd.actors.graph import Graph
 from qsd.actors.jobs.create import CreateServices
@@ -96,7 +94,6 @@ async def build(supervisor: Supervisor, *, is_background: bool, up: trio.Event |
     Clients that come before ``up`` wait: they would miss what the rest of the command line makes. None: it is up.
     """
     supervisor.failures.update(FAILURES)
-    sys.setrecursionlimit(max(RECURSION_LIMIT, sys.getrecursionlimit()))
     events = EventBus()
     await supervisor.start(EventActor(events), Floor.CORE)
     objects = Objects()

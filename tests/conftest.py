@@ -6,9 +6,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from qsd.actors.depth import RECURSION_LIMIT
+
+# As the daemon's process has it; before Hypothesis looks, which does not like it to change.
+sys.setrecursionlimit(RECURSION_LIMIT)
 
 
 def find_reference() -> Path | None:

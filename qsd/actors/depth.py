@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # libvirt's chains have 200 images at most, with a file below each.
 MAX_DEPTH: Final = 500
-# Python frames: up to ten are under way for one node, and twice as many where a request ends at once.
+# Python frames of the daemon's process: up to ten are under way for one node, and twice as many where a request
+# ends at once.
 RECURSION_LIMIT: Final = 1000 + 20 * MAX_DEPTH
 
 
