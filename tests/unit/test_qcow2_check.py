@@ -198,13 +198,23 @@ def test_refcount_structure_is_rebuilt(damage: str, order: int) -> None:
         image.set_word(48, 1 << 50)
         image.header = layout.parse_header(image.data[:SIZE])
     before = bytes(image.data)
-    assert image.check().needs_rebuild is (damage != "no block")
+    assert bool(image.check().broken_structures) is (damage != "no block")
     assert image.repair(leaks_only=True).corruptions, "giving leaks back does not mend it"
     assert image.data == before
     found = image.repair()
     assert (found.corruptions, found.leaks) == (0, 0), found.problems
     # Whatever else it was before, what the guest sees is where it was.
     assert image.data[image.l2 + SIZE : len(before)] == before[image.l2 + SIZE :]
+
+
+def test_rebuild_mends_the_broken_table_and_every_count() -> None:
+    """The broken table or block was not among what was told as repaired; the reference tells it."""
+    image = Image()
+    image.set_word(48, 1 << 50)
+    examined = image.examine(Repairs.ALL)
+    lows = [each for each in examined.before.problems if each.startswith("ERROR cluster")]
+    assert examined.before.broken_structures == 1
+    assert examined.fixed.corruptions == 1 + len(lows)
 
 
 def test_rebuild_cut_off_leaves_the_old_structure() -> None:

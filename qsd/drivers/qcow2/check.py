@@ -74,8 +74,8 @@ class Findings:
     used: Counts = attrs.field(factory=Counts)
     counted: Counts = attrs.field(factory=Counts)
     structures: list[int] = attrs.field(factory=list)
-    # The refcount table or blocks are broken.
-    needs_rebuild: bool = False
+    # What is broken of the refcount table and blocks: there have to be new ones.
+    broken_structures: int = 0
     # Something leads nowhere: what looks like a leak may be what it should lead to.
     is_lossy: bool = False
 
@@ -164,7 +164,7 @@ class Checker:
             self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file", times)
             self._claim(offset, length)
             if counts:
-                self.findings.needs_rebuild = True
+                self.findings.broken_structures += 1
             else:
                 self.findings.is_lossy = True
             return False
@@ -202,14 +202,14 @@ class Checker:
             if entry & _REFCOUNT_RESERVED:
                 # What stands there counts, but the block is nobody's.
                 self._corrupt(f"refcount table entry {index} has reserved bits set")
-                self.findings.needs_rebuild = True
+                self.findings.broken_structures += 1
                 if not offset or offset % self._size or offset >= self._file_length:
                     continue
             elif not offset:
                 continue
             elif offset % self._size:
                 self._corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
-                self.findings.needs_rebuild = True
+                self.findings.broken_structures += 1
                 continue
             elif not self._use(offset, self._size, f"refcount block {index}", counts=True):
                 continue
@@ -420,7 +420,7 @@ class Checker:
             used = self._used.get(cluster) - left[cluster]
             if used != 1:
                 self._corrupt(f"refcount block {index} refcount={used}")
-                self.findings.needs_rebuild = True
+                self.findings.broken_structures += 1
 
     def _compare(self) -> None:
         findings, highest = self.findings, self._comparison.highest

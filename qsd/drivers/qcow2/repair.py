@@ -59,9 +59,9 @@ def repair(
     leaks_only = leaks_only and found.corruptions > found.flags
     if not leaks_only:
         is_missing = any(low < high and not counted.has_block(c) for c, low, high in found.changes())
-        if found.needs_rebuild or is_missing:
+        if found.broken_structures or is_missing:
             return _rebuild_all(header, read, write, found, flush)
-    elif found.needs_rebuild:
+    elif found.broken_structures:
         return Repaired()
     fixed = 0
     if not leaks_only:
@@ -142,7 +142,7 @@ class _Table:
 
 def _rebuild_all(header: Header, read: Read, write: Write, found: Findings, flush: Callable[[], None]) -> Repaired:
     lows = sum(counted < wanted for _cluster, counted, wanted in found.changes())
-    corruptions = max(1, lows)
+    corruptions = found.broken_structures + lows
     if not rebuild(header, write, found, flush):
         return Repaired()
     return Repaired(0 if found.is_lossy else found.leaks, corruptions + _set_flags(header, read, write, found))
