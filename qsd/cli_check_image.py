@@ -204,12 +204,6 @@ class _Keys:
             raise QmpError("Request for data outside of extension header")
         return self.image.read(self.start + offset, length)
 
-    async def write(self, offset: int, data: bytes) -> None:
-        raise NotImplementedError("a check changes no keys")
-
-    async def flush(self) -> None:
-        """Nothing was written."""
-
 
 def unlock(image: Image, header: Header, place: Place, find_secret: FindSecret) -> None:
     """Raise QmpError unless the secret that was named opens the image.
@@ -218,7 +212,7 @@ def unlock(image: Image, header: Header, place: Place, find_secret: FindSecret) 
     """
     import trio
 
-    from qsd.drivers.luks.volume import open_volume
+    from qsd.drivers.luks.volume import find_key
     from qsd.drivers.qcow2.encryption import check_wanted
 
     check_wanted(header, place.encryption)
@@ -227,4 +221,4 @@ def unlock(image: Image, header: Header, place: Place, find_secret: FindSecret) 
     password = find_secret(place.key_secret)
     extension = header.crypto_extension()
     if header.crypt_method == CRYPT_LUKS and extension is not None:
-        trio.run(open_volume, _Keys(image, extension.offset, extension.length), password)
+        trio.run(find_key, _Keys(image, extension.offset, extension.length), password)

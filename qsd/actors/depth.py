@@ -7,10 +7,11 @@ nodes, and four times that for each doubling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Final
 
 from qsd.actors.edges import Edge, info_of
+from qsd.block.graph import reach
 from qsd.errors import QmpError
 
 if TYPE_CHECKING:
@@ -36,33 +37,17 @@ def check_depth(new: Collection[tuple[Edge, Node]], gone: Collection[int] = ()) 
             more.setdefault(edge.parent, []).append(child)
             users.setdefault(child, []).append(edge.parent)
 
-    def parents(node: Node) -> Iterable[Node]:
+    def parents(node: Node) -> list[Node]:
         live = (edge.parent for edge in info_of(node).parents if edge.key not in ignored)
-        return (parent for parent in (*live, *users.get(node, ())) if parent is not None)
+        return [parent for parent in (*live, *users.get(node, ())) if parent is not None]
 
     def children(node: Node) -> Iterable[Node]:
         live = (edge.node for edge in info_of(node).children.values() if edge.key not in ignored)
         return (*live, *more.get(node, ()))
 
-    level = _tops(more, parents)
+    level = {node for node in reach(more, parents) if not parents(node)}
     for _level in range(MAX_DEPTH):
         level = {child for node in level for child in children(node)}
         if not level:
             return
     raise QmpError(f"Block nodes cannot be stacked more than {MAX_DEPTH} deep")
-
-
-def _tops(nodes: Iterable[Node], parents: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """Those above ``nodes``, or of them, that nobody stands on."""
-    seen: set[Node] = set()
-    tops: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            above = list(parents(node))
-            waiting.extend(above)
-            if not above:
-                tops.add(node)
-    return tops

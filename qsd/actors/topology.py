@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from qsd.actors.edges import Edge, NodeState, RootEdge, info_of
-from qsd.block.graph import EdgeFacts, NodeFacts, Snapshot
+from qsd.block.graph import EdgeFacts, NodeFacts, Snapshot, reach
 from qsd.block.names import NameGenerator, check_node_name
 from qsd.block.permissions import Perm
 from qsd.block.plan import Rights
@@ -84,14 +84,7 @@ class Topology:
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """``nodes`` and everything that stands on them."""
-        found: set[Node] = set()
-        waiting = list(nodes)
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting.extend(edge.parent for edge in info_of(node).parents if edge.parent is not None)
-        return found
+        return reach(nodes, lambda node: [edge.parent for edge in info_of(node).parents if edge.parent is not None])
 
     def snapshot(self, touched: Iterable[Node], *, is_near: bool = False) -> Snapshot:
         """The part of the graph that a change of ``touched`` can reach: them and what is below, and who uses it.

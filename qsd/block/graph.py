@@ -6,12 +6,28 @@ node that does not change) and counts as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import attrs
 
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
+
+T = TypeVar("T", bound=Hashable)
+
+
+def reach(start: Iterable[T], onward: Callable[[T], Iterable[T]]) -> set[T]:
+    """``start`` and everything that is met going ``onward`` from there; each is gone on from once."""
+    found: set[T] = set()
+    waiting = list(start)
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting.extend(onward(each))
+    return found
+
 
 UNNAMED = "an unnamed block device"
 
@@ -91,14 +107,7 @@ class Snapshot:
         for edge in self.edges:
             if edge.parent is not None:
                 children.setdefault(edge.parent, []).append(edge.child)
-        found: set[int] = set()
-        waiting = list(nodes)
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting.extend(children.get(node, ()))
-        return found
+        return reach(nodes, lambda node: children.get(node, ()))
 
     def order_towards(self, after: Snapshot) -> list[int]:
         """The order to drain in while this graph becomes ``after``: a parent also comes before its new children.

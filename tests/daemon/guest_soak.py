@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import random
 import re
 import shutil
@@ -19,7 +18,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +28,7 @@ if __name__ == "__main__":
 import attrs
 from harness import Qmp, QmpFailure, RunningDaemon
 from qcow2_images import img
-from soak import ENCRYPTION, MONITOR, SECRET, check, wait_unlocked
+from soak import ENCRYPTION, MONITOR, SECRET, check, main, take_turns, wait_unlocked
 
 BOOT: Final = Path("/boot")
 MODULES: Final = (
@@ -108,6 +106,9 @@ class Guest:
         options = ["-o", VARIANTS[self.variant]] if VARIANTS[self.variant] else []
         img("convert", "--object", SECRET, "-f", "raw", "-O", "qcow2", *options, raw, self.top)
         raw.unlink()
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {len(self.synced)} files synced"
 
     @property
     def key(self) -> str:
@@ -241,18 +242,8 @@ def soak(rounds: int, place: Path, seed: int) -> None:
         here.mkdir()
         make_initrd(here / "initrd", kernel)
         guests.append(Guest(variant, here, random.Random(seed + number)))
-    for number in range(rounds):
-        guest = guests[number % len(guests)]
-        try:
-            live_once(guest, kernel)
-        except BaseException as error:
-            error.add_note(f"round {number}, variant {guest.variant}, seed {seed}")
-            raise
-        print(f"round {number + 1} of {rounds}: {guest.variant}, {len(guest.synced)} files synced", file=sys.stderr)
+    take_turns(guests, rounds, lambda guest: live_once(guest, kernel), f"seed {seed}")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="qsd-guest-", dir=os.environ.get("TMPDIR", "/var/tmp")) as directory:
-        soak(
-            int(sys.argv[1]), Path(directory), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 20)
-        )
+    main(soak)

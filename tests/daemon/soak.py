@@ -18,9 +18,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -33,6 +33,8 @@ from qcow2_images import SIZE, VARIANTS, Made, find, img
 
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.messages import Op
+
+T = TypeVar("T")
 
 DEPTH: Final = 16
 # <fcntl.h>; the module has no name for it.
@@ -65,6 +67,9 @@ class Disk:
 
     def __attrs_post_init__(self) -> None:
         self.see(self.base)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.numbers} requests"
 
     @property
     def key(self) -> str:
@@ -258,24 +263,33 @@ def make(name: str, place: Path, seed: int) -> Disk:
     return Disk(name, made.path, 512 if "512" in name else 4096, made.data, random.Random(seed))
 
 
+def take_turns(subjects: Sequence[T], rounds: int, live: Callable[[T], None], told: str) -> None:
+    """Let each in its turn ``live`` once, ``rounds`` lives in all; ``told``: how to have the same again."""
+    for number in range(rounds):
+        subject = subjects[number % len(subjects)]
+        try:
+            live(subject)
+        except BaseException as error:
+            error.add_note(f"round {number}, {subject}, {told}")
+            raise
+        print(f"round {number + 1} of {rounds}: {subject}", file=sys.stderr)
+
+
 def soak(rounds: int, place: Path, seed: int = 0) -> None:
     """Kill daemons ``rounds`` times, on images of several variants in turn."""
     disks = [make(name, place, seed + number) for number, name in enumerate(KILLED[:rounds])]
-    for number in range(rounds):
-        disk = disks[number % len(disks)]
-        try:
-            kill_once(disk, place)
-        except BaseException as error:
-            error.add_note(f"round {number}, image {disk.path}, seed {seed}")
-            raise
-        print(f"round {number + 1} of {rounds}: {disk.name}, {disk.numbers} requests", file=sys.stderr)
+    take_turns(disks, rounds, lambda disk: kill_once(disk, place), f"seed {seed}")
     for disk in disks:
         with serving(disk, place), Load(place / "nbd.sock", "d") as client:
             look_again(disk, client)
 
 
+def main(function: Callable[[int, Path, int], None]) -> None:
+    """What the command line asks for: rounds and, to have the same again, a seed."""
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 20)
+    with tempfile.TemporaryDirectory(prefix="qsd-soak-", dir=os.environ.get("TMPDIR", "/var/tmp")) as directory:
+        function(int(sys.argv[1]), Path(directory), seed)
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="qsd-soak-") as directory:
-        soak(
-            int(sys.argv[1]), Path(directory), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 20)
-        )
+    main(soak)

@@ -31,11 +31,15 @@ DEFAULT_ITER_TIME: Final = 2000  # milliseconds
 WRONG_PASSWORD: Final = "Invalid password, cannot unlock any keyslot"
 
 
-class Area(Protocol):
-    """Offsets are bytes from the header's start."""
+class Readable(Protocol):
+    """A header and its key slots, to look at. Offsets are bytes from the header's start."""
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes; zeroes beyond the end. Raises OSError."""
+
+
+class Area(Readable, Protocol):
+    """The same, to be changed too."""
 
     async def write(self, offset: int, data: bytes) -> None:
         """Raises OSError."""
@@ -96,13 +100,20 @@ async def open_volume(
     area: Area, password: bytes, *, is_detached: bool = False, run: InThread = in_thread
 ) -> Volume:
     """Read the header and unlock the volume with ``password``. Raises QmpError, OSError."""
+    header, spec, master = await find_key(area, password, is_detached=is_detached, run=run)
+    from qsd.drivers.luks.sectors import SectorCipher
+
+    return Volume(area, header, spec, SectorCipher(spec, master))
+
+
+async def find_key(
+    area: Readable, password: bytes, *, is_detached: bool = False, run: InThread = in_thread
+) -> tuple[Header, CipherSpec, bytes]:
+    """The header, its cipher, and the master key ``password`` leads to. Raises QmpError, OSError."""
     header = parse_header(await area.read(0, layout.LENGTH), is_detached=is_detached)
     spec = parse_cipher(header)
     await run(load_library)
-    from qsd.drivers.luks.sectors import SectorCipher
-
-    master = await unlock(area, header, spec, password, run)
-    return Volume(area, header, spec, SectorCipher(spec, master))
+    return header, spec, await unlock(area, header, spec, password, run)
 
 
 async def read_again(volume: Volume, area: Area) -> Volume | None:
@@ -113,7 +124,9 @@ async def read_again(volume: Volume, area: Area) -> Volume | None:
     return attrs.evolve(volume, area=area, header=new) if keeps else None
 
 
-async def unlock(area: Area, header: Header, spec: CipherSpec, password: bytes, run: InThread = in_thread) -> bytes:
+async def unlock(
+    area: Readable, header: Header, spec: CipherSpec, password: bytes, run: InThread = in_thread
+) -> bytes:
     """The master key. Raises QmpError when no active slot is opened by ``password``."""
     from qsd.drivers.luks.keys import check_work
 
@@ -126,7 +139,7 @@ async def unlock(area: Area, header: Header, spec: CipherSpec, password: bytes, 
 
 
 async def _try_slot(
-    area: Area, header: Header, spec: CipherSpec, slot: KeySlot, password: bytes, run: InThread
+    area: Readable, header: Header, spec: CipherSpec, slot: KeySlot, password: bytes, run: InThread
 ) -> bytes | None:
     from qsd.drivers.luks.keys import open_slot
 
