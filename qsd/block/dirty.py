@@ -129,7 +129,7 @@ class BitmapSet:
         if bitmap.name is not None:
             if self.get(bitmap.name) is not None:
                 raise QmpError(f"Bitmap already exists: {bitmap.name}")
-            if len(bitmap.name.encode()) > MAX_NAME:
+            if len(bitmap.name.encode("utf-8", "surrogateescape")) > MAX_NAME:
                 raise QmpError(f"Bitmap name too long: {bitmap.name}")
         self._bitmaps.append(bitmap)
         if bitmap.is_recording:

@@ -20,7 +20,7 @@ def check_node_name(name: str) -> None:
     """Raise QmpError when ``name`` cannot be a user's node name."""
     if not is_well_formed(name):
         raise QmpError(f"Invalid node-name: '{name}'")
-    if len(name.encode()) > MAX_NAME:
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
         raise QmpError("Node name too long")
 
 

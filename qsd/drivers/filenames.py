@@ -5,10 +5,11 @@ A name may hold those of all nodes below, so trees are put together from texts, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
+
+from qsd.wire.qmp_json_writer import dumps
 
 # Drivers whose name is a path, whatever it looks like.
 PATHS: Final = ("file", "host_device")
@@ -64,12 +65,12 @@ def tree_text(driver: Any) -> str:
         return name.removeprefix("json:")
     if driver.is_format:
         return object_text(driver.name, _children_of(driver))
-    return object_text(driver.name, {"filename": json.dumps(name)})
+    return object_text(driver.name, {"filename": dumps(name)})
 
 
 def object_text(driver_name: str, options: Mapping[str, str]) -> str:
     """Options, whose values are JSON, as JSON: the driver's name first."""
-    members = {"driver": json.dumps(driver_name), **options}
+    members = {"driver": dumps(driver_name), **options}
     return "{" + ", ".join(f'"{key}": {value}' for key, value in members.items()) + "}"
 
 

@@ -1,9 +1,15 @@
-"""UTF-8 as the reference reads and writes it: no noncharacters, and a NUL is C0 80, so that texts may hold one."""
+"""UTF-8 as the reference reads and writes it: no noncharacters, and a NUL is C0 80, so that texts may hold one.
+
+Inside the program such a NUL is the two bytes as ``surrogateescape`` decodes them: whatever becomes of a text, a
+file's name, a name in an image or on the wire, then has the bytes the reference gives it.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Final
 
+NUL: Final = "\udcc0\udc80"
 NONCHARACTER = re.compile(
     "[\ufdd0-\ufdef" + "".join(chr((plane << 16) | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)) + "]"
 )
@@ -19,7 +25,7 @@ def decode(data: bytes) -> str:
     """The text; raises ValueError for anything that is not one."""
     if data.isascii():
         return data.decode("ascii")
-    text = data.replace(b"\xc0\x80", b"\0").decode("utf-8")
+    text = NUL.join(part.decode("utf-8") for part in data.split(b"\xc0\x80"))
     if NONCHARACTER.search(text):
         raise ValueError("a noncharacter")
     return text
@@ -38,4 +44,4 @@ def decode_leniently(data: bytes) -> str:
 
 def encode(text: str) -> bytes:
     """The bytes of a text: ``decode`` gives it back."""
-    return text.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
+    return text.encode("utf-8", "surrogateescape")

@@ -84,7 +84,9 @@ def _no_constant(_text: str) -> Any:
 _quick_decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_number, parse_float=_number
 ).raw_decode
-_DOUBTFUL = re.compile(modified_utf8.NONCHARACTER.pattern + r"|\\u(?:[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3}[eEfF])")
+_DOUBTFUL = re.compile(
+    modified_utf8.NONCHARACTER.pattern + r"|\\u(?:0000|[dD][89a-fA-F]|[fF][dD][dDeE]|[fF]{3}[eEfF])"
+)
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -161,8 +163,8 @@ class Parser:
     def _feed_quick(self, data: bytes) -> bytes:
         """Let the C decoder read whole objects while nothing is unusual about them; return the bytes left over.
 
-        Whatever it does not take, or judges by other rules (surrogates, noncharacters, duplicate keys), is left
-        to the tokens.
+        Whatever it does not take, or judges by other rules (NULs, surrogates, noncharacters, duplicate keys), is
+        left to the tokens.
         """
         try:
             text = data.decode("utf-8")
@@ -386,4 +388,4 @@ def _code_point(token: bytes, at: int) -> tuple[str, int]:
     character = chr(code)
     if 0xD800 <= code < 0xE000 or modified_utf8.NONCHARACTER.match(character):
         raise _Refused(f"{token[at:end].decode('ascii')} is not a valid Unicode character")
-    return character, end
+    return character if code else modified_utf8.NUL, end

@@ -8,7 +8,9 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
-_UNPRINTABLE = re.compile(r'[\x00-\x1f"\\\x7f-\U0010ffff]')
+from qsd.wire.modified_utf8 import NUL
+
+_UNPRINTABLE = re.compile(NUL + r'|[\x00-\x1f"\\\x7f-\U0010ffff]')
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _LARGEST = 1.7976931348623157e308
 _INDENT = "    "
@@ -115,6 +117,8 @@ def _quote(text: str) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     character = match.group()
+    if character == NUL:
+        return "\\u0000"
     short = _SHORT.get(character)
     if short is not None:
         return short

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsd.wire.modified_utf8 import decode, decode_leniently, encode
+from qsd.wire.modified_utf8 import NUL, decode, decode_leniently, encode
 
 # What ringbuf-read of the reference (11.1) gives for these bytes.
 RECORDED = [
@@ -17,8 +17,8 @@ RECORDED = [
     ("f490808041", "\ufffdA"),
     ("c041", "\ufffdA"),
     ("c18041", "\ufffdA"),
-    ("c08041", "\0A"),
-    ("c080c080", "\0\0"),
+    ("c08041", f"{NUL}A"),
+    ("c080c080", NUL + NUL),
     ("e09f8041", "\ufffdA"),
     ("eda08041", "\ufffdA"),
     ("eda0bdedb88041", "\ufffd\ufffdA"),
@@ -53,7 +53,7 @@ def test_lenient_decoding_never_raises_and_agrees_with_the_strict_one(data: byte
         assert text == strict
 
 
-@given(st.text(st.characters(exclude_categories=["Cs", "Cn"])))
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"])).map(lambda text: text.replace("\0", NUL)))
 def test_texts_come_back(text: str) -> None:
     data = encode(text)
     assert b"\0" not in data

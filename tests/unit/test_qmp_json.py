@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qsd.errors import QmpError
 from qsd.qapi.rows import Rows
 from qsd.wire import qmp_json_lexer
+from qsd.wire.modified_utf8 import NUL
 from qsd.wire.qmp_json import MAX_DEPTH, MAX_TOKENS, JsonError, Parser, dumps, parse_one, pieces
 
 _REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "qmp_json_reference.json").read_text())["rows"]
@@ -31,9 +32,10 @@ def _outcomes(results: list[Any]) -> list[Any]:
     found: list[Any] = []
     for item in results:
         if isinstance(item, JsonError):
-            found.append(item.desc)
+            found.append(item.desc.replace(NUL, "\0"))
         else:
-            found.append({"id": item["id"]} if isinstance(item, dict) and set(item) == {"id"} else None)
+            # Through the writer: in between a NUL has a form of its own.
+            found.append(json.loads(dumps(item)) if isinstance(item, dict) and set(item) == {"id"} else None)
     return found
 
 
@@ -259,7 +261,8 @@ def test_pieces_of_a_long_answer_are_short_and_together_what_dumps_writes(pretty
 _NONCHARACTERS = {chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF)} | {
     chr(code) for code in range(0xFDD0, 0xFDF0)
 }
-_texts = st.text(st.characters(exclude_categories=("Cs",)).filter(lambda c: c not in _NONCHARACTERS), max_size=20)
+_characters = st.characters(exclude_categories=("Cs",)).filter(lambda c: c not in _NONCHARACTERS)
+_texts = st.text(_characters, max_size=20).map(lambda text: text.replace("\0", NUL))
 _values = st.recursive(
     st.none()
     | st.booleans()
@@ -277,7 +280,7 @@ def test_round_trip_through_dumps_and_feed(value: Any, pretty: bool, raw: bool, 
     text = dumps([value], pretty)
     assert text.isascii()
     # Clients may as well send UTF-8 as it is.
-    data = json.dumps([value], ensure_ascii=False).encode() if raw else text.encode()
+    data = json.dumps([value], ensure_ascii=False).encode("utf-8", "surrogateescape") if raw else text.encode()
     assert _feed(data, size) == [[value]]
     assert _feed(b'{"v":' + data + b"}", 1 << 20) == [{"v": [value]}]
 

@@ -27,6 +27,7 @@ from qsd.servers.exports import Exports, Kind
 from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
+from qsd.wire import modified_utf8
 from qsd.wire.nbd import constants as c
 from qsd.wire.nbd.handshake import (
     ALLOCATION_DEPTH,
@@ -361,9 +362,9 @@ class NbdService(Actor):
         if not self._listeners:
             raise QmpError("NBD server not running")
         name = options.node_name if options.name is None else options.name
-        if len(name.encode()) > c.MAX_STRING:
+        if len(modified_utf8.encode(name)) > c.MAX_STRING:
             raise QmpError(f"export name '{name}' too long")
-        if options.description is not None and len(options.description.encode()) > c.MAX_STRING:
+        if options.description is not None and len(modified_utf8.encode(options.description)) > c.MAX_STRING:
             raise QmpError(f"description '{options.description}' too long")
         if self.lookup(name) is not None:
             raise QmpError(f"NBD server already has export named '{name}'")

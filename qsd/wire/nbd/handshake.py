@@ -14,6 +14,7 @@ from typing import Protocol
 
 import attrs
 
+from qsd.wire import modified_utf8
 from qsd.wire.nbd import constants as c
 
 _OPTION = struct.Struct(">8sII")
@@ -206,7 +207,7 @@ class ServerHandshake:
             self._reply(option, c.REP_ERR_TOO_BIG, f"option '{c.OPTION_NAMES[option]}' is too long")
 
     def _reply(self, option: int, kind: int, payload: bytes | str = b"") -> None:
-        data = payload.encode()[: c.MAX_STRING] if isinstance(payload, str) else payload
+        data = modified_utf8.encode(payload)[: c.MAX_STRING] if isinstance(payload, str) else payload
         self._output += _REPLY.pack(c.REPLY_MAGIC, option, kind, len(data)) + data
 
     # -- options ----------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ class ServerHandshake:
         if self.extended:
             self._fail("client requested NBD_OPT_EXPORT_NAME after extended headers")
             return
-        export = self._exports.lookup(payload.decode("utf-8", "replace"))
+        export = self._exports.lookup(payload.decode("utf-8", "surrogateescape"))
         if export is None:
             self._fail("export not found")
             return
@@ -234,11 +235,11 @@ class ServerHandshake:
 
     def _list(self, payload: bytes) -> None:
         for export in self._exports.list():
-            name = export.name.encode()
+            name = modified_utf8.encode(export.name)
             self._reply(
                 c.OPT_LIST,
                 c.REP_SERVER,
-                struct.pack(">I", len(name)) + name + export.description.encode(),
+                struct.pack(">I", len(name)) + name + modified_utf8.encode(export.description),
             )
         self._reply(c.OPT_LIST, c.REP_ACK)
 
@@ -280,9 +281,11 @@ class ServerHandshake:
             self._reply(option, c.REP_ERR_UNKNOWN, f"export '{_shortened(name)}' not present")
             return
         if c.INFO_NAME in wanted:
-            self._reply(option, c.REP_INFO, struct.pack(">H", c.INFO_NAME) + export.name.encode())
+            self._reply(option, c.REP_INFO, struct.pack(">H", c.INFO_NAME) + modified_utf8.encode(export.name))
         if export.description:
-            self._reply(option, c.REP_INFO, struct.pack(">H", c.INFO_DESCRIPTION) + export.description.encode())
+            self._reply(
+                option, c.REP_INFO, struct.pack(">H", c.INFO_DESCRIPTION) + modified_utf8.encode(export.description)
+            )
         asked = c.INFO_BLOCK_SIZE in wanted
         minimum = export.min_block if asked else 1
         preferred = max(4096, minimum, export.preferred_block)
@@ -330,7 +333,7 @@ class ServerHandshake:
         chosen = _selected(export.contexts, reader.queries(), is_list=not is_set)
         for number, context in chosen:
             identifier = number if is_set else 0
-            self._reply(option, c.REP_META_CONTEXT, struct.pack(">I", identifier) + context.encode())
+            self._reply(option, c.REP_META_CONTEXT, struct.pack(">I", identifier) + modified_utf8.encode(context))
         self._reply(option, c.REP_ACK)
         if is_set:
             self._contexts = chosen
@@ -439,7 +442,7 @@ class _Reader:
         value = self._take(length)
         if b"\0" in value:
             raise _BadOption(f"Unexpected embedded NUL in option {self._option}")
-        return value.decode("utf-8", "replace")
+        return value.decode("utf-8", "surrogateescape")
 
     def end(self) -> None:
         if self._data:
@@ -458,5 +461,5 @@ class _Reader:
 
 def _shortened(name: str) -> str:
     """A name of the client's as it is shown to it."""
-    data = name.encode()
+    data = modified_utf8.encode(name)
     return name if len(data) < SHOWN else data[:SHOWN].decode("utf-8", "ignore") + "..."

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qsd.messages import BlockState, Extent
+from qsd.wire import modified_utf8
 from qsd.wire.nbd import constants as c
 
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
@@ -125,7 +126,7 @@ def chunk(header: RequestHeader, kind: int, payload: bytes, *, extended: bool, d
 
 def error_chunk(header: RequestHeader, number: int, text: str, *, extended: bool) -> bytes:
     """An ERROR chunk with its text, at most 4096 bytes of it; ``number`` is a positive errno."""
-    message = text.encode()[: c.MAX_STRING]
+    message = modified_utf8.encode(text)[: c.MAX_STRING]
     payload = ERROR.pack(wire_error(number), len(message)) + message
     return chunk(header, c.REPLY_TYPE_ERROR, payload, extended=extended)
 
