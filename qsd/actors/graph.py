@@ -367,7 +367,8 @@ class Graph(Actor):
         check_not_in_job(node)
         edge = await self._attach(node.name, RootOptions(Perm.RESIZE, needs_active=True), _Claim())
         try:
-            node.bitmaps.check_resizable(size)
+            if not node.mode.read_only:
+                node.bitmaps.check_resizable(size)
             # Not exactly: a device may be longer.
             await self._truncate(node, size, exact=False)
         finally:

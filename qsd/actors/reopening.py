@@ -14,7 +14,7 @@ import attrs
 
 from qsd.actors.change import Change
 from qsd.actors.edges import Edge, Truncate, info_of
-from qsd.actors.node_options import check_detect_zeroes, check_mode, resolve_mode
+from qsd.actors.node_options import check_detect_zeroes, resolve_mode
 from qsd.actors.topology import NewMode, Topology
 from qsd.drivers.base import ChildRole, Mode
 from qsd.errors import QmpError
@@ -87,16 +87,14 @@ def _gather(
 ) -> None:
     mode = attrs.evolve(resolve_mode(options, inherited, role), active=node.active)
     check_detect_zeroes(mode)
-    _check_fixed(node, options, mode)
-    check_mode(mode)
+    _check_fixed(node, options)
     plan.modes[node] = NewMode(options, mode)
     for name, child_role in node.driver.child_specs:
         value = getattr(options, name.replace("-", "_"))
         edge = info_of(node).children.get(name)
         if value is None:
-            if edge is not None and child_role is ChildRole.COW:
-                raise QmpError(f"backing is missing for '{node.name}'")
-        elif value is NULL:
+            continue
+        if value is NULL:
             if edge is not None:
                 plan.removed.append(edge)
         elif isinstance(value, str):
@@ -150,7 +148,7 @@ def _refer(
         plan.swaps.append((edge, child))
 
 
-def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
+def _check_fixed(node: Node, options: BlockdevOptions) -> None:
     """What no reopen changes."""
     if not node.driver.can_reopen:
         raise QmpError(
@@ -166,9 +164,16 @@ def _check_fixed(node: Node, options: BlockdevOptions, mode: Mode) -> None:
     for name in driver.lasting:
         if name in driver.fixed and getattr(options, name) != getattr(before, name):
             raise QmpError(f"Cannot change the option '{_shown(name)}'")
-    if mode.force_share != node.mode.force_share:
-        if options.force_share is None:
-            raise QmpError("Option 'force-share' cannot be reset to its default value")
+    if node.mode.force_share and options.force_share is None:
+        raise QmpError("Option 'force-share' cannot be reset to its default value")
+    if (
+        getattr(options, "backing", NULL) is None
+        and driver.can_have_backing()
+        and ("backing" in info_of(node).children or "backing-filename" in driver.image_facts())
+    ):
+        raise QmpError(f"backing is missing for '{node.name}'")
+    if options.force_share is not None:
+        # Not even what it is: as with the reference, a node that was opened so can never be reopened.
         raise QmpError("Cannot change the option 'force-share'")
     # The reference takes the new value without doing anything about it, and refuses every reopen after that.
     if options.active is not None and options.active != node.active:

@@ -128,7 +128,7 @@ class FileDriver(Driver):
 
     def _choose_locks(self, fd: int) -> None:
         wish = "auto" if self.options.locking is None else str(self.options.locking.value)
-        if wish == "off" or self.mode.force_share:
+        if wish == "off":
             return
         if not locks.is_supported(fd):
             if wish == "on":

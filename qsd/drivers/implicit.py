@@ -34,7 +34,8 @@ def full_name(name: str, image: str) -> str:
         return name
     if protocol_in(image) is not None:
         raise QmpError(f"Cannot use relative backing file names for '{image}'")
-    return os.path.join(os.path.dirname(image), name)
+    # Up to the last slash as it is written: ``a//b`` stays so.
+    return image[: image.rfind("/") + 1] + name
 
 
 def protocol_options(name: str) -> dict[str, Any]:
@@ -103,10 +104,15 @@ def _json_tree(name: str) -> dict[str, Any]:
         raise error.prefixed("Could not parse the JSON options: ") from None
     if not isinstance(value, dict):
         raise QmpError("Invalid JSON object given")
+    return _without_nodes(_unfolded(value))
+
+
+def _unfolded(value: dict[str, Any]) -> dict[str, Any]:
+    """The tree of an object whose members, and theirs, may be named with dots."""
     tree: dict[str, Any] = {}
     for key, item in value.items():
-        _put(tree, key.split("."), item)
-    return _without_nodes(tree)
+        _put(tree, key.split("."), _unfolded(item) if isinstance(item, dict) else item)
+    return tree
 
 
 def _completed(tree: dict[str, Any]) -> dict[str, Any]:

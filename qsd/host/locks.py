@@ -80,6 +80,7 @@ class ByteLocks:
         for number, (bit, name) in enumerate(PERM_NAMES):
             if perm & bit and _is_locked_elsewhere(fd, UNSHARED + number):
                 raise self._conflict(f'Failed to get "{name}" lock')
+        for number, (bit, name) in enumerate(PERM_NAMES):
             if not shared & bit and _is_locked_elsewhere(fd, USED + number):
                 raise self._conflict(f'Failed to get shared "{name}" lock')
 

@@ -17,7 +17,6 @@ CACHE = "an empty object changes nothing"
 BATCH = "the reference takes no number for the same number"
 SHORTER = "the reference does not tell the nodes above that a window has another length"
 EARLY = "the reference takes over the child's limits before the child has them"
-SHARED = "the reference refuses force-share even as it is"
 
 
 def options(driver: str, name: str, /, **more: Any) -> dict[str, Any]:
@@ -186,7 +185,14 @@ _FILE_REOPENED: Steps = [
     reopen(file()),
     reopen(file(read_only=True)),
     reopen(file(read_only=True, force_share=False)),
-    unlike(SHARED, reopen(file(read_only=True, force_share=True))),
+    reopen(file(read_only=True, force_share=True)),
+    delete("f"),
+    add(file()),
+    *(reopen(file(force_share=value)) for value in (False, True)),
+    add(raw("r", file=file("g", read_only=True, force_share=True))),
+    reopen(raw("r", file="g", force_share=False)),
+    reopen(raw("r", file=file("g", read_only=True, force_share=True))),
+    reopen(raw("r", file=file("g", read_only=True))),
 ]
 
 # -- null -------------------------------------------------------------------------------------------------------

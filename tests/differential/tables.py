@@ -9,6 +9,7 @@ from pathlib import Path
 from script import Script
 from scripts_block import SCRIPTS as _BLOCK
 from scripts_chardev import SCRIPTS as _CHARDEV
+from scripts_corners import SCRIPTS as _CORNERS
 from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_graph import SCRIPTS as _GRAPH
 from scripts_images import SCRIPTS as _IMAGES
@@ -31,6 +32,7 @@ SCRIPTS: dict[str, Script] = {
     **_GRAPH,
     **_IMAGES,
     **_JOBS,
+    **_CORNERS,
 }
 
 

@@ -21,6 +21,7 @@ from qsd.drivers.qcow2.extensions import Extension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import NewImage, Placement, header_cluster, metadata, place
 from qsd.errors import QmpError
+from qsd.wire import modified_utf8
 
 if TYPE_CHECKING:
     from qsd.qapi.schema.create import BlockdevCreateOptionsQcow2
@@ -42,7 +43,7 @@ async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) ->
         data = None
         if options.data_file is not None:
             data = await stack.enter_async_context(host.node(options.data_file))
-            name = _file_name(data).encode("utf-8", "surrogateescape")
+            name = modified_utf8.encode(_file_name(data))
             if _is_same(file, data):
                 raise QmpError(f"'{data.node_name}' cannot be both the image and its data file")
             image = attrs.evolve(image, header=image.header.with_extension(layout.EXT_DATA_FILE, name))
@@ -94,7 +95,7 @@ def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
         autoclear=layout.DATA_FILE_RAW if options.data_file_raw else 0,
         refcount_order=order,
         compression_type=layout.COMPRESSION_ZSTD if zstd else layout.COMPRESSION_ZLIB,
-        backing_file=None if options.backing_file is None else options.backing_file.encode(),
+        backing_file=None if options.backing_file is None else modified_utf8.encode(options.backing_file),
         extensions=_backing_format(options),
     )
     # A raw data file must hold every byte where the guest has it.
@@ -112,11 +113,11 @@ def _cluster_bits(options: BlockdevCreateOptionsQcow2) -> int:
 def _check_extended_l2(options: BlockdevCreateOptionsQcow2, cluster_bits: int, *, is_v2: bool) -> None:
     if not options.extended_l2:
         return
+    if is_v2:
+        raise QmpError(f"Extended L2 entries are only supported {_NEWER}")
     if cluster_bits < layout.MIN_EXTENDED_CLUSTER_BITS:
         smallest = 1 << layout.MIN_EXTENDED_CLUSTER_BITS
         raise QmpError(f"Extended L2 entries are only supported with cluster sizes of at least {smallest} bytes")
-    if is_v2:
-        raise QmpError(f"Extended L2 entries are only supported {_NEWER}")
 
 
 def _refcount_order(options: BlockdevCreateOptionsQcow2, *, is_v2: bool) -> int:
@@ -146,7 +147,7 @@ def _backing_format(options: BlockdevCreateOptionsQcow2) -> tuple[Extension, ...
 def _header_cluster(header: Header, options: BlockdevCreateOptionsQcow2) -> bytes:
     name = options.backing_file or ""
     shown = f"'{name}'" + (f" with format '{options.backing_fmt.value}'" if options.backing_fmt else "")
-    if len(name.encode()) > layout.MAX_BACKING_NAME:
+    if len(modified_utf8.encode(name)) > layout.MAX_BACKING_NAME:
         raise QmpError(f"Could not assign backing file {shown}: Invalid argument")
     try:
         return header_cluster(header)

@@ -1,0 +1,136 @@
+"""Corners that an acceptance test found: odd names, options that do not go together, who is told what."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from script import NEGOTIATE, Script, call
+from scripts_block import export, unix
+from scripts_images import add as bitmap
+from scripts_images import internal, rename, verb
+from scripts_nodes import FLAT, NODES, Steps, add, delete, options, reopen, resize
+from scripts_qcow2 import MIB, image, made, not_made
+
+SERVER = call("nbd-server-start", addr=unix("n"))
+# A NUL in a text is two bytes, and no end, wherever the text goes.
+NUL = "a\0b"
+
+
+def qcow2(name: str, path: str, /, **more: Any) -> dict[str, Any]:
+    return options("qcow2", name, file={"driver": "file", "filename": path}, **more)
+
+
+_NULS: Steps = [
+    NEGOTIATE,
+    *made("file", filename=NUL, size=MIB),
+    add(options("file", "f", filename=NUL)),
+    *(FLAT, delete("f")),
+    add(options("file", "f", filename=f"{NUL}x")),
+    add(options("file", NUL, filename="img")),
+    *(call("object-add", qom_type="secret", id=name, file=NUL) for name in ("s", NUL)),
+    call("nbd-server-start", addr=unix(f"{NUL}n")),
+    call("chardev-add", id=NUL, backend={"type": "file", "data": {"out": f"{NUL}c"}}),
+    call("query-chardev"),
+    *image("p", backing_file=NUL, backing_fmt="raw"),
+    add(options("qcow2", "q", file="f-p")),
+    FLAT,
+    *(internal(device="q", name=NUL), bitmap("q", NUL, persistent=True), bitmap("q", "ab", persistent=True)),
+    *(FLAT, delete("q"), add(options("qcow2", "q", file="f-p")), NODES),
+    rename("q", "q", f"./{NUL}"),
+    *(verb("remove", "q", NUL), delete("q")),
+    add(options("file", "f", filename=NUL)),
+    export("e", node_name="f", name=NUL, description=NUL),
+    *(call("nope\0"), call("query-block-exports")),
+]
+
+
+def header(name: bytes) -> bytes:
+    """An image of 1 MiB that names a qcow2 backing file, and holds nothing."""
+    cluster = 65536
+    fields = (b"QFI\xfb", 3, 512, len(name), 16, MIB, 0, 1, 3 * cluster, cluster, 1, 0, 0, 0, 0, 0, 4, 104)
+    start = struct.pack(">4sIQIIQIIQQIIQQQQII", *fields) + struct.pack(">II5s3x", 0xE2792ACA, 5, b"qcow2")
+    tables = (struct.pack(">Q", 2 * cluster), struct.pack(">H", 1) * 4, b"")
+    return b"".join(part.ljust(cluster, b"\0") for part in (start.ljust(512, b"\0") + name, *tables))
+
+
+_NESTED = '{"driver": "raw", "file": {"driver": "qcow2", "file.driver": "file", "file.filename": "base"}}'
+_FILES = {
+    "base": header(b""),
+    "top": header(b"base"),
+    "inside": header(f"json:{_NESTED}".encode()).replace(b"\0\0\0\5qcow2", b"\0\0\0\3raw\0\0"),
+}
+
+_CHAINS: Steps = [
+    NEGOTIATE,
+    *(step for path in ("top", ".//top", "inside") for step in (add(qcow2("q", path)), NODES, delete("q"))),
+]
+
+_BACKINGS: Steps = [
+    NEGOTIATE,
+    add(qcow2("b", "base")),
+    add(options("file", "f", filename="top")),
+    *(
+        step
+        for given in ({"backing": None}, {"backing": ""}, {"backing": "b"})
+        for step in (
+            add(options("qcow2", "q", file="f", **given)),
+            reopen(options("qcow2", "q", file="f")),
+            reopen(options("qcow2", "q", file="f", backing=None)),
+            reopen(options("qcow2", "q", file="f")),
+            reopen(options("qcow2", "q", file="f", force_share=False)),
+            delete("q"),
+        )
+    ),
+    add(options("qcow2", "q", file="f", backing="b")),
+    rename("q", "q", ""),
+    reopen(options("qcow2", "q", file="f")),
+    reopen(options("qcow2", "q", file="f", backing=None)),
+    reopen(options("qcow2", "q", file="f")),
+]
+
+# Who may not resize is told who is in the way, and then that the image is read-only.
+_SHARED = {"read_only": True, "force_share": True}
+_RESIZED: Steps = [
+    NEGOTIATE,
+    SERVER,
+    add(options("file", "w", filename="img")),
+    export("e", node_name="w", writable=True),
+    *(
+        step
+        for given in ({}, {"read_only": True}, _SHARED)
+        for inner in ({}, {"read_only": True}, _SHARED)
+        for step in (
+            add(options("raw", "r", file=options("file", "f", filename="img", **inner), **given)),
+            resize("r", 2 * MIB),
+            resize("f", 2 * MIB),
+            delete("r"),
+        )
+    ),
+    *image("p"),
+    add(options("qcow2", "q", file="f-p")),
+    bitmap("q", "b", persistent=True),
+    reopen(options("qcow2", "q", file="f-p", read_only=True)),
+    *(resize("q", 2 * MIB), resize("q", -1), resize("q", 1 << 63)),
+    # A format needs more of its file than it refuses others.
+    add(options("file", "g", filename="p")),
+    add(options("raw", "v", file="g")),
+    add(qcow2("q2", "p")),
+]
+
+_MADE: Steps = [
+    NEGOTIATE,
+    *image("p"),
+    *not_made("qcow2", file="f-p", size=MIB, version="v2", extended_l2=True, cluster_size=8192),
+]
+
+# How much is allocated ahead is up to the program.
+_SIZES = frozenset({"actual-size", "virtual-size", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"})
+
+SCRIPTS: dict[str, Script] = {
+    "names with a NUL": Script(_NULS, unseen=_SIZES),
+    "chains of odd names": Script(_CHAINS, files=_FILES),
+    "backing file missing in a reopen": Script(_BACKINGS, files=_FILES),
+    "resized beside a writer": Script(_RESIZED),
+    "made with options at odds": Script(_MADE),
+}
