@@ -39,7 +39,7 @@ class Flag(IntFlag):
     NO_FALLBACK = 4  # WRITE_ZEROES must fail with ENOTSUP rather than write zero bytes (NBD's fast zero)
     COMPRESSED = 16  # WRITE is stored compressed: whole clusters, or up to the disk's end
     ASIDE = 32  # WRITE may take its time beside the loop: who asks has other things to do
-    MAY_LEND = 8  # READ may end with a Loan in ``result`` instead of bytes in the buffer
+    MAY_LEND = 8  # READ may end with a Loan or Pieces in ``result`` instead of bytes in the buffer
 
 
 class BlockState(IntFlag):
@@ -86,6 +86,19 @@ class Loan:
         self.length -= count
 
 
+class Pieces:
+    """The bytes of a read, in order, where they are in memory: parts of its buffer, and what lies elsewhere anyway.
+
+    Nobody changes them again. Together they are as long as the read. Who allowed them (``Flag.MAY_LEND``) sends
+    them.
+    """
+
+    __slots__ = ("views",)
+
+    def __init__(self, views: list[memoryview]) -> None:
+        self.views = views
+
+
 class ReplyQueue:
     """Where finished requests of one owner come out.
 
@@ -112,7 +125,7 @@ class Request:
     """One I/O request; see the module's rules.
 
     ``result`` carries the extents (a list of ``Extent``) of a completed BLOCK_STATUS, of which ``extents_wanted``
-    says how many at most, or the ``Loan`` of a READ that allowed one.
+    says how many at most, or the ``Loan`` or the ``Pieces`` of a READ that allowed them.
     """
 
     __slots__ = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from qsd.actors.core import Actor
 from qsd.drivers.base import Aio
+from qsd.host.memory import keep_freed_memory
 from qsd.host.reactor import Reactor
 from qsd.host.threads import ThreadAio, ThreadPool
 from qsd.host.uring import Uring
@@ -21,6 +22,7 @@ class DataPlane(Actor):
 
     def __init__(self) -> None:
         super().__init__("data plane")
+        keep_freed_memory()
         self.reactor = Reactor()
         self._pool = ThreadPool()
         self._uring: Uring | None = None
@@ -34,6 +36,7 @@ class DataPlane(Actor):
     async def started(self) -> None:
         """Collect completions, and turn."""
         self.reactor.register(self._pool.fileno(), self._pool.reap, self._crashed)
+        self.reactor.watch(self._pool)
         if self._uring is not None:
             self.reactor.register(self._uring.fileno(), self._uring.reap, self._crashed)
         self.spawn(self.reactor.run, name="reactor")

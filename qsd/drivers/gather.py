@@ -7,9 +7,13 @@ task or refers back to itself, so what has ended is freed without the garbage co
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
+from typing import Final
 
 from qsd.drivers.base import Driver
-from qsd.messages import ReplyQueue, Request
+from qsd.messages import Flag, Pieces, ReplyQueue, Request
+
+MAY_LEND: Final = Flag.MAY_LEND.value
 
 
 class Callback(ReplyQueue):
@@ -60,3 +64,39 @@ class Gather(ReplyQueue):
         if not self.left:
             self.driver.finished()
             self.request.complete(self.error)
+
+
+def gather_read(driver: Driver, request: Request) -> Gather:
+    """The gather of a READ."""
+    return (Lending if request.flags & MAY_LEND else Gather)(driver, request)
+
+
+class Lending(Gather):
+    """The gather of a READ that allows ``Pieces``: parts of it may be lent instead of copied."""
+
+    __slots__ = ("lent",)
+
+    def __init__(self, driver: Driver, request: Request) -> None:
+        super().__init__(driver, request)
+        self.lent: list[tuple[int, memoryview]] = []
+
+    def end(self, error: int = 0) -> None:
+        """A part has ended with a positive errno, or 0."""
+        if self.left == 1 and self.lent and not self.error and not error:
+            self.request.result = self._pieces()
+        super().end(error)
+
+    def _pieces(self) -> Pieces:
+        """What is lent, and the buffer between."""
+        buffer = self.request.buffer
+        assert buffer is not None
+        views = []
+        end = 0
+        for position, view in sorted(self.lent, key=itemgetter(0)):
+            if position > end:
+                views.append(buffer[end:position])
+            views.append(view)
+            end = position + len(view)
+        if end < len(buffer):
+            views.append(buffer[end:])
+        return Pieces(views)

@@ -26,12 +26,12 @@ import trio
 from qsd.block.permissions import Perm
 from qsd.block.plan import WRITING
 from qsd.drivers.base import Child, Driver, Host, Mode
-from qsd.drivers.gather import Callback, Gather
+from qsd.drivers.gather import Callback, Gather, gather_read
 from qsd.drivers.packed import Unpacker
 from qsd.drivers.runs import DATA, PACKED, UNALLOCATED, Cold, Run
 from qsd.drivers.status import StatusWalk
 from qsd.errors import QmpError, errno_text
-from qsd.messages import Op, Request
+from qsd.messages import Op, ReplyQueue, Request
 
 T = TypeVar("T")
 # Serves one request of a driver.
@@ -222,15 +222,21 @@ class MappedDriver(Driver):
 
     def fetch(self, child: Child, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
         """Read metadata; what lies beyond the child's end is zeroes. ``done(errno)`` may be called at once."""
-        inside = max(0, min(len(buffer), child.length - offset))
+        self.fetch_for(Callback(lambda request: done(request.error)), child, offset, buffer)
+
+    def fetch_for(self, reply: ReplyQueue, child: Child, offset: int, buffer: memoryview) -> None:
+        """The same, as a request that ends on ``reply``."""
+        inside = child.length - offset
         if inside < len(buffer):
+            inside = max(0, inside)
             buffer[inside:] = bytes(len(buffer) - inside)
-        if not inside:
-            done(0)
-            return
-        reply = Callback(lambda request: done(request.error))
-        self.post(child, Request(READ, offset, inside, buffer[:inside], reply))
-        self.send()
+            buffer = buffer[:inside]
+        request = Request(READ, offset, len(buffer), buffer, reply)
+        if buffer:
+            self.post(child, request)
+            self.send()
+        else:
+            request.complete()
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class MappedDriver(Driver):
                 if backing is not None and offset + length <= backing.length:
                     self.post(backing, request)
                     return
-        self._read_runs(request, run, Gather(self, request))
+        self._read_runs(request, run, gather_read(self, request))
 
     def _read_rest(self, request: Request) -> None:
         """Go on with a read whose metadata did not all fit: its parts are those of the whole.
@@ -280,6 +286,8 @@ class MappedDriver(Driver):
             position += run[1]
             runs.append(_joined(runs.pop(), run, runs))
         position = 0
+        # A rest is the end of the whole.
+        before = gather.request.length - request.length
         for kind, length, where, child in runs:
             view = buffer[position : position + length]
             if kind == DATA:
@@ -288,7 +296,8 @@ class MappedDriver(Driver):
             elif kind == UNALLOCATED and self.backing is not None:
                 self._read_part(gather, self.backing, offset + position, view)
             elif kind == PACKED:
-                self.unpacker.read(where, self.packed_skip(offset + position), view, gather)
+                skip = self.packed_skip(offset + position)
+                self.unpacker.read(where, skip, view, gather, before + position)
             else:
                 fill_zeroes(view)
             position += length

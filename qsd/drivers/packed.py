@@ -2,8 +2,9 @@
 
 Unpacking lets go of the interpreter's lock, so threads unpack while the loop does, one for every further processor.
 All take from one queue: a thread until it is empty, because it takes as long to wake up as to unpack a cluster; the
-loop a little in every round, so that everybody else has a turn. Who unpacks a cluster also copies it to where it is
-wanted, while it is in the processor's cache. Clusters that lie side by side in the file are fetched with one
+loop one in every round, and only what the threads do not get to soon, because nobody else gives them work. Who may
+be lent what he wants, most of a cluster, gets no copy. For others, who unpacks a cluster also copies it to where it
+is wanted, while it is in the processor's cache. Clusters that lie side by side in the file are fetched with one
 request. The last ones of which only a part was wanted stay in memory (``BUDGET`` bytes), because a reader of 4 KiB
 would otherwise unpack each cluster many times over.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
-from qsd.drivers.gather import Gather
+from qsd.drivers.gather import Gather, Lending, gather_read
 from qsd.host.memory import AlignedPool
+from qsd.messages import ReplyQueue, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.mapped import MappedDriver
@@ -34,12 +37,15 @@ KEPT: Final = 2 << 20
 LANES: Final = min(len(os.sched_getaffinity(0)) - 1, 8)
 # The packed bytes the loop unpacks itself at a time: waking up a thread for less would take as long.
 AT_ONCE: Final = 64 << 10
+# Fetched clusters that the loop leaves to every thread at work while it has other things to do: a thread that finds
+# none goes to sleep.
+AHEAD: Final = 2
 
 Unpack = Callable[[int, memoryview], bytes | bytearray]
 
 
 class Cluster:
-    """One that is being unpacked. ``waiting``: from which of its bytes on, where they go, as a part of what.
+    """One that is being unpacked. ``waiting``: from which of its bytes on, where they go, as which part of what.
 
     The first ``filled`` of these have their bytes. It ``is_used_up`` when somebody wanted all of it: who reads
     whole clusters does not come back for one.
@@ -64,7 +70,7 @@ class Cluster:
         self.child = child
         self.offset = offset
         self.length = length
-        self.waiting: list[tuple[int, memoryview, Gather]] = []
+        self.waiting: list[tuple[int, memoryview, Gather, int]] = []
         self.fetch: Fetch | None = None
         self.packed: memoryview | None = None
         self.data: bytes | bytearray | None = None
@@ -76,23 +82,35 @@ class Cluster:
         """Copy the bytes to where they are wanted, as far as that has not been done."""
         assert self.data is not None
         data = memoryview(self.data)
-        for skip, view, _gather in self.waiting[self.filled :]:
+        for skip, view, gather, position in self.waiting[self.filled :]:
             self.filled += 1
+            _fill(data, skip, view, gather, position)
             if len(view) == len(data):
-                view[:] = data
                 self.is_used_up = True
-            else:
-                view[:] = data[skip : skip + len(view)]
 
 
-class Fetch:
-    """The packed bytes of clusters that were fetched together; ``left`` of them are still to be unpacked."""
+class Fetch(ReplyQueue):
+    """The packed bytes of clusters that are fetched together; ``left`` of them are still to be unpacked.
 
-    __slots__ = ("item", "left")
+    It is the reply queue of the request that fetches them.
+    """
 
-    def __init__(self, item: tuple[memoryview, int], left: int) -> None:
+    __slots__ = ("fetched", "group", "item", "left")
+
+    def __init__(
+        self, group: list[Cluster], item: tuple[memoryview, int], fetched: Callable[[Fetch, int], None]
+    ) -> None:
+        self.ready = []
+        self.armed = True
+        self.group = group
         self.item = item
-        self.left = left
+        self.fetched = fetched
+        self.left = len(group)
+
+    def notify(self) -> None:
+        """The bytes are there, or cannot be had."""
+        self.armed = True
+        self.fetched(self, self.ready.pop().error)
 
 
 class Unpacker:
@@ -111,7 +129,9 @@ class Unpacker:
         self._unpacked: deque[Cluster] = deque()
         self._pool = AlignedPool(KEPT)
         self._running = 0
+        # Whether ``_go_on`` is called in the next round; what had been fetched and unpacked when that was said.
         self._goes_on = False
+        self._moves = self._seen = 0
         self.at_once = AT_ONCE
 
     @property
@@ -119,11 +139,21 @@ class Unpacker:
         """Bytes kept."""
         return self._size
 
-    def read(self, where: int, skip: int, view: memoryview, gather: Gather) -> None:
-        """Fill ``view`` with what the cluster holds from its byte ``skip`` on, as a part of ``gather``."""
+    def serve(self, request: Request, where: int, skip: int) -> None:
+        """Serve a READ of what the cluster holds from its byte ``skip`` on."""
+        gather = gather_read(self._driver, request)
+        assert request.buffer is not None
+        self.read(where, skip, request.buffer, gather)
+        gather.end()
+
+    def read(self, where: int, skip: int, view: memoryview, gather: Gather, position: int = 0) -> None:
+        """Fill ``view`` with what the cluster holds from its byte ``skip`` on, or lend that.
+
+        It is the part at ``position`` of what ``gather`` gathers.
+        """
         data = self._cache.get(where)
         if data is not None:
-            view[:] = memoryview(data)[skip : skip + len(view)]
+            _fill(memoryview(data), skip, view, gather, position)
             return
         gather.left += 1
         cluster = self._clusters.get(where)
@@ -132,7 +162,7 @@ class Unpacker:
             if not self._wanted:
                 self._driver.resume(self._fetch_wanted)
             self._wanted.append(cluster)
-        cluster.waiting.append((skip, view, gather))
+        cluster.waiting.append((skip, view, gather, position))
 
     def forget(self, where: int) -> None:
         """What is stored there will be something else. Reads under way get what it was, and later ones do not."""
@@ -168,61 +198,76 @@ class Unpacker:
         first, last = group[0], group[-1]
         base = first.offset
         size = last.offset + last.length - base
-        fetch = Fetch(self._pool.take(size), len(group))
-        packed = fetch.item[0][:size]
+        item = self._pool.take(size)
+        self._driver.fetch_for(Fetch(group, item, self._have), first.child, base, item[0][:size])
 
-        def fetched(error: int) -> None:
-            if error and len(group) > 1:
-                # Only those whose own bytes cannot be read fail.
-                self._pool.give_back(fetch.item)
-                for cluster in group:
-                    self._fetch([cluster])
-                return
+    def _have(self, fetch: Fetch, error: int) -> None:
+        group = fetch.group
+        if error and len(group) > 1:
+            # Only those whose own bytes cannot be read fail.
+            self._pool.give_back(fetch.item)
             for cluster in group:
-                cluster.fetch = fetch
-                if error:
-                    cluster.error = error
-                    self._ended(cluster)
-                else:
-                    start = cluster.offset - base
-                    cluster.packed = packed[start : start + cluster.length]
-                    if not self._fetched:
-                        # When all that ends at the same time is there, to be shared out.
-                        self._driver.resume(self._unpack_more)
-                    self._fetched.append(cluster)
-            self._driver.send()
-
-        self._driver.fetch(first.child, base, packed, fetched)
+                self._fetch([cluster])
+            return
+        self._moves += 1
+        memory = fetch.item[0]
+        base = group[0].offset
+        for cluster in group:
+            cluster.fetch = fetch
+            if error:
+                cluster.error = error
+                self._ended(cluster)
+            else:
+                start = cluster.offset - base
+                cluster.packed = memory[start : start + cluster.length]
+                if not self._fetched:
+                    # When all that ends at the same time is there, to be shared out.
+                    self._driver.resume(self._unpack_more)
+                self._fetched.append(cluster)
+        self._driver.send()
 
     # -- unpacking --------------------------------------------------------------------------------------------
 
-    def _unpack_more(self) -> None:
-        """Let every lane that is free begin; the loop is one of them, a little at a time."""
+    def _unpack_more(self, *, is_idle: bool = False) -> None:
+        """Let every lane that is free begin; the loop is one of them, a little at a time.
+
+        It leaves alone what the others will take soon, unless it ``is_idle``.
+        """
         fetched = self._fetched
         aio = self._driver.host.aio
         if fetched and self._running < LANES and (self._running or not self._is_little()):
             for _ in range(min(LANES - self._running, len(fetched))):
                 self._running += 1
                 aio.call(self._unpack_all, self._lane_ended)
-        size = self.at_once
-        cluster = self._take(size, is_any=not LANES)
-        if cluster is None:
-            return
+        most = self.at_once if LANES else sys.maxsize
+        # What one client is answered meanwhile, it asks for the next.
+        size = self.at_once // 4 if self._running else self.at_once
+        ahead = 0 if is_idle else AHEAD * self._running
+        cluster = self._take(most, ahead)
         while cluster is not None:
             size -= cluster.length
             self._unpack_one(cluster)
             self._ended(cluster)
-            cluster = self._take(size)
-        if fetched and not self._goes_on:
+            cluster = self._take(size, ahead)
+        if not self._goes_on and self._is_next_within(most):
             self._goes_on = True
+            self._seen = self._moves
             aio.soon(self._go_on)
 
-    def _take(self, size: int, *, is_any: bool = False) -> Cluster | None:
-        """The next cluster, if it has ``size`` packed bytes at most or ``is_any`` size. A thread may be faster."""
+    def _take(self, size: int, ahead: int) -> Cluster | None:
+        """The next cluster, if ``ahead`` are left then and it has ``size`` packed bytes at most."""
         try:
-            return self._fetched.popleft() if is_any or self._fetched[0].length <= size else None
+            return self._fetched.popleft() if len(self._fetched) > ahead and self._is_next_within(size) else None
         except IndexError:
+            # A thread was faster.
             return None
+
+    def _is_next_within(self, size: int) -> bool:
+        """Whether there is a next cluster, of ``size`` packed bytes at most."""
+        try:
+            return self._fetched[0].length <= size
+        except IndexError:
+            return False
 
     def _is_little(self) -> bool:
         """Whether the loop is done sooner than a thread would have woken up. No thread is at the queue."""
@@ -230,7 +275,7 @@ class Unpacker:
 
     def _go_on(self) -> None:
         self._goes_on = False
-        self._unpack_more()
+        self._unpack_more(is_idle=self._running > 0 and self._seen == self._moves)
 
     def _unpack_all(self) -> int:
         """Unpack, on a thread, until nothing is left. Who begins to wait meanwhile is left to ``_ended``."""
@@ -249,11 +294,11 @@ class Unpacker:
         unpacked = self._unpacked
         while unpacked:
             self._ended(unpacked.popleft())
+        self._unpack_more()
 
     def _lane_ended(self, _result: int) -> None:
         self._running -= 1
         self._tell()
-        self._unpack_more()
 
     def _unpack_one(self, cluster: Cluster) -> None:
         assert cluster.packed is not None
@@ -264,6 +309,7 @@ class Unpacker:
             cluster.error = error.errno or errno.EIO
 
     def _ended(self, cluster: Cluster) -> None:
+        self._moves += 1
         fetch, data = cluster.fetch, cluster.data
         assert fetch is not None
         fetch.left -= 1
@@ -275,7 +321,7 @@ class Unpacker:
             del self._clusters[cluster.where]
             if data is not None and not cluster.is_used_up:
                 self._keep(cluster.where, data)
-        for _skip, _view, gather in cluster.waiting:
+        for _skip, _view, gather, _position in cluster.waiting:
             gather.end(cluster.error)
 
     def _keep(self, where: int, data: bytes | bytearray) -> None:
@@ -286,6 +332,16 @@ class Unpacker:
         while self._size > BUDGET and len(cache) > 2:
             oldest = next(iter(cache))
             self._size -= len(cache.pop(oldest))
+
+
+def _fill(data: memoryview, skip: int, view: memoryview, gather: Gather, position: int) -> None:
+    length = len(view)
+    part = data if length == len(data) else data[skip : skip + length]
+    # What is lent keeps all of the cluster in memory.
+    if isinstance(gather, Lending) and 2 * length >= len(data):
+        gather.lent.append((position, part))
+    else:
+        view[:] = part
 
 
 def _joins(group: list[Cluster], cluster: Cluster) -> bool:

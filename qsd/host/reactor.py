@@ -18,6 +18,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import attrs
 import trio
@@ -56,6 +57,19 @@ class Registration:
     events: int
 
 
+class Mailbox(Protocol):
+    """What other threads put results into. While it ``is_watched`` they need not wake up the loop."""
+
+    is_watched: bool
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to deliver."""
+
+    def deliver(self) -> None:
+        """Deliver it."""
+
+
 class Reactor:
     """See the module. ``run`` is the task; everything else may be called from any task of the same thread."""
 
@@ -71,6 +85,7 @@ class Reactor:
         self._policies: dict[object, PollPolicy] = {}
         self._window = 0
         self._last_event = 0
+        self._mail: Mailbox | None = None
         self.rounds = 0
         self.events = 0
         self.sleeps = 0
@@ -96,6 +111,10 @@ class Reactor:
             self._policies[owner] = policy
         self.policy = max(self._policies.values(), key=lambda one: one.max_ns, default=self._default_policy)
         self._window = min(self._window, self.policy.max_ns)
+
+    def watch(self, mail: Mailbox) -> None:
+        """Look into this while awake."""
+        self._mail = mail
 
     # -- registration -----------------------------------------------------------------------------------------
 
@@ -143,9 +162,17 @@ class Reactor:
             if self._serve_slice():
                 await trio.lowlevel.checkpoint()
                 continue
+            mail = self._mail
+            if mail is not None:
+                mail.is_watched = False
+                if mail.has_news:
+                    mail.is_watched = True
+                    continue
             asleep = clock()
             self.sleeps += 1
             await trio.lowlevel.wait_readable(self._epoll.fileno())
+            if mail is not None:
+                mail.is_watched = True
             now = clock()
             self._adapt(now - asleep)
             self._last_event = now
@@ -168,6 +195,12 @@ class Reactor:
         while True:
             events = self._left or poll(0, MAX_EVENTS)
             now = clock()
+            mail = self._mail
+            if mail is not None and mail.has_news:
+                self._in_round = True
+                mail.deliver()
+                self._end_round()
+                self._last_event = now
             if events:
                 if self._round(events, end) and len(events) == 1 and self._window:
                     self._linger(events[0][0])

@@ -41,6 +41,12 @@ class ThreadPool:
         self._is_reaping = False
         self._deferred: list[Callable[[], None]] = []
         self._closed = False
+        self.is_watched = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to deliver."""
+        return bool(self._results)
 
     def fileno(self) -> int:
         """The eventfd."""
@@ -83,16 +89,22 @@ class ThreadPool:
             self._wake()
 
     def _wake(self) -> None:
+        if self.is_watched:
+            return
         with self._lock:  # the result may be taken, and the pool closed, before this is written
             if not self._closed:
                 os.eventfd_write(self._event, 1)
 
     def reap(self, _events: int = 0) -> None:
-        """Deliver every result there is."""
+        """Deliver every result there is, when the eventfd says so."""
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
             return
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Deliver every result there is."""
         results = self._results
         self._is_reaping = True
         try:

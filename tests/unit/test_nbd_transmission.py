@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qsd.drivers.spot import Spot, end_epoch
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
-from qsd.messages import Loan, Op, Request
+from qsd.messages import Loan, Op, Pieces, Request
 from qsd.servers.nbd import transmission
 from qsd.servers.nbd.buffers import Pool
 from qsd.servers.nbd.replies import Encoder
@@ -149,6 +149,13 @@ class FakeNode:
         if request.op == Op.READ and request.flags and request.offset >> 20 & 1:
             self.lent += 1
             request.result = Loan(LENT, request.offset, request.length, self._give_back)
+        elif request.op == Op.READ and request.flags and request.offset >> 21 & 1:
+            assert request.buffer is not None
+            # The middle of the reply is somewhere else.
+            data, start, stop = fill(request.offset), request.length // 4, request.length // 2
+            request.buffer[:] = data * start + bytes(stop - start) + data * stop
+            views = [request.buffer[:start], memoryview(data * (stop - start)), request.buffer[stop:]]
+            request.result = Pieces(views)
         elif request.op == Op.READ:
             assert request.buffer is not None
             request.buffer[:] = fill(request.offset) * request.length
@@ -216,7 +223,7 @@ def cookies_answered(sent: bytes, reads: dict[int, tuple[int, int]]) -> list[int
         assert magic == c.SIMPLE_REPLY_MAGIC
         position += SIMPLE_REPLY.size
         offset, length = (0, 0) if error else reads.get(cookie, (0, 0))
-        assert sent[position : position + min(length, 1)] == fill(offset)[:length]
+        assert sent[position : position + length] == fill(offset) * length
         position += length
         found.append(cookie)
     assert position == len(sent)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from qsd.drivers import packed
-from qsd.drivers.gather import Gather
+from qsd.drivers.gather import Gather, gather_read
 from qsd.drivers.packed import Unpacker
-from qsd.messages import Op, ReplyQueue, Request
+from qsd.messages import Flag, Op, Pieces, ReplyQueue, Request
 
 SIZE = 1000
 # Less than the whole: the rest is kept for whoever reads on.
@@ -46,8 +46,9 @@ class Driver:
     def locate(self, where: int) -> tuple[Any, int, int]:
         return self.child, where * 100, 100
 
-    def fetch(self, _child: Any, offset: int, buffer: memoryview, done: Callable[[int], None]) -> None:
-        self.fetches.append((offset, buffer, done))
+    def fetch_for(self, reply: ReplyQueue, _child: Any, offset: int, buffer: memoryview) -> None:
+        request = Request(Op.READ.value, offset, len(buffer), buffer, reply)
+        self.fetches.append((offset, buffer, request.complete))
 
     def unpack(self, _where: int, data: memoryview) -> bytes:
         if data[0] == 0xFF:
@@ -199,10 +200,10 @@ def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> No
     driver.send()
     driver.end_fetch()
     assert len(driver.jobs) == 2
-    assert [*map(is_done, many)] == [True] * 2 + [False] * 10
+    assert sum(map(is_done, many)) == 1
     assert len(driver.next_round) == 1
     driver.next_round.pop()()
-    assert [*map(is_done, many)] == [True] * 4 + [False] * 8
+    assert sum(map(is_done, many)) == 2
     assert len(driver.jobs) == 2, "both threads are at work"
     driver.jobs[0][0]()
     assert not is_done(many[-1]), "a thread tells nobody"
@@ -210,11 +211,31 @@ def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> No
         driver.next_round.pop()()
     assert is_done(many[-1])
     one = driver.read(30)
+    driver.end_all()
+    assert is_done(one)
+    assert all(map(is_done, many))
+    assert not driver.in_flight
+
+
+def test_busy_loop_leaves_to_threads_what_they_take_soon(driver: Driver) -> None:
+    driver.unpacker.at_once = 250
+    four = [driver.read(where) for where in range(4)]
     driver.send()
     driver.end_fetch()
-    assert is_done(one), "the loop has time"
+    assert len(driver.jobs) == 2
+    assert not any(map(is_done, four))
+    five = [*four, driver.read(10)]
+    driver.send()
+    driver.end_fetch()
+    driver.next_round.pop()()
+    assert sum(map(is_done, five)) == 1, "that is more than both take"
+    driver.unpacker._moves += 1
+    driver.next_round.pop()()
+    assert sum(map(is_done, five)) == 1, "something happened in the round before"
+    driver.next_round.pop()()
+    assert sum(map(is_done, five)) == 2, "nothing else is to be done"
     driver.end_all()
-    assert all(map(is_done, many))
+    assert all(map(is_done, five))
     assert not driver.in_flight
 
 
@@ -266,3 +287,44 @@ def test_who_comes_while_a_thread_has_the_cluster_gets_it_too(driver: Driver) ->
     assert is_done(first)
     assert is_done(second)
     assert second.buffer == bytes([7]) * 20
+
+
+def lending_read(driver: Driver, *parts: tuple[int, int, int]) -> Request:
+    """A read that allows pieces: of cluster, skip and length each."""
+    length = sum(part[2] for part in parts)
+    buffer = memoryview(bytearray(length))
+    request = Request(Op.READ.value, 0, length, buffer, ReplyQueue(lambda: None), Flag.MAY_LEND.value)
+    this: Any = driver
+    gather = gather_read(this, request)
+    position = 0
+    for where, skip, size in parts:
+        driver.unpacker.read(where, skip, buffer[position : position + size], gather, position)
+        position += size
+    gather.end()
+    return request
+
+
+def test_clusters_that_are_wanted_for_the_most_part_are_lent(driver: Driver) -> None:
+    request = lending_read(driver, (1, SIZE - 10, 10), (2, 0, SIZE), (3, 0, 500), (4, 0, 499))
+    driver.end_all()
+    assert is_done(request)
+    assert isinstance(request.result, Pieces)
+    views = request.result.views
+    assert [*map(len, views)] == [10, SIZE, 500, 499]
+    assert b"".join(views) == bytes([1]) * 10 + bytes([2]) * SIZE + bytes([3]) * 500 + bytes([4]) * 499
+    assert request.buffer is not None
+    assert bytes(request.buffer) == bytes([1]) * 10 + bytes(SIZE + 500) + bytes([4]) * 499, "the rest is copied"
+    again = lending_read(driver, (3, 500, 500))
+    assert is_done(again)
+    assert b"".join(again.result.views) == bytes([3]) * 500, "what is kept is lent as well"
+    assert not driver.in_flight
+
+
+def test_nothing_is_lent_with_an_error_or_without_need(driver: Driver) -> None:
+    driver.content[4] = bytes([0xFF]) * 100
+    broken = lending_read(driver, (3, 0, SIZE), (4, 0, SIZE))
+    copied = lending_read(driver, (5, 0, 10))
+    driver.end_all()
+    assert (broken.error, broken.result) == (errno.EIO, None)
+    assert (copied.error, copied.result) == (0, None)
+    assert copied.buffer == bytes([5]) * 10

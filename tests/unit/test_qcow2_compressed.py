@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsd.drivers.qcow2 import compressed
+from qsd.drivers.qcow2.compressed import Inflater
 from qsd.drivers.qcow2.layout import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from qsd.errors import QmpError
 
@@ -87,7 +88,7 @@ def test_inflate_gives_back_what_was_deflated(engine: str, kind: int, size: int)
     assert packed is not None
     assert len(packed) < size
     # What comes behind in the last sector belongs to somebody else.
-    assert compressed.inflate(packed + b"\xff" * 300, size, kind) == cluster
+    assert Inflater(size, kind).inflate(packed + b"\xff" * 300) == cluster
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -106,7 +107,7 @@ def test_inflate_larger_window_is_read(engine: str) -> None:
     block = random.Random(3).randbytes(20000)
     cluster = (block * 4)[:CLUSTER]
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
-    assert compressed.inflate(deflater.compress(cluster) + deflater.flush(), CLUSTER) == cluster
+    assert Inflater(CLUSTER).inflate(deflater.compress(cluster) + deflater.flush()) == cluster
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -120,7 +121,7 @@ def test_inflate_stream_of_more_than_a_cluster_stops_there(engine: str, kind: in
     bomb = bomb[: 2 * CLUSTER]
     tracemalloc.start()
     try:
-        assert compressed.inflate(bomb, CLUSTER, kind) == bytes(CLUSTER)
+        assert Inflater(CLUSTER, kind).inflate(bomb) == bytes(CLUSTER)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -132,7 +133,7 @@ def test_inflate_stream_of_less_than_a_cluster_is_eio(engine: str, kind: int, sh
     packed = compressed.deflate(bytes(CLUSTER), kind)
     assert packed is not None
     with pytest.raises(OSError, match="compressed cluster") as caught:
-        compressed.inflate(packed, CLUSTER + shorter, kind)
+        Inflater(CLUSTER + shorter, kind).inflate(packed)
     assert caught.value.errno == errno.EIO
 
 
@@ -147,7 +148,7 @@ def test_inflate_any_bytes_is_a_cluster_or_eio(kind: int, data: st.DataObject) -
             stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
         stream = bytes(stream[: data.draw(st.integers(0, len(stream)))])
     try:
-        cluster = compressed.inflate(stream, 4096, kind)
+        cluster = Inflater(4096, kind).inflate(stream)
     except OSError as error:
         code = error.errno
     else:
@@ -160,7 +161,7 @@ def test_inflate_zstd_frame_that_asks_for_a_huge_window_is_eio() -> None:
     # Magic, a frame header without single segment flag whose window descriptor says 2 GiB, one RLE block.
     frame = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + (CLUSTER << 3 | 2 | 1).to_bytes(3, "little") + b"A"
     with pytest.raises(OSError, match="broken compressed cluster") as caught:
-        compressed.inflate(frame, CLUSTER, COMPRESSION_ZSTD)
+        Inflater(CLUSTER, COMPRESSION_ZSTD).inflate(frame)
     assert caught.value.errno == errno.EIO
 
 
@@ -171,3 +172,30 @@ def test_require_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         compressed.require(COMPRESSION_ZSTD)
     with pytest.raises(QmpError, match=r"^qcow2: unknown compression type: 2$"):
         compressed.require(2)
+
+
+def test_faster_library_of_the_last_comparison_inflates(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0]
+    used: list[str] = []
+
+    def engine(name: str, cost: int) -> Any:
+        def inflate(_data: bytes, size: int) -> bytes:
+            used.append(name)
+            clock[0] += costs[name] * cost
+            return bytes(size)
+
+        return inflate
+
+    costs = {"a": 3, "b": 2}
+    monkeypatch.setattr(compressed, "_engines", lambda _kind: [engine("a", 1000), engine("b", 1000)])
+    monkeypatch.setattr(compressed.time, "thread_time_ns", lambda: clock[0])
+    inflater = Inflater(512)
+    for _ in range(compressed.PERIOD):
+        inflater.inflate(b"")
+    half = compressed.TRIAL // 2
+    assert (used.count("a"), used[-1]) == (half, "b")
+    # Another kind of data.
+    costs.update(a=1, b=9)
+    for _ in range(compressed.PERIOD):
+        inflater.inflate(b"")
+    assert (used.count("b"), used[-1]) == (half + compressed.PERIOD - compressed.TRIAL + half, "a")

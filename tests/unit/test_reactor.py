@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import trio
 
 from qsd.host import reactor as module
 from qsd.host.reactor import EPOLLIN, LINGER_NS, PATIENCE_NS, PollPolicy, Reactor
+from qsd.host.threads import ThreadPool
 
 STEP = 1_000
 
@@ -164,3 +166,67 @@ def test_what_there_was_no_time_for_and_has_ended_meanwhile_is_not_called(
     reactor.unregister(waiting.registration)
     assert reactor._serve_slice()
     assert not waiting.calls
+
+
+class Mail:
+    """Work that others have put in: a piece is delivered at a time."""
+
+    def __init__(self, *work: Callable[[], object]) -> None:
+        self.is_watched = False
+        self.work = list(work)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.work)
+
+    def deliver(self) -> None:
+        self.work.pop(0)()
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def test_mail_is_delivered_while_awake_and_what_it_defers_follows(reactor: Reactor) -> None:
+    seen: list[str] = []
+
+    def first() -> None:
+        reactor.defer(lambda: seen.append("deferred"), fail)
+        seen.append("first")
+
+    reactor.watch(Mail(first, lambda: seen.append("second")))
+    reactor._serve_slice()
+    assert seen == ["first", "deferred", "second"]
+
+
+async def test_mail_put_in_just_before_the_loop_sleeps_is_delivered(reactor: Reactor) -> None:
+    class Late(Mail):
+        @property
+        def has_news(self) -> bool:
+            if self.is_watched is False and not seen:
+                self.work.append(lambda: seen.append("late"))
+            return bool(self.work)
+
+    seen: list[str] = []
+    late = Late()
+    late.is_watched = True
+    reactor._window = 0
+    reactor.watch(late)
+    with trio.move_on_after(0):
+        await reactor.run()
+    assert seen == ["late"]
+
+
+async def test_other_threads_wake_up_a_loop_that_sleeps(reactor: Reactor) -> None:
+    pool = ThreadPool()
+    reactor.register(pool.fileno(), pool.reap, fail)
+    reactor.watch(pool)
+    done = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reactor.run)
+        while not reactor.sleeps:
+            await trio.lowlevel.checkpoint()
+        await trio.to_thread.run_sync(pool.soon, done.set)
+        await done.wait()
+        nursery.cancel_scope.cancel()
+    pool.close()

@@ -23,15 +23,7 @@ from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.bursts import Burst, Bursts
 from qsd.drivers.qcow2.geometry import COPIED, ODD, OFFSET_MASK
 from qsd.drivers.qcow2.image import Image
-from qsd.drivers.qcow2.layout import (
-    CORRUPT,
-    CRYPT_AES,
-    CRYPT_NONE,
-    DIRTY,
-    KNOWN_AUTOCLEAR,
-    Header,
-    unmarking,
-)
+from qsd.drivers.qcow2.layout import CORRUPT, CRYPT_AES, CRYPT_NONE, DIRTY, KNOWN_AUTOCLEAR, Header, unmarking
 from qsd.drivers.qcow2.loading import read_header, read_snapshots, read_table
 from qsd.drivers.qcow2.mending import mend
 from qsd.drivers.qcow2.packing import Packer
@@ -49,6 +41,7 @@ from qsd.messages import Flag, Op, Request
 log = logging.getLogger("qsd.qcow2")
 
 COMPRESSED: Final = Flag.COMPRESSED.value
+PACKED: Final = compressed.COMPRESSED
 
 
 class Qcow2Driver(TellingDriver):
@@ -423,6 +416,9 @@ class Qcow2Driver(TellingDriver):
                                     request.offset = where
                                     forward.append(request)
                                     continue
+                            elif entry & PACKED:
+                                self.unpacker.serve(request, entry, within)
+                                continue
                         elif request.flags:
                             pass
                         elif not entry:

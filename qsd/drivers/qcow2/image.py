@@ -103,6 +103,7 @@ class Image:
         self.lends = True
         self._making: dict[int, Cold] = {}
         self.encryption: Encryption | None = None
+        self.inflater = compressed.Inflater(header.cluster_size, header.compression_type)
         # An entry alone says where a cluster is, and how to read it.
         self.is_hot = geometry.words == 1
         self.header_changes = HeaderChanges(self)

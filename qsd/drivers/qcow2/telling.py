@@ -64,8 +64,7 @@ class TellingDriver(MappedDriver):
 
     def unpack(self, where: int, data: memoryview) -> bytes | bytearray:
         """Inflate a cluster."""
-        header = self.image.header
-        return compressed.inflate(data, header.cluster_size, header.compression_type)
+        return self.image.inflater.inflate(data)
 
     def packed_skip(self, offset: int) -> int:
         """How far into its cluster an offset is."""

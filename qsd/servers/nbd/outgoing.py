@@ -8,7 +8,7 @@ import os
 import socket
 from collections import deque
 
-from qsd.messages import Loan
+from qsd.messages import Loan, Pieces
 from qsd.servers.nbd.buffers import Pool, Slab
 
 MAX_SEGMENTS = 512
@@ -45,6 +45,13 @@ class Outgoing:
         """Queue a reply whose data is lent: its header, then the loan in place of the room behind it."""
         self._queue.append((head, slab, 0))
         self._queue.append((loan, slab, 1))
+
+    def add_pieces(self, head: memoryview, pieces: Pieces, slab: Slab) -> None:
+        """Queue a reply whose data is in pieces: its header, then these in place of the room behind it."""
+        queue = self._queue
+        for view in (head, *pieces.views[:-1]):
+            queue.append((view, slab, 0))
+        queue.append((pieces.views[-1], slab, 1))
 
     def add_bytes(self, data: bytes) -> None:
         """Queue one reply that was not laid out in a slab."""

@@ -23,7 +23,7 @@ import attrs
 from qsd.drivers.lending import LEND_MIN
 from qsd.drivers.spot import Finder, Spot
 from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SLICE_NS, Reactor, Registration
-from qsd.messages import Flag, Op, ReplyQueue, Request
+from qsd.messages import Flag, Loan, Op, ReplyQueue, Request
 from qsd.servers.nbd.buffers import Pool, Receive, Slab
 from qsd.servers.nbd.incoming import Incoming
 from qsd.servers.nbd.outgoing import Outgoing
@@ -453,8 +453,8 @@ class Transmission:
             if receive is not None:
                 self._payload_bytes -= length
                 self._in.returned(receive)
-            loan = request.result
-            if start == last and slab is current and loan is None and not request.error:
+            elsewhere = request.result
+            if start == last and slab is current and elsewhere is None and not request.error:
                 last = stop
                 count += 1
                 continue
@@ -467,8 +467,9 @@ class Transmission:
                 if slab is not None:
                     out.forget_slot(slab, stop - start)
                 continue
-            if loan is not None:
-                out.add_loan(slab.view[start : stop - length], loan, slab)
+            if elsewhere is not None:
+                add = out.add_loan if isinstance(elsewhere, Loan) else out.add_pieces
+                add(slab.view[start : stop - length], elsewhere, slab)
                 continue
             current, first, last, count = slab, start, stop, 1
         if current is not None:
