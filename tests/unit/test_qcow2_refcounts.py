@@ -27,6 +27,9 @@ class Host:
     def block_made(self, cluster: int, index: int) -> None:
         pass
 
+    def secure(self, cluster: int) -> None:
+        pass
+
     def claim(self, first: int, count: int) -> None:
         self.claimed += range(first, first + count)
 

@@ -102,6 +102,8 @@ class Image:
         # A read may be answered with pages of the file, as long as no cluster has ever changed its owner.
         self.lends = True
         self._making: dict[int, Cold] = {}
+        # The cluster that the next refcount block is to stand in, once the disk has given room for it.
+        self._secured: int | None = None
         self.encryption: Encryption | None = None
         self.inflater = compressed.Inflater(header.cluster_size, header.compression_type)
         # An entry alone says where a cluster is, and how to read it.
@@ -387,16 +389,12 @@ class Image:
         if making is not None:
             raise making
         self._check_kind(self.header.l1_offset + index * 8, ACTIVE_L1)
-        entry = self.map.l1[index]
-        offset, _count, is_fresh = self.allocate(1)
-        if not entry & OFFSET_MASK and is_fresh:
-            self._link_table(index, offset)
-            self.cache.insert(number, empty_table(self.geometry.slice_bytes))
-            return
-        self._making[index] = cold = Cold(("own table", index), partial(self._fill_table, index, offset))
+        # Also where it would read as zeroes: a disk that gets full must not let us down when data has been written.
+        offset = self.allocate(1)[0]
+        self._making[index] = cold = Cold(("own table", index), partial(self._fill_table, index, number, offset))
         raise cold
 
-    def _fill_table(self, index: int, offset: int, done: Callable[[int], None]) -> None:
+    def _fill_table(self, index: int, number: int, offset: int, done: Callable[[int], None]) -> None:
         old = self.map.l1[index] & OFFSET_MASK
         content = bytearray(self.geometry.cluster_size)
 
@@ -411,6 +409,8 @@ class Image:
                     if self._has_snapshot_of(old):
                         self.metadata.add(INACTIVE_L2, old, 1)
                     self.release(old, 1, Freeing.OTHER)
+                elif self.cache.peek(number) is None:
+                    self.cache.insert(number, empty_table(self.geometry.slice_bytes))
             done(error)
 
         def fetched(error: int) -> None:
@@ -431,8 +431,24 @@ class Image:
         except (Cold, OSError):
             return False
 
+    def secure(self, cluster: int) -> None:
+        """Write zeroes to a cluster that is to be a refcount block, for the same reason as to a new L2 table."""
+        if cluster == self._secured:
+            return
+
+        def secure(done: Callable[[int], None]) -> None:
+            def stored(error: int) -> None:
+                if not error:
+                    self._secured = cluster
+                done(error)
+
+            self.store(cluster << self.geometry.cluster_bits, bytes(self.geometry.cluster_size), stored)
+
+        raise Cold(("room", cluster), secure)
+
     def block_made(self, cluster: int, index: int) -> None:
         """A new refcount block stands there."""
+        self._secured = None
         self._check_kind(self.header.refcount_table_offset + index * 8, REFCOUNT_TABLE)
         self.metadata.add(REFCOUNT_BLOCK, cluster << self.geometry.cluster_bits, 1)
 

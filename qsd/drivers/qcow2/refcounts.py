@@ -36,6 +36,9 @@ class RefcountHost(Protocol):
     def claim(self, first: int, count: int) -> None:
         """Make clusters fit for use. Raises Cold, OSError."""
 
+    def secure(self, cluster: int) -> None:
+        """Have the disk give room to a cluster that nobody else can take. Raises Cold, OSError."""
+
     def block_made(self, cluster: int, index: int) -> None:
         """A cluster holds new refcount block ``index`` from now on. Raises OSError before anything has changed."""
 
@@ -276,6 +279,7 @@ class Refcounts:
             raise Cold("refcount table", self._host.grow_refcount_table)
         first = index << self.block_bits
         self._host.claim(first, 1)
+        self._host.secure(first)
         block = self._put_block(index, first)
         block[0] = 1
         return block
