@@ -12,8 +12,8 @@ from qsd.cli_check_options import Options, check_together, help_text, parse
 from qsd.cli_getopt import UsageError
 from qsd.cli_report import tell
 from qsd.drivers.qcow2 import layout
-from qsd.drivers.qcow2.check import Findings
-from qsd.drivers.qcow2.examining import Examined, Repairs, examine, read_header
+from qsd.drivers.qcow2.examining import CannotCheck, Examined, Repairs, examine, read_header
+from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.repair import Repaired
 from qsd.errors import QmpError, errno_text
 
@@ -83,9 +83,12 @@ def _check_image(prog: str, options: Options, find_secret: FindSecret) -> int:
             return UNSUPPORTED
         unlock(image, read_header(image), place, find_secret)
         progress = _show_progress if options.progress and not options.quiet else _ignore
-        examined = examine(image, options.repairs, progress)
+        examined = examine(image, options.repairs, progress, _tell_problems)
     except QmpError as error:
         raise _could_not_open(options, error) from None
+    except CannotCheck as error:
+        sys.stderr.write(f"{prog}: ERROR {error.text}\n{error.hint}")
+        raise QmpError(f"Check failed: {errno_text(error.errno or 0)}") from None
     except OSError as error:
         raise QmpError(f"Check failed: {errno_text(error.errno or 0)}") from None
     finally:
@@ -99,22 +102,27 @@ def _could_not_open(options: Options, error: QmpError) -> QmpError:
 
 def _is_supported(image: Image, place: Place) -> bool:
     """Whether it is a qcow2 image. Raises QmpError when it was said to be one, and is none."""
-    probed = image.read(0, layout.PROBE_LENGTH).startswith(layout.MAGIC)
-    if place.format == "qcow2" and not probed:
-        raise QmpError("Image is not in qcow2 format")
-    return probed and place.format in (None, "qcow2")
+    start = image.read(0, layout.PROBE_LENGTH)
+    if place.format == "qcow2":
+        if not start.startswith(layout.MAGIC):
+            raise QmpError("Image is not in qcow2 format")
+        return True
+    # Version 1 is another format, which cannot be checked.
+    return place.format is None and start.startswith(layout.MAGIC) and int.from_bytes(start[4:8], "big") >= 2
 
 
 def _tell_findings(options: Options, examined: Examined) -> int:
-    before, found, fixed = examined.before, examined.found, examined.fixed
-    sys.stderr.writelines(f"{problem}\n" for problem in before.problems)
-    if found is not before:
-        sys.stderr.writelines(f"{problem}\n" for problem in found.problems)
+    found, fixed = examined.found, examined.fixed
     if options.output == "json" and not options.quiet:
         print(json.dumps(_as_json(options.image, found, fixed), indent=4))
     elif not options.quiet:
         print(_as_text(found, fixed))
     return CORRUPT if found.corruptions else LEAKING if found.leaks else CLEAN
+
+
+def _tell_problems(found: Findings) -> None:
+    """At once: the repair may fail."""
+    sys.stderr.writelines(f"{problem}\n" for problem in found.problems)
 
 
 def _ignore(_done: int, _total: int) -> None:
@@ -142,7 +150,7 @@ def _as_json(filename: str, found: Findings, fixed: Repaired) -> dict[str, Any]:
         "corruptions": found.corruptions,
         "corruptions-fixed": fixed.corruptions,
     }
-    always = ("image-end-offset", "total-clusters", "check-errors", "filename", "format")
+    always = ("image-end-offset", "check-errors", "filename", "format")
     return {key: value for key, value in shown.items() if value or key in always}
 
 

@@ -22,7 +22,8 @@ Check a qcow2 image, and repair it. The image must not be open for writing elsew
   --image-opts               IMAGE is a list: [driver=qcow2,]file.filename=FILE[,encrypt.key-secret=ID]
   -T, --cache CACHE          none and directsync leave nothing of the image in the page cache, unsafe does not
                              wait for the disk; writeback (default), writethrough
-  -r, --repair leaks|all     give leaked clusters back; all: also counts, flags, and the refcount structure
+  -r, --repair leaks|all     give leaked clusters back; all: also counts, flags, the refcount structure,
+                             and tables of snapshots and bitmaps
   --output human|json        what the answer looks like
   -U, --force-share          look at an image others write to; what is shown may be wrong
   -q, --quiet                say nothing but what is wrong, on stderr

@@ -12,6 +12,7 @@ import attrs
 from qsd.drivers.qcow2 import refcount_codec
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import parse_header, serialise_header
+from qsd.drivers.qcow2.snapshot_table import ENTRY
 
 
 class Damage:
@@ -114,7 +115,8 @@ class Damage:
 
     def put_header(self, **changes: int) -> None:
         """Let the header say something else."""
-        start = serialise_header(attrs.evolve(self.header, **changes))
+        self.header = attrs.evolve(self.header, **changes)
+        start = serialise_header(self.header)
         self.data[: len(start)] = start
 
     # -- clusters that are two things -----------------------------------------------------------------------------
@@ -175,6 +177,39 @@ class Damage:
             else:
                 struct.pack_into(">I", self.data, header.snapshots_offset + 8, 0x1000)
 
+    def entries_of_snapshots(self) -> None:
+        """An entry of the snapshot table says less than it has to, or more than it may."""
+        header, rng = self.header, self.rng
+        if not header.snapshot_count:
+            return
+        place = header.snapshots_offset
+        fields = list(ENTRY.unpack_from(self.data, place))
+        ids = fields[2] + fields[3]
+        old = self.data[place + ENTRY.size : place + ENTRY.size + fields[8] + ids]
+        extra, names = old[: fields[8]].ljust(24, b"\xff"), old[fields[8] :]
+        if rng.randrange(2):
+            extra = extra[: rng.choice((0, 8, 15))]
+        else:
+            # There is no room for it where the table is: it stands behind everything, and nothing is counted.
+            extra = extra.ljust(rng.randrange(1025, 1200), b"x")
+            place = len(self.data)
+            self.data += bytes(2048 if self.size < 2048 else self.size)
+            self.put_header(snapshots_offset=place)
+        entry = ENTRY.pack(*fields[:8], len(extra)) + extra + names
+        self.data[place : place + len(entry)] = entry
+
+    def bitmap(self) -> None:
+        """A bitmap's table, or its bits, are behind the file's end."""
+        extension = self.header.bitmaps_extension()
+        if extension is not None:
+            place = self.rng.choice((extension.offset, self.word(extension.offset)))
+            self.set_word(place, len(self.data) + self.rng.choice((1, 2, 1000)) * self.size)
+
+    def uncounted(self) -> None:
+        """There is no refcount table."""
+        self.all()
+        self.put_header(refcount_table_clusters=0)
+
     def many(self) -> None:
         """A bit of everything."""
         for name in self.rng.sample(DAMAGES[:-1], 3):
@@ -186,5 +221,6 @@ class Damage:
 MENDED: Final = ("leaks", "lows", "both", "flags", "all", "table", "block", "outside")
 DAMAGES: Final = (
     *MENDED,
-    *("dropped", "crooked", "twice", "metadata", "shared_table", "nowhere", "cut_off", "bits", "snapshot", "many"),
+    *("dropped", "crooked", "twice", "metadata", "shared_table", "nowhere", "cut_off", "bits", "snapshot"),
+    *("entries_of_snapshots", "bitmap", "uncounted", "many"),
 )

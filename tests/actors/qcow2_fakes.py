@@ -14,9 +14,10 @@ import trio
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import DATA_FILE, DATA_FILE_RAW, DIRTY, EXTENDED_L2, Header, parse_header
+from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
 from qsd.messages import BlockState, Extent, Op, Request

@@ -22,7 +22,7 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import (
     DIRTY,
@@ -33,6 +33,7 @@ from qsd.drivers.qcow2.layout import (
     serialise_header,
     unmarking,
 )
+from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.loading import read_snapshots
 from qsd.drivers.qcow2.repair import repair
 from qsd.errors import QmpError

@@ -24,9 +24,10 @@ from qcow2_fakes import extents_of, file_node
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath
 from qsd.drivers.gather import Callback
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import CRYPT_AES, parse_header
+from qsd.drivers.qcow2.ledger import Findings
 from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
 from qsd.qapi.core import NULL

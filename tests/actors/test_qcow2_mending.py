@@ -12,6 +12,7 @@ from qcow2_damage import MENDED, Damage
 from qcow2_fakes import MemoryFile, check, cut, opened_on, read
 
 from qsd.drivers.qcow2.layout import DIRTY, EXTENDED_L2, Header
+from qsd.drivers.qcow2.snapshot_table import ENTRY
 from qsd.errors import QmpError
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -78,6 +79,26 @@ async def test_repair_that_cannot_write(name: str) -> None:
             await driver.close()
         assert check(file) == (0, 0)
     assert room > 3
+
+
+async def test_snapshot_table_is_completed() -> None:
+    """Who goes on with the image has it as it stands in the file."""
+    built = build(HEADERS["plain"], random.Random(1), kinds=(DATA,), has_snapshot=True)
+    image = Damage(built.image, random.Random(1))
+    place = image.header.snapshots_offset
+    fields = ENTRY.unpack_from(image.data, place)
+    entry = ENTRY.pack(*fields[:8], 0) + b"1snap"
+    image.data[place : place + len(entry)] = entry
+    file = MemoryFile(image.data)
+    async with opened_on(file) as driver:
+        await assert_mended(driver, built)
+        (snapshot,) = driver.image.snapshots
+        assert (snapshot.name, snapshot.disk_size) == (b"snap", driver.length)
+        assert driver.image.header.snapshots_offset != place
+        await driver.create_snapshot("more", 1)
+        await driver.delete_snapshot("1")
+        await driver.close()
+    assert check(file) == (0, 0)
 
 
 async def assert_mended(driver: Any, built: Built) -> None:

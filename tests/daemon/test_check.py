@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness import PROGRAM
 from qsd import cli_check
 from qsd.cli_check_image import Image, Place
 from qsd.drivers.qcow2 import examining, snapshot_table
+from qsd.drivers.qcow2.examining import Repairs
 from qsd.drivers.qcow2.layout import Header, marking, parse_header, serialise_header, unmarking
 
 FIGURES = (
@@ -232,6 +234,37 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
     assert "No such file or directory" in done.stderr
 
 
+def test_repair_that_cannot_write_tells_what_it_found(tmp_path: Path, reference: Path) -> None:
+    """It told the failure only."""
+    image = make(tmp_path, "old")
+    assert run(tool("qemu-img"), "amend", "-o", "compat=1.1", image).returncode == 0
+    data = bytearray(image.read_bytes())
+    at = int.from_bytes(data[64:72], "big") + 36
+    data[at : at + 4] = bytes(4)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(data), len(data)))
+
+    for program in (PROGRAM, (reference.parent / "qemu-img",)):
+        image.write_bytes(data)
+        words = [*map(str, program), "check", "-r", "all", str(image)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, preexec_fn=limit)
+        first, failure, last = done.stderr.splitlines()
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "snapshot table entry 0 is incomplete" in first
+        assert "ERROR failed to update snapshot table: File too large" in failure
+        assert last.partition(": ")[2] == "Check failed: File too large"
+
+
+def test_what_is_older_than_version_2_is_another_format(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    data = image.read_bytes()
+    image.write_bytes(data[:4] + bytes(4) + data[8:])
+    for words, code in ((), 63), (("-f", "qcow2"), 1):
+        for program in (PROGRAM, (tool("qemu-img"),)):
+            assert run(*program, "check", *words, image).returncode == code
+
+
 def test_image_in_use_is_not_checked(tmp_path: Path) -> None:
     image = make(tmp_path, "plain")
     qemu = subprocess.Popen(
@@ -432,7 +465,7 @@ def test_long_snapshot_tables_are_read_once(tmp_path: Path, monkeypatch: pytest.
         return table[offset : offset + length].ljust(length, b"\0")
 
     monkeypatch.setattr(image, "read", read)
-    examining._check_snapshots(header, image)
+    examining._check_snapshots(header, image, Repairs.NONE)
     assert sum(taken) < 2 * len(table)
 
 

@@ -8,70 +8,18 @@ import attrs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from qcow2_check_image import SIZE, Image
 
 from qsd.drivers.qcow2 import layout, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import ENTRY as ENTRY_OF_BITMAP
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.counts import Counts
-from qsd.drivers.qcow2.examining import Examined, Repairs, examine
+from qsd.drivers.qcow2.examining import Repairs
 from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
-from qsd.drivers.qcow2.new_image import COPIED, NewImage, header_cluster, metadata, place
+from qsd.drivers.qcow2.new_image import COPIED
 from qsd.drivers.qcow2.repair import repair
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
-
-SIZE = 1 << 16
-
-
-class Image:
-    """An image in memory."""
-
-    def __init__(
-        self, *, allocates: bool = True, size: int = 20 * SIZE, incompatible: int = 0, order: int = 4
-    ) -> None:
-        header = Header(cluster_bits=16, size=size, incompatible=incompatible, refcount_order=order)
-        placement = place(NewImage(header=header, allocates=allocates))
-        self.header = placement.header
-        self.data = bytearray(placement.end * SIZE)
-        for offset, part in [(0, header_cluster(placement.header)), *metadata(placement)]:
-            self.data[offset : offset + len(part)] = part
-        self.l2 = placement.l2_tables * SIZE
-        self.block = placement.refcount_blocks * SIZE
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
-
-    def write(self, offset: int, data: bytes) -> None:
-        self.data.extend(bytes(max(0, offset + len(data) - len(self.data))))
-        self.data[offset : offset + len(data)] = data
-
-    def word(self, offset: int) -> int:
-        return int.from_bytes(self.data[offset : offset + 8], "big")
-
-    def set_word(self, offset: int, value: int) -> None:
-        self.write(offset, value.to_bytes(8, "big"))
-
-    def count(self, cluster: int, value: int) -> None:
-        """Set a refcount (16 bits)."""
-        self.write(self.block + 2 * cluster, value.to_bytes(2, "big"))
-
-    def check(self) -> Findings:
-        return Checker(self.header, self.read, len(self.data)).run()
-
-    @property
-    def length(self) -> int:
-        return len(self.data)
-
-    def flush(self) -> None:
-        """All of it is where it belongs."""
-
-    def examine(self, repairs: Repairs) -> Examined:
-        return examine(self, repairs)
-
-    def repair(self, *, leaks_only: bool = False) -> Findings:
-        repair(self.header, self.read, self.write, self.check(), leaks_only=leaks_only)
-        self.header = layout.parse_header(self.data[:SIZE])
-        return self.check()
 
 
 @pytest.mark.parametrize("order", range(7))

@@ -12,72 +12,26 @@ sound image do not overlap. An L2 table is looked at once, however many entries 
 from __future__ import annotations
 
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
-import attrs
-
-from qsd.drivers.qcow2 import layout, refcount_codec
-from qsd.drivers.qcow2.bitmap_layout import ENTRY, MAX_DATA
+from qsd.drivers.qcow2 import refcount_codec
 from qsd.drivers.qcow2.comparison import Comparison
 from qsd.drivers.qcow2.counts import Counts
-from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, swap
+from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.layout import Header
-from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
-from qsd.drivers.qcow2.snapshot_table import MAX_TABLE, MIN_EXTRA_V3
-
-# Reads ``length`` bytes at an offset; what lies beyond the file's end is zeroes.
-Read = Callable[[int, int], bytes]
+from qsd.drivers.qcow2.ledger import Findings, Ledger, Read
+from qsd.drivers.qcow2.side_tables import walk_bitmaps, walk_crypto, walk_snapshots
 
 REFCOUNT_BLOCK_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 # Bits that must be 0 in entries of the three kinds of tables.
 _L1_RESERVED: Final = 0x7F00_0000_0000_01FF
 _L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 _REFCOUNT_RESERVED: Final = 0x1FF
-# Clusters behind the file's end that a new refcount structure may come to stand in: for 2 TiB at 64 KiB.
-_NEARBY: Final = 1024
-# Bytes: five hundred times what a LUKS header with its key slots takes. Every cluster of it is counted.
-_MAX_ENCRYPTION_HEADER: Final = 1 << 30
 # L2 tables that stand across clusters: no sound image has one, and each takes a hundred bytes of memory.
 _MAX_UNALIGNED: Final = 1 << 16
-
-
-@attrs.define
-class Findings:
-    """What a check found. ``problems`` are lines for people, up to the limit that the check was given.
-
-    ``used`` says how often clusters are used, ``counted`` how often the image says so, ``structures`` where its
-    refcount table and blocks are: clusters, each as often as it is used for them.
-    """
-
-    corruptions: int = 0
-    # Those of them that are entries whose COPIED flag does not say what is counted.
-    flags: int = 0
-    leaks: int = 0
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end: int = 0
-    # The cluster behind what something leads to that reaches beyond the end of the file, if it begins nearby. It is
-    # not ``used``; what is written there would be taken for it.
-    claimed_end: int = 0
-    problems: list[str] = attrs.field(factory=list)
-    # Cluster, counted, and what should be counted, where they differ.
-    changes: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
-    # Offset in the file and entry as it should be, of zeroes that have a place, which they need not, off a cluster.
-    crooked_zeroes: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
-    # The same where COPIED does not say what should be counted.
-    wrong_flags: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
-    used: Counts = attrs.field(factory=Counts)
-    counted: Counts = attrs.field(factory=Counts)
-    structures: list[int] = attrs.field(factory=list)
-    # What is broken of the refcount table and blocks: there have to be new ones.
-    broken_structures: int = 0
-    # Something leads nowhere: what looks like a leak may be what it should lead to.
-    is_lossy: bool = False
 
 
 class Checker:
@@ -99,119 +53,64 @@ class Checker:
         self._read = read
         self._file_length = file_length
         self._progress = progress
-        self._max_problems = max_problems
         self._bits = header.cluster_bits
         self._size = header.cluster_size
-        # The cluster behind the file, and behind what begins in it.
-        self._end = -(-file_length // self._size)
-        self.findings = Findings(total_clusters=-(-header.size // header.cluster_size))
+        self._ledger = Ledger(header, read, file_length, max_problems)
+        self.findings = self._ledger.findings
         self._used, self._counted = self.findings.used, self.findings.counted
         # An L1 table that reaches beyond the file is not: whatever stands in its clusters would look alone.
         self._is_l1_counted = False
-        # There is a table that was not looked at: what it leads to is known from the counts alone.
-        self._is_blind = False
         # How many L1 entries lead to each L2 table, of all L1 tables and of the active one.
         self._tables, self._active_tables = Counts(), Counts()
         # The same of tables that stand across clusters, by offset: of all, and of the active one.
         self._unaligned: dict[int, tuple[int, int]] = {}
-        # Bytes of tables there may still be.
-        self._room = file_length + self._size
         self._refcount_blocks: list[tuple[int, int]] = []
 
     def run(self) -> Findings:
         """Look at everything. Raises OSError when the file cannot be read."""
-        self._use(0, self._size, "header")
+        self._ledger.use(0, self._size, "header")
         self._load_refcounts()
         self._walk_l1(self._header.l1_offset, self._header.l1_size, is_active=True)
-        self._walk_snapshots()
+        walk_snapshots(self._ledger, partial(self._walk_l1, is_active=False))
         self._walk_tables()
-        self._walk_bitmaps()
-        self._walk_crypto()
+        walk_bitmaps(self._ledger)
+        walk_crypto(self._ledger)
         self._check_refcount_blocks()
         highest = refcount_codec.max_refcount(self._header.refcount_order)
-        self._comparison = Comparison(self._used, self._counted, highest, self._end, self.findings.is_lossy)
+        self._comparison = Comparison(self._used, self._counted, highest, self._ledger.end, self.findings.is_lossy)
         self.findings.changes = self._comparison.changes
         self.findings.wrong_flags, self.findings.crooked_zeroes = self._wrong_flags, self._crooked_zeroes
         self._compare()
         self._check_flags()
         return self.findings
 
-    # -- what is used -----------------------------------------------------------------------------------------
-
-    def _corrupt(self, text: str, times: int = 1) -> None:
-        self.findings.corruptions += times
-        self._tell(f"ERROR {text}")
-
-    def _tell(self, line: str) -> None:
-        if len(self.findings.problems) < self._max_problems:
-            self.findings.problems.append(line)
-
-    def _use(
-        self, offset: int, length: int, what: str, times: int = 1, *, counts: bool = False, is_data: bool = False
-    ) -> bool:
-        """Count the clusters of a range as used once more, or so many times; False when it reaches beyond the file.
-
-        ``counts``: it is a part of the refcount structure. ``is_data``: a cluster of the guest's.
-        """
-        if not length:
-            return True
-        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-        # A last cluster may be cut short: the file ends where its data does.
-        is_inside = offset + length < self._file_length + self._size
-        # A cluster of data may follow the file's end, where nothing has been written: the file can become longer.
-        follows = is_data and last << self._bits < self._file_length + self._size
-        if not (is_inside or follows) or offset + length > layout.MAX_SIZE:
-            self._corrupt(f"{what} at {offset:#x} lies beyond the end of the file", times)
-            self._claim(offset, length)
-            if counts:
-                self.findings.broken_structures += 1
-            else:
-                self.findings.is_lossy = True
-            return False
-        if is_inside:
-            self._end = max(self._end, last + 1)
-        for cluster in range(first, last + 1):
-            self._used.add(cluster, times)
-        if counts:
-            self.findings.structures.extend(range(first, last + 1))
-        return True
-
-    def _claim(self, offset: int, length: int) -> None:
-        far = -(-self._file_length // self._size) + _NEARBY
-        if offset >> self._bits < far:
-            end = (offset + length - 1 >> self._bits) + 1
-            self.findings.claimed_end = max(self.findings.claimed_end, min(end, far))
-
-    def _words(self, offset: int, count: int) -> array[int]:
-        words = array("Q")
-        words.frombytes(self._read(offset, count * 8))
-        swap(words)
-        return words
-
     # -- refcounts --------------------------------------------------------------------------------------------
 
     def _load_refcounts(self) -> None:
         header = self._header
         length = header.refcount_table_clusters << self._bits
-        if not self._use(header.refcount_table_offset, length, "refcount table", counts=True):
+        is_inside = self._ledger.use(header.refcount_table_offset, length, "refcount table", counts=True)
+        # One that reaches beyond the file's end has entries before it.
+        if not is_inside and header.refcount_table_offset >= self._file_length:
             return
         per_block = refcount_codec.block_entries(self._bits, header.refcount_order)
         seen: set[int] = set()
-        for index, entry in enumerate(self._words(header.refcount_table_offset, length // 8)):
+        for index, entry in enumerate(self._ledger.words(header.refcount_table_offset, length // 8)):
             offset = entry & REFCOUNT_BLOCK_MASK
             if entry & _REFCOUNT_RESERVED:
                 # What stands there counts, but the block is nobody's.
-                self._corrupt(f"refcount table entry {index} has reserved bits set")
+                self._ledger.corrupt(f"refcount table entry {index} has reserved bits set")
                 self.findings.broken_structures += 1
                 if not offset or offset % self._size or offset >= self._file_length:
                     continue
             elif not offset:
                 continue
             elif offset % self._size:
-                self._corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
+                text = f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                self._ledger.corrupt(text)
                 self.findings.broken_structures += 1
                 continue
-            elif not self._use(offset, self._size, f"refcount block {index}", counts=True):
+            elif not self._ledger.use(offset, self._size, f"refcount block {index}", counts=True):
                 continue
             else:
                 self._refcount_blocks.append((index, offset >> self._bits))
@@ -225,28 +124,28 @@ class Checker:
 
     def _walk_l1(self, offset: int, entries: int, *, is_active: bool) -> None:
         if offset % self._size:
-            self._corrupt(f"L1 table at {offset:#x} is not cluster aligned")
+            self._ledger.corrupt(f"L1 table at {offset:#x} is not cluster aligned")
             self.findings.is_lossy |= bool(entries)
             return
         if not entries:
             return
         # One that reaches beyond the file's end has entries before it.
-        is_inside = self._use(offset, entries * 8, "L1 table")
+        is_inside = self._ledger.use(offset, entries * 8, "L1 table")
         self._is_l1_counted |= is_active and is_inside
-        if (not is_inside and offset >= self._file_length) or not self._has_room(entries * 8, "L1 table"):
+        if (not is_inside and offset >= self._file_length) or not self._ledger.has_room(entries * 8, "L1 table"):
             return
-        for entry in self._words(offset, entries):
+        for entry in self._ledger.words(offset, entries):
             if not entry:
                 continue
             if entry & _L1_RESERVED:
-                self._corrupt(f"found L1 entry with reserved bits set: {entry:x}")
+                self._ledger.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             table = entry & OFFSET_MASK
             if table % self._size:
-                self._corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
+                self._ledger.corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
             # An entry that leads to no table is looked at all the same: whatever stands there may be one.
             if not table or table % self._size:
                 self.findings.is_lossy = True
-            if not self._use(table, self._size, "L2 table"):
+            if not self._ledger.use(table, self._size, "L2 table"):
                 continue
             if table % self._size:
                 self._add_unaligned(table, is_active=is_active)
@@ -257,17 +156,11 @@ class Checker:
 
     def _add_unaligned(self, table: int, *, is_active: bool) -> None:
         times, active = self._unaligned.get(table, (0, 0))
-        if not times and (len(self._unaligned) == _MAX_UNALIGNED or not self._has_room(self._size, "L2 table")):
-            return
+        if not times:
+            is_full = len(self._unaligned) == _MAX_UNALIGNED
+            if is_full or not self._ledger.has_room(self._size, "L2 table"):
+                return
         self._unaligned[table] = (times + 1, active + is_active)
-
-    def _has_room(self, length: int, what: str) -> bool:
-        """Whether all tables together can still be parts of the file that do not overlap."""
-        self._room -= length
-        if self._room < 0:
-            self._corrupt(f"{what} overlaps with others")
-            self.findings.is_lossy = self._is_blind = True
-        return self._room >= 0
 
     def _walk_tables(self) -> None:
         """Look at every L2 table once, and count for each L1 entry that leads to it."""
@@ -290,7 +183,7 @@ class Checker:
     def _walk_l2(self, table: int, times: int, active: int) -> None:
         """Count what a table refers to: so many times, ``active`` of them for the disk as it is now."""
         step = 2 if self._header.has_extended_l2 else 1
-        words = self._words(table, self._size // 8)
+        words = self._ledger.words(table, self._size // 8)
         if not any(words):
             return
         has_data_file = self._header.has_data_file
@@ -307,7 +200,7 @@ class Checker:
             if not entry:
                 continue
             if entry & _L2_RESERVED:
-                self._corrupt(f"found l2 entry with reserved bits set: {entry:x}", times)
+                self._ledger.corrupt(f"found l2 entry with reserved bits set: {entry:x}", times)
             offset = entry & OFFSET_MASK
             if not offset and not has_data_file:
                 continue
@@ -317,98 +210,43 @@ class Checker:
             if offset % self._size:
                 is_zero = self._is_crooked_zero(entry, bitmap if step == 2 else None)
                 what = "Preallocated zero cluster" if is_zero else "Data cluster"
-                self._corrupt(f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted.", times)
+                text = f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted."
+                self._ledger.corrupt(text, times)
             findings.allocated_clusters += active
             if last_data >= 0 and offset != last_data + self._size:
                 findings.fragmented_clusters += active
             last_data = offset
             if not has_data_file:
-                self._use(offset, self._size, "data cluster", times, is_data=True)
+                self._ledger.use(offset, self._size, "data cluster", times, is_data=True)
 
     def _check_subclusters(self, entry: int, bitmap: int, times: int) -> None:
         """A subcluster cannot be data and zeroes at once, nor data without a cluster (Extended L2 Entries)."""
         if entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
             if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
-                place = f"offset={entry & OFFSET_MASK:#x}"
-                self._corrupt(f"{place}: Allocated cluster has corrupted subcluster allocation bitmap", times)
+                text = "Allocated cluster has corrupted subcluster allocation bitmap"
+                self._ledger.corrupt(f"offset={entry & OFFSET_MASK:#x}: {text}", times)
         elif bitmap & 0xFFFF_FFFF:
-            self._corrupt("Unallocated cluster has non-zero subcluster allocation map", times)
+            self._ledger.corrupt("Unallocated cluster has non-zero subcluster allocation map", times)
 
     def _use_compressed(self, entry: int, bitmap: int, times: int, active: int) -> None:
         if entry & COPIED:
-            self._corrupt("compressed cluster has the COPIED flag", times)
+            self._ledger.corrupt("compressed cluster has the COPIED flag", times)
         if self._header.has_data_file:
             # Nothing can be compressed into another file, and here is none of it.
-            self._corrupt(f"compressed cluster with data file, entry={entry:#x}", times)
+            self._ledger.corrupt(f"compressed cluster with data file, entry={entry:#x}", times)
             return
         if bitmap:
-            self._corrupt(f"compressed cluster with subcluster bitmap, entry={entry:#x}", times)
+            self._ledger.corrupt(f"compressed cluster with subcluster bitmap, entry={entry:#x}", times)
             self.findings.is_lossy = True
             return
         shift = 62 - (self._bits - 8)
         offset = entry & ((1 << shift) - 1)
         sectors = (entry >> shift & ((1 << (self._bits - 8)) - 1)) + 1
-        self._use(offset & ~511, sectors * 512, "compressed cluster", times)
+        self._ledger.use(offset & ~511, sectors * 512, "compressed cluster", times)
         self.findings.allocated_clusters += active
         self.findings.compressed_clusters += active
         # It never follows its neighbour cluster by cluster.
         self.findings.fragmented_clusters += active
-
-    # -- what else stands in the image ------------------------------------------------------------------------
-
-    def _walk_snapshots(self) -> None:
-        header = self._header
-        position = header.snapshots_offset
-        for number in range(header.snapshot_count):
-            if position - header.snapshots_offset > MAX_TABLE:
-                self._corrupt("snapshot table is too large")
-                self.findings.is_lossy = True
-                return
-            fields = ENTRY_OF_SNAPSHOT.unpack(self._read(position, ENTRY_OF_SNAPSHOT.size))
-            l1_offset, l1_size, id_size, name_size, extra = fields[0], fields[1], fields[2], fields[3], fields[8]
-            if header.version >= 3 and extra < MIN_EXTRA_V3:
-                self._corrupt(f"snapshot table entry {number} is incomplete")
-            if l1_size * 8 > layout.MAX_L1_BYTES:
-                self._corrupt(f"L1 table of a snapshot has {l1_size} entries")
-                self.findings.is_lossy = self._is_blind = True
-            else:
-                self._walk_l1(l1_offset, l1_size, is_active=False)
-            position += -(-(ENTRY_OF_SNAPSHOT.size + extra + id_size + name_size) // 8) * 8
-        self._use(header.snapshots_offset, position - header.snapshots_offset, "snapshot table")
-
-    def _walk_bitmaps(self) -> None:
-        extension = self._header.bitmaps_extension()
-        if extension is None or not self._use(extension.offset, extension.size, "bitmap directory"):
-            return
-        directory = self._read(extension.offset, extension.size)
-        position = 0
-        for _ in range(extension.count):
-            if position + ENTRY.size > extension.size:
-                self._corrupt("bitmap directory is broken")
-                self.findings.is_lossy = True
-                return
-            table, entries, _flags, _type, _bits, name_size, extra = ENTRY.unpack_from(directory, position)
-            position += -(-(ENTRY.size + extra + name_size) // 8) * 8
-            # With a larger one the image cannot be opened at all, which is told elsewhere.
-            is_possible = entries * self._size <= max(MAX_DATA, self._size)
-            if not is_possible or not self._use(table, entries * 8, "bitmap table"):
-                continue
-            if not self._has_room(entries * 8, "bitmap table"):
-                return
-            for entry in self._words(table, entries):
-                if entry & OFFSET_MASK:
-                    self._use(entry & OFFSET_MASK, self._size, "bitmap data")
-
-    def _walk_crypto(self) -> None:
-        extension = self._header.crypto_extension()
-        if extension is None:
-            return
-        if extension.length > _MAX_ENCRYPTION_HEADER:
-            self._corrupt(f"encryption header at {extension.offset:#x} has {extension.length} bytes")
-            self.findings.is_lossy = True
-            self._claim(extension.offset, extension.length)
-        else:
-            self._use(extension.offset, extension.length, "encryption header")
 
     # -- the verdict ------------------------------------------------------------------------------------------
 
@@ -419,7 +257,7 @@ class Checker:
             left[cluster] -= 1
             used = self._used.get(cluster) - left[cluster]
             if used != 1:
-                self._corrupt(f"refcount block {index} refcount={used}")
+                self._ledger.corrupt(f"refcount block {index} refcount={used}")
                 self.findings.broken_structures += 1
 
     def _compare(self) -> None:
@@ -427,12 +265,12 @@ class Checker:
         for cluster, counted, used in self._comparison.differences():
             if counted > used:
                 findings.leaks += 1
-                self._tell(f"Leaked cluster {cluster} refcount={counted} reference={used}")
+                self._ledger.tell(f"Leaked cluster {cluster} refcount={counted} reference={used}")
                 continue
             # Each use behind the end is one too many, and each that no count has room for.
-            wrong = used if cluster >= self._end else max(0, used - highest) + (counted < min(used, highest))
+            wrong = used if cluster >= self._ledger.end else max(0, used - highest) + (counted < min(used, highest))
             findings.corruptions += wrong
-            self._tell(f"ERROR cluster {cluster} refcount={counted} reference={used}")
+            self._ledger.tell(f"ERROR cluster {cluster} refcount={counted} reference={used}")
         findings.image_end = self._comparison.end_of_use() << self._bits
 
     def _check_flags(self) -> None:
@@ -440,13 +278,13 @@ class Checker:
         for _place, entry, cluster, times, _is_table in self._flagged():
             count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
-                self._corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
+                self._ledger.corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
                 self.findings.flags += times
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
         for place, entry, cluster, _times, is_table in self._flagged():
             is_alone = cluster is None or self._comparison.wanted(cluster) == 1
-            is_known = not self._is_blind or cluster is None or self._counted.get(cluster) == 1
+            is_known = not self._ledger.is_blind or cluster is None or self._counted.get(cluster) == 1
             if is_table and bool(entry & COPIED) != is_alone and (is_known or not is_alone):
                 yield place, entry ^ COPIED
 
@@ -456,7 +294,7 @@ class Checker:
             number = table >> self._bits
             if table % self._size or self._used.get(number) != self._tables.get(number):
                 continue
-            words = self._words(table, self._size // 8)
+            words = self._ledger.words(table, self._size // 8)
             for index in range(0, len(words), step):
                 if self._is_crooked_zero(words[index], words[index + 1] if step == 2 else None):
                     yield table + 8 * index, ZERO_FLAG if step == 1 else 0
@@ -480,7 +318,7 @@ class Checker:
         step = 2 if header.has_extended_l2 else 1
         if header.l1_offset % self._size or header.l1_offset >= self._file_length:
             return
-        for position, l1_entry in enumerate(self._words(header.l1_offset, header.l1_size)):
+        for position, l1_entry in enumerate(self._ledger.words(header.l1_offset, header.l1_size)):
             table = l1_entry & OFFSET_MASK
             if table:
                 place = header.l1_offset + 8 * position
@@ -489,7 +327,7 @@ class Checker:
         for table, _times, active in self._all_tables():
             if not table or not active:
                 continue
-            words = self._words(table, self._size // 8)
+            words = self._ledger.words(table, self._size // 8)
             number = table >> self._bits
             is_table = not table % self._size and self._used.get(number) == self._tables.get(number)
             for index in range(0, len(words), step):

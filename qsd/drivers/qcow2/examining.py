@@ -14,18 +14,23 @@ from typing import Final, Protocol
 import attrs
 
 from qsd.block.bitmap import DirtyBitmap
-from qsd.drivers.qcow2 import bitmap_layout, layout, snapshot_table
-from qsd.drivers.qcow2.check import Checker, Findings
+from qsd.drivers.qcow2 import bitmap_layout, layout
+from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.repair import Repaired, place_nothing, repair
+from qsd.drivers.qcow2.side_tables import snapshot_at, snapshots_of
+from qsd.drivers.qcow2.table_mending import mend_bitmaps, mend_snapshots
 from qsd.errors import QmpError, errno_text
 
-# Bytes of the snapshot table read at a time; one entry fits in at least.
-_WINDOW: Final = 8 * snapshot_table.MAX_ENTRY
+# Where the header says which features of the image hold as long as nobody writes to it who does not know them.
+_AUTOCLEAR: Final = 88
+_UNREAD: Final = "failed to read the snapshot table"
 
 
 # How much is done, of how much.
 Progress = Callable[[int, int], None]
+Tell = Callable[[Findings], None]
 
 
 class File(Protocol):
@@ -53,6 +58,14 @@ class Repairs(enum.Enum):
     ALL = "all"
 
 
+class CannotCheck(OSError):
+    """A check that failed for a reason that can be told: ``text``, and ``hint``, what may help."""
+
+    def __init__(self, text: str, number: int, hint: str = "") -> None:
+        super().__init__(number, text)
+        self.text, self.hint = text, hint
+
+
 @attrs.frozen
 class Examined:
     """What was found first, what was put right, and what is found now."""
@@ -66,15 +79,20 @@ def examine(
     file: File,
     repairs: Repairs,
     progress: Progress = lambda _done, _total: None,
+    tell: Tell = lambda _found: None,
 ) -> Examined:
-    """Check a qcow2 image, repair it, and check it again.
+    """Check a qcow2 image, repair it, and check it again. ``tell`` is called with what is wrong before and after.
 
-    Raises OSError, and QmpError when the image could not be opened, by whomever.
+    Raises OSError, CannotCheck, and QmpError when the image could not be opened, by whomever.
     """
     header = read_header(file)
     _check_bitmaps(header, file)
-    _check_snapshots(header, file)
-    examined = check_and_repair(file, header, repairs, progress)
+    _check_snapshots(header, file, repairs)
+    if repairs is not Repairs.NONE and header.version == header.content_version:
+        _clear_unknown(file, header)
+    examined = check_and_repair(file, header, repairs, progress, tell=tell)
+    if examined.found is not examined.before:
+        tell(examined.found)
     header = read_header(file)
     is_repaired = examined.found is not examined.before and not examined.found.corruptions
     if is_repaired and header.incompatible & (layout.DIRTY | layout.CORRUPT):
@@ -88,6 +106,7 @@ def check_and_repair(
     repairs: Repairs,
     progress: Progress = lambda _done, _total: None,
     max_problems: int = sys.maxsize,
+    tell: Tell = lambda _found: None,
 ) -> Examined:
     """Check, repair and check again an image that can be opened, whose marks stay. Raises OSError."""
 
@@ -95,6 +114,7 @@ def check_and_repair(
         return Checker(read_header(file), file.read, file.length, progress, max_problems).run()
 
     before = found = check()
+    tell(found)
     if repairs is Repairs.NONE or not (found.leaks or found.corruptions):
         return Examined(before, Repaired(), found)
     placed = 0
@@ -103,16 +123,47 @@ def check_and_repair(
     if placed:
         file.flush()
         found = check()
-    leaks_only = repairs is Repairs.LEAKS
-    fixed = repair(header, file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
-    file.flush()
-    return Examined(before, attrs.evolve(fixed, corruptions=fixed.corruptions + placed), check())
+
+    def mend() -> Repaired:
+        leaks_only = repairs is Repairs.LEAKS
+        fixed = repair(read_header(file), file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
+        file.flush()
+        return fixed
+
+    fixed = mend()
+    found = check()
+    if repairs is Repairs.ALL and (found.bad_snapshots or found.lost_bitmap_tables or found.lost_bitmap_data):
+        placed += _mend_tables(file, found)
+        found = check()
+        if found.leaks or found.corruptions:
+            # An old table may have been something else, too.
+            again = mend()
+            fixed = Repaired(fixed.leaks + again.leaks, fixed.corruptions + again.corruptions)
+            found = check()
+    return Examined(before, attrs.evolve(fixed, corruptions=fixed.corruptions + placed), found)
+
+
+def _mend_tables(file: File, found: Findings) -> int:
+    """Put right what a check found wrong in tables of snapshots and bitmaps; how much."""
+
+    def by(mend: Callable[..., int]) -> int:
+        return mend(read_header(file), file.read, file.write, found, file.length, file.flush)
+
+    mended = by(mend_bitmaps)
+    try:
+        if found.bad_snapshots and by(mend_snapshots):
+            mended += found.bad_snapshots
+        file.flush()
+    except OSError as error:
+        number = error.errno or 0
+        raise CannotCheck(f"failed to update snapshot table: {errno_text(number)}", number) from None
+    return mended
 
 
 def read_header(file: File) -> Header:
-    """The header of an image. Raises OSError, QmpError."""
+    """The header of an image that can be checked. Raises OSError, QmpError."""
     start = file.read(0, layout.PROBE_LENGTH)
-    return layout.parse_header(file.read(0, layout.probe_cluster_size(start)))
+    return layout.parse_header(file.read(0, layout.probe_cluster_size(start)), is_for_check=True)
 
 
 def _check_bitmaps(header: layout.Header, file: File) -> None:
@@ -130,27 +181,52 @@ def _check_bitmaps(header: layout.Header, file: File) -> None:
         if entry.table_entries != -(-bits // header.cluster_size):
             raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(errno.EINVAL)}")
         room -= entry.table_entries * 8
+        end = entry.table_offset + entry.table_entries * 8
+        what = f"Could not read bitmap_table table from image for bitmap '{entry.text}'"
+        if end > layout.MAX_SIZE:
+            raise QmpError(f"{what}: {errno_text(errno.EIO)}")
         try:
             if room < 0:
                 raise ValueError("the tables overlap")
             bitmap_layout.parse_table(file.read(entry.table_offset, entry.table_entries * 8), header.cluster_size)
         except ValueError:
-            what = f"Could not read bitmap_table table from image for bitmap '{entry.text}'"
             raise QmpError(f"{what}: {errno_text(errno.EINVAL)}") from None
 
 
-def _check_snapshots(header: layout.Header, file: File) -> None:
-    """Raise QmpError when the image could not be opened for what it says about its snapshots."""
-    start, window = 0, b""
-    position = 0
-    for number in range(header.snapshot_count):
-        if position > snapshot_table.MAX_TABLE:
-            raise QmpError("Snapshot table too large")
-        if position + snapshot_table.MAX_ENTRY > start + len(window):
-            start, window = position, file.read(header.snapshots_offset + position, _WINDOW)
-        at = position - start
-        _snapshot, length = snapshot_table.parse_entry(window[at : at + snapshot_table.MAX_ENTRY], number)
-        position += length
+def _check_snapshots(header: layout.Header, file: File, repairs: Repairs) -> None:
+    """Raise CannotCheck for what keeps the image from being checked, unless the repair takes it away."""
+    is_all = repairs is Repairs.ALL
+    if header.snapshot_count > layout.MAX_SNAPSHOTS and not is_all:
+        raise _too_many("snapshot table too large", header.snapshot_count - layout.MAX_SNAPSHOTS)
+    if not header.has_snapshots_in_place:
+        raise CannotCheck("snapshot table offset invalid", errno.EINVAL)
+    if is_all or not header.snapshot_count:
+        return
+    offset, kept = header.snapshots_offset, 0
+    for entry in snapshots_of(header, file.read):
+        if entry.has_too_much:
+            break
+        offset, kept = offset + entry.length, kept + 1
+    if kept == header.snapshot_count:
+        return
+    if not snapshot_at(offset, kept, file.read).has_too_much:
+        raise _too_many(f"{_UNREAD}: Snapshot table is too big", header.snapshot_count - kept)
+    hint = "You can force-remove this extra metadata with qsd check -r all\n"
+    text = f"{_UNREAD}: Too much extra metadata in snapshot table entry {kept}"
+    raise CannotCheck(text, errno.EFBIG, hint)
+
+
+def _too_many(text: str, overhanging: int) -> CannotCheck:
+    hint = f"You can force-remove all {overhanging} overhanging snapshots with qsd check -r all\n"
+    return CannotCheck(text, errno.EFBIG, hint)
+
+
+def _clear_unknown(file: File, header: layout.Header) -> None:
+    """Nobody may rely on features that are not known here when the image has been written to."""
+    known = header.autoclear & layout.KNOWN_AUTOCLEAR
+    if known != header.autoclear:
+        file.write(_AUTOCLEAR, known.to_bytes(8, "big"))
+        file.flush()
 
 
 def _clear_marks(file: File, header: layout.Header) -> None:

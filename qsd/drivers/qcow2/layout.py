@@ -174,6 +174,11 @@ class Header:
         span = self.cluster_size * self.l2_entries
         return -(-self.size // span)
 
+    @property
+    def has_snapshots_in_place(self) -> bool:
+        """Whether the snapshot table begins where one can."""
+        return not self.snapshots_offset % self.cluster_size and self.snapshots_offset <= MAX_SIZE
+
     def extension(self, kind: int) -> bytes | None:
         """The data of the first header extension of a type."""
         return next((extension.data for extension in self.extensions if extension.type == kind), None)
@@ -212,11 +217,12 @@ def probe_cluster_size(start: bytes) -> int:
     return 1 << int(bits)
 
 
-def parse_header(cluster: bytes) -> Header:
+def parse_header(cluster: bytes, *, is_for_check: bool = False) -> Header:
     """Read the header cluster; raises QmpError for what cannot be opened.
 
     ``cluster`` holds as much of the first cluster as the file has; what lacks is zeroes. Unknown incompatible
     features are refused here (with the names the image gives them); what else the bits mean is the driver's affair.
+    ``is_for_check``: what a repair can put right is no error.
     """
     cluster_size = probe_cluster_size(cluster)
     cluster = cluster.ljust(cluster_size, b"\0")
@@ -242,7 +248,7 @@ def parse_header(cluster: bytes) -> Header:
     _check_compression(header)
     extensions_end = backing_offset or cluster_size
     _check_features(header, cluster, extensions_end)
-    _check_bounds(header)
+    _check_bounds(header, is_for_check=is_for_check)
     header = _with_extensions(header, cluster, extensions_end)
     _check_extensions(header)
     if backing_offset:
@@ -332,7 +338,7 @@ def _backing_name(cluster: bytes, offset: int, size: int) -> bytes:
     return bytes(cluster[offset : offset + size])
 
 
-def _check_bounds(header: Header) -> None:
+def _check_bounds(header: Header, *, is_for_check: bool) -> None:
     cluster_mask = header.cluster_size - 1
     if header.refcount_order > MAX_REFCOUNT_ORDER:
         raise QmpError("Reference count entry width too large; may not exceed 64 bits")
@@ -340,14 +346,14 @@ def _check_bounds(header: Header) -> None:
         raise QmpError(f"Unsupported subcluster size: {header.subcluster_size}")
     if header.refcount_table_clusters << header.cluster_bits > MAX_REFCOUNT_TABLE_BYTES:
         raise QmpError("Reference count table too large")
-    if not header.refcount_table_clusters:
+    if not header.refcount_table_clusters and not is_for_check:
         raise QmpError("Image does not contain a reference count table")
     table_end = header.refcount_table_offset + (header.refcount_table_clusters << header.cluster_bits)
     if header.refcount_table_offset & cluster_mask or table_end > MAX_SIZE:
         raise QmpError("Reference count table offset invalid")
-    if header.snapshot_count > MAX_SNAPSHOTS:
+    if header.snapshot_count > MAX_SNAPSHOTS and not is_for_check:
         raise QmpError("Snapshot table too large")
-    if header.snapshots_offset & cluster_mask or header.snapshots_offset > MAX_SIZE:
+    if not header.has_snapshots_in_place and not is_for_check:
         raise QmpError("Snapshot table offset invalid")
     if header.l1_size * 8 > MAX_L1_BYTES:
         raise QmpError("Active L1 table too large")

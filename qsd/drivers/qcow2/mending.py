@@ -15,7 +15,7 @@ import trio
 from qsd.drivers.base import Child
 from qsd.drivers.qcow2.examining import Examined, Repairs, check_and_repair
 from qsd.drivers.qcow2.layout import Header, unmarking
-from qsd.drivers.qcow2.loading import read_header, read_table
+from qsd.drivers.qcow2.loading import read_header, read_snapshots, read_table
 from qsd.errors import QmpError, errno_text
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ MAX_PROBLEMS: Final = 20
 
 
 async def mend(driver: Qcow2Driver, image: Image) -> None:
-    """Repair ``image``, of which nothing is in memory but the header and the L1 table. Raises QmpError.
+    """Repair ``image``, of which nothing is in memory but header, L1 table and snapshots. Raises QmpError.
 
-    Afterwards its header and L1 table are those of the file. What is beyond repair leaves the mark where it is.
+    Afterwards its header, L1 table and snapshots are those of the file. What is beyond repair leaves the mark where
+    it is.
     """
     try:
         examined = await trio.to_thread.run_sync(_check_and_repair, _OnThread(image.file), image.header)
@@ -45,6 +46,7 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
             log.info("%s: repaired %d leaks, %d corruptions", driver.node_name, fixed.leaks, fixed.corruptions)
         l1 = await read_table(image.file, header.l1_offset, header.l1_size, "Could not read L1 table")
         image.map.l1[:] = l1
+        image.take_snapshots(*await read_snapshots(image.file, header))
     except OSError as error:
         raise QmpError(f"Could not repair dirty image: {errno_text(error.errno or 0)}") from None
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Final
 
 import attrs
 
 from qsd.drivers.qcow2 import layout, refcount_codec
-from qsd.drivers.qcow2.check import REFCOUNT_BLOCK_MASK, Findings, Read
+from qsd.drivers.qcow2.check import REFCOUNT_BLOCK_MASK
 from qsd.drivers.qcow2.counts import BLOCK, Counts, is_nothing, last_used
 from qsd.drivers.qcow2.geometry import swap
 from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.ledger import Findings, Read
 
 Write = Callable[[int, bytes], None]
 
@@ -55,7 +56,7 @@ def repair(
     refcount structure is broken, or has no room for a count, a new one is written, which changes the header.
     ``flush`` returns when everything written is on the disk.
     """
-    counted = _Table(header, read)
+    counted = Table(header, read)
     leaks_only = leaks_only and found.corruptions > found.flags
     if not leaks_only:
         is_missing = any(low < high and not counted.has_block(c) for c, low, high in found.changes())
@@ -101,7 +102,7 @@ def _set_entries(header: Header, read: Read, write: Write, entries: Iterator[tup
     return fixed
 
 
-class _Table:
+class Table:
     """The refcounts as they stand in the file."""
 
     def __init__(self, header: Header, read: Read) -> None:
@@ -122,15 +123,19 @@ class _Table:
 
     def set(self, found: Findings, write: Write, *, raises: bool) -> int:
         """Raise counts that are too low, or lower those that are too high; how many."""
+        chosen = (each for each in found.changes() if (each[1] < each[2]) is raises)
+        return self.put(((cluster, wanted) for cluster, _counted, wanted in chosen), write)
+
+    def put(self, changes: Iterable[tuple[int, int]], write: Write) -> int:
+        """Set counts of clusters, in their order, of which those without a block are left out; how many."""
         order = self._header.refcount_order
         done = 0
-        chosen = (each for each in found.changes() if (each[1] < each[2]) is raises)
-        for index, changes in groupby(chosen, lambda each: each[0] // self._per_block):
+        for index, group in groupby(changes, lambda each: each[0] // self._per_block):
             offset = self._block(index)
             if not offset:
                 continue
             counts = refcount_codec.decode(self._read(offset, self._header.cluster_size), order)
-            for cluster, _counted, wanted in changes:
+            for cluster, wanted in group:
                 counts[cluster % self._per_block] = wanted
                 done += 1
             write(offset, bytes(refcount_codec.encode(counts, order)))
@@ -151,8 +156,8 @@ def _rebuild_all(header: Header, read: Read, write: Write, found: Findings, flus
 def rebuild(header: Header, write: Write, found: Findings, flush: Callable[[], None] = _nothing) -> bool:
     """Write a new refcount table, with blocks, behind everything there is, and let the header lead to it.
 
-    What the old one took is not ``found.used`` then. Returns False with nothing written that is used, where the
-    format has no room for the table. Raises OSError.
+    ``found`` says afterwards what is used and counted then: what the old one took is not. Returns False with
+    nothing written that is used, where the format has no room for the table. Raises OSError.
     """
     for cluster in found.structures:
         found.used.add(cluster, -1)
@@ -180,6 +185,10 @@ def rebuild(header: Header, write: Write, found: Findings, flush: Callable[[], N
     flush()
     write(_TABLE_FIELDS, struct.pack(">QI", offset, clusters))
     flush()
+    found.structures = list(range(start, start + len(indices) + clusters))
+    for cluster in found.structures:
+        found.used.add(cluster)
+    found.counted.blocks = counts.blocks
     return True
 
 
