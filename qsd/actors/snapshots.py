@@ -134,8 +134,30 @@ class SnapshotAction(_OverlayAction):
         await rehearse(self.tools.topology, [*earlier, self])
 
 
-# Makes the overlay's image and opens it, with one pin of the caller's. Raises QmpError.
-MakeOverlay = Callable[["Node"], Awaitable["Node"]]
+# Makes the overlay's image, which names its backing file so, and opens it, with one pin of the caller's. Raises
+# QmpError.
+MakeOverlay = Callable[["Node", str], Awaitable["Node"]]
+
+
+def _coming_name(node: Node, earlier: Sequence[GraphAction]) -> str:
+    """What a node is called when ``earlier`` overlays are in their places: it may be one of them.
+
+    Called what it is now, without a backing file, it would be opened without what lies below it.
+    """
+    placed: list[Node] = []
+    try:
+        for action in earlier:
+            overlay = action.find_overlay() if isinstance(action, _OverlayAction) else None
+            if isinstance(action, _OverlayAction) and overlay is not None:
+                below = action.find_node()
+                overlay.driver.children["backing"] = Edge(
+                    overlay, "backing", below, ChildRole.COW, action.tools.truncate
+                )
+                placed.append(overlay)
+        return node.driver.filename()
+    finally:
+        for overlay in placed:
+            del overlay.driver.children["backing"]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -166,7 +188,7 @@ class SnapshotSyncAction(_OverlayAction):
             raise QmpError("New overlay node-name missing")
         if self.overlay_name in topology.nodes:
             raise QmpError("New overlay node-name already in use")
-        self._overlay = await self.make(node)
+        self._overlay = await self.make(node, _coming_name(node, earlier))
         try:
             await rehearse(topology, [*earlier, self])
         except BaseException:

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 DEFAULT_FORMAT = "qcow2"
 
 
-async def make_overlay(services: Services, args: BlockdevSnapshotSync, node: Node) -> Node:
+async def make_overlay(services: Services, args: BlockdevSnapshotSync, node: Node, name: str) -> Node:
     """Make the image for an overlay of ``node`` (unless it exists) and open it, with one pin of the caller's.
 
-    Raises QmpError; an image that was made stays.
+    ``name`` is what it calls its backing file. Raises QmpError; an image that was made stays.
     """
     wanted = args.format or DEFAULT_FORMAT
     if args.mode is not NewImageMode.EXISTING:
-        await _create(services, wanted, args.snapshot_file, node)
+        await _create(services, wanted, args.snapshot_file, node, name)
     return await services.graph.tools.opener.open(_options(wanted, args, node))
 
 
-async def _create(services: Services, wanted: str, filename: str, node: Node) -> None:
+async def _create(services: Services, wanted: str, filename: str, node: Node, backing: str) -> None:
     driver = DRIVERS.get(wanted)
     if driver is None:
         raise QmpError(f"Unknown file format '{wanted}'")
@@ -45,7 +45,6 @@ async def _create(services: Services, wanted: str, filename: str, node: Node) ->
     file = protocol_options(filename)
     if not driver.can_have_backing():
         raise QmpError(f"Backing file not supported for file format '{wanted}'")
-    backing = node.driver.filename()
     if backing == filename:
         raise QmpError("Error: Trying to create an image with the same filename as the backing file")
     host = JobCreateHost(services.creating, _ignore_progress)

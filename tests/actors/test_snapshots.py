@@ -48,7 +48,7 @@ def snapshot(graph: Graph, node: str, overlay: str) -> GraphAction:
 
 
 def sync(graph: Graph, node: str | None, overlay: str | None, **more: Any) -> SnapshotSyncAction:
-    async def make(_node: Node) -> Node:
+    async def make(_node: Node, _name: str) -> Node:
         assert overlay is not None
         return await graph.tools.opener.open(format_on(overlay, NULL, **more))
 

@@ -8,7 +8,7 @@ from typing import Any
 from script import NEGOTIATE, Script, call
 from scripts_block import export, unix
 from scripts_images import add as bitmap
-from scripts_images import internal, rename, verb
+from scripts_images import internal, rename, transaction, verb
 from scripts_nodes import FLAT, NODES, Steps, add, delete, options, reopen, resize
 from scripts_qcow2 import MIB, image, made, not_made
 
@@ -58,6 +58,7 @@ _NESTED = '{"driver": "raw", "file": {"driver": "qcow2", "file.driver": "file", 
 _FILES = {
     "base": header(b""),
     "top": header(b"base"),
+    "other": header(b""),
     "inside": header(f"json:{_NESTED}".encode()).replace(b"\0\0\0\5qcow2", b"\0\0\0\3raw\0\0"),
 }
 
@@ -127,7 +128,30 @@ _MADE: Steps = [
 # How much is allocated ahead is up to the program.
 _SIZES = frozenset({"actual-size", "virtual-size", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec"})
 
+
+def _overlay(node: str, name: str) -> tuple[str, dict[str, Any]]:
+    return "blockdev-snapshot-sync", {"node-name": node, "snapshot-file": name, "snapshot-node-name": f"n-{name}"}
+
+
+# Overlays of one transaction that stand on one another name one another so that the chain can be opened again.
+_STACKED: Steps = [
+    NEGOTIATE,
+    SERVER,
+    add(qcow2("a", "base")),
+    add(qcow2("mine", "other", backing=None)),
+    export("e", node_name="a", writable=True),
+    transaction(_overlay("a", "o1"), _overlay("n-o1", "o2"), _overlay("n-o2", "o3")),
+    NODES,
+    transaction(("blockdev-snapshot", {"node": "n-o3", "overlay": "mine"}), _overlay("mine", "o4")),
+    NODES,
+    call("nbd-server-stop"),
+    "event BLOCK_EXPORT_DELETED",
+    *(delete(name) for name in ("mine", "a")),
+    *(step for name in ("o3", "o4") for step in (add(qcow2("q", name)), NODES, delete("q"))),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "overlays stacked at once": Script(_STACKED, files=_FILES, unseen=_SIZES),
     "names with a NUL": Script(_NULS, unseen=_SIZES),
     "chains of odd names": Script(_CHAINS, files=_FILES),
     "backing file missing in a reopen": Script(_BACKINGS, files=_FILES),
