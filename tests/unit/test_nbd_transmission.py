@@ -25,8 +25,9 @@ from qsd.wire.nbd.handshake import ExportInfo, Negotiated
 from qsd.wire.nbd.transmission import REQUEST, SIMPLE_REPLY
 
 SIZE = 64 << 20
-# The descriptor of what is lent; nothing is ever asked of it.
-LENT = -77
+# The descriptor of what is lent at offset 0, those of other offsets are lower; nothing is ever asked of them. Of a
+# lent range all bytes are what the first is.
+LENT = -1000
 # That of what is read on the spot.
 ON_THE_SPOT = -78
 
@@ -81,10 +82,10 @@ class FakeSocket:
         self.counts.append(len(part))
         return len(part)
 
-    def sendfile(self, _out: int, fd: int, offset: int, count: int) -> int:
+    def sendfile(self, _out: int, fd: int, _offset: int, count: int) -> int:
         """In place of os.sendfile: the bytes of a lent range are those the node would have given."""
-        assert fd == LENT
-        return self.send(fill(offset) * count)
+        assert fd <= LENT
+        return self.send(fill(LENT - fd << 18) * count)
 
     def sendmsg(self, views: list[memoryview], _ancillary: object = (), _flags: int = 0) -> int:
         return self.send(b"".join(views))
@@ -148,7 +149,7 @@ class FakeNode:
     def _serve(self, request: Request) -> None:
         if request.op == Op.READ and request.flags and request.offset >> 20 & 1:
             self.lent += 1
-            request.result = Loan(LENT, request.offset, request.length, self._give_back)
+            request.result = Loan(LENT - (request.offset >> 18), request.offset, request.length, self._give_back)
         elif request.op == Op.READ and request.flags and request.offset >> 21 & 1:
             assert request.buffer is not None
             # The middle of the reply is somewhere else.
