@@ -112,8 +112,8 @@ def make_world(
     size = 1 << variant.cluster_bits
     unit = variant.unit or (max(512, size // 16) if size > 512 else 128)
     unit = min(unit, 1 << 15)
-    # The last cluster of the disk is not whole.
-    length = variant.clusters * size - unit
+    # The last cluster of the disk is not whole, if it can be: a disk is whole sectors.
+    length = variant.clusters * size - max(512, unit)
     header = Header(cluster_bits=variant.cluster_bits, size=length, **variant.header)
     kinds = (NOTHING,) if variant.is_empty or header.is_data_file_raw else variant.kinds
     built = build(header, rng, kinds=kinds, has_snapshot=variant.has_snapshot)

@@ -55,7 +55,16 @@ def header(name: bytes) -> bytes:
 
 
 _NESTED = '{"driver": "raw", "file": {"driver": "qcow2", "file.driver": "file", "file.filename": "base"}}'
+
+
+def odd(size: int) -> bytes:
+    """An image whose size is not whole sectors."""
+    image = header(b"")
+    return image[:24] + struct.pack(">Q", size) + image[32:]
+
+
 _FILES = {
+    **{f"odd-{size}": odd(size) for size in (1, 1000, 65537)},
     "base": header(b""),
     "top": header(b"base"),
     "other": header(b""),
@@ -150,7 +159,18 @@ _STACKED: Steps = [
     *(step for name in ("o3", "o4") for step in (add(qcow2("q", name)), NODES, delete("q"))),
 ]
 
+_ODD: Steps = [
+    NEGOTIATE,
+    *(
+        step
+        for name in _FILES
+        if name.startswith("odd")
+        for step in (add(qcow2("q", name)), NODES, resize("q", MIB), delete("q"))
+    ),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "images of odd sizes": Script(_ODD, files=_FILES, unseen=frozenset({"actual-size"})),
     "overlays stacked at once": Script(_STACKED, files=_FILES, unseen=_SIZES),
     "names with a NUL": Script(_NULS, unseen=_SIZES),
     "chains of odd names": Script(_CHAINS, files=_FILES),

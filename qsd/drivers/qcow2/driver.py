@@ -123,7 +123,8 @@ class Qcow2Driver(TellingDriver):
     def _take(self, image: Image) -> None:
         self.image = image
         end_epoch()
-        self.length = image.header.size
+        # As the reference has it: a disk is whole sectors, and what others have made may end in part of one.
+        self.length = image.header.size // SECTOR * SECTOR
         self.children_changed()
 
     def children_changed(self) -> None:
