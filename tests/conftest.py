@@ -15,6 +15,8 @@ from qsd.actors.depth import RECURSION_LIMIT
 
 # As the daemon's process has it; before Hypothesis looks, which does not like it to change.
 sys.setrecursionlimit(RECURSION_LIMIT)
+# Daemons that tests start are of the tree these tests are part of, wherever the environment was made.
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
 
 
 def find_reference() -> Path | None:

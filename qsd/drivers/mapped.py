@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, ClassVar, Final, TypeVar
@@ -186,8 +187,12 @@ class MappedDriver(Driver):
 
     def _start(self, cold: Cold) -> None:
         def done(error: int) -> None:
+            if not error:
+                cold.hold()
             for waiter in self._waiting.pop(cold.key):
                 self.resume(partial(waiter, error))
+            if not error:
+                self.resume(cold.release)
             self.send()
 
         try:
@@ -200,23 +205,36 @@ class MappedDriver(Driver):
 
     async def settled(self, function: Callable[..., T], *args: Any) -> T:
         """Call what may raise Cold until it does not. Raises OSError."""
-        while True:
-            try:
-                return function(*args)
-            except Cold as cold:
-                await self._warmed(cold)
+        with ExitStack() as held:
+            while True:
+                try:
+                    return function(*args)
+                except Cold as cold:
+                    await self._warmed(cold)
+                    held.close()
+                    held.callback(cold.release)
 
     async def _warmed(self, cold: Cold) -> None:
+        """Return when the metadata is there, and held. Raises OSError."""
         done = trio.Event()
         errors: list[int] = []
+        is_wanted = True
 
         def go_on(error: int) -> None:
             errors.append(error)
+            if is_wanted and not error:
+                cold.hold()
             done.set()
 
         self.wait_for(cold, go_on)
         self.send()
-        await done.wait()
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            is_wanted = False
+            if errors == [0]:
+                cold.release()
+            raise
         if errors[0]:
             raise OSError(errors[0], errno_text(errors[0]))
 

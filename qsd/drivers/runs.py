@@ -19,10 +19,20 @@ Run = tuple[int, int, int, Child | None]
 class Cold(Exception):
     """Metadata has to be fetched. ``start(done)`` begins it; ``done(errno)`` may be called at once.
 
-    ``key`` says what it is: whoever needs the same waits for the fetch that is under way.
+    ``key`` says what it is: whoever needs the same waits for the fetch that is under way. Between ``hold`` and
+    ``release`` it stays in memory: however many want different things, and however little room there is for them,
+    each finds what it has waited for.
     """
 
-    def __init__(self, key: object, start: Callable[[Callable[[int], None]], None]) -> None:
+    def __init__(
+        self,
+        key: object,
+        start: Callable[[Callable[[int], None]], None],
+        hold: Callable[[], None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(key)
         self.key = key
         self.start = start
+        self.hold = hold
+        self.release = release

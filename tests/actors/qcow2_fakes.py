@@ -66,7 +66,7 @@ class MemoryFile(SlowPath):
     """A child that does everything on the spot. ``fails`` makes flushes fail.
 
     ``log`` has what was changed since it was last cleared: (offset, bytes), a new length, or None for a flush.
-    ``room`` counts down to the write that fails with ENOSPC.
+    ``reads`` has the lengths of what was read. ``room`` counts down to the write that fails with ENOSPC.
     """
 
     def __init__(self, data: bytes | bytearray) -> None:
@@ -77,6 +77,7 @@ class MemoryFile(SlowPath):
         self.room = -1
         self.node: Any = SimpleNamespace(driver=self)
         self.log: list[tuple[int, bytes] | int | None] = []
+        self.reads: list[int] = []
 
     @property
     def length(self) -> int:
@@ -89,6 +90,7 @@ class MemoryFile(SlowPath):
             if request.op == Op.READ:
                 assert request.buffer is not None
                 assert place.stop <= self.length
+                self.reads.append(request.length)
                 request.buffer[:] = self.data[place]
             elif request.op in (Op.WRITE, Op.WRITE_ZEROES):
                 self.room -= 1

@@ -13,7 +13,7 @@ from qsd.drivers import mapped
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.storing import PIECES, write_all
-from qsd.messages import Flag, Op, Request
+from qsd.messages import Flag, Op, ReplyQueue, Request
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
@@ -94,6 +94,35 @@ async def test_tables_are_written_back_for_want_of_room_only(limit: int, *, flus
         assert (None in file.log) is flushes
         await driver.close()
         assert check(file) == (0, 0)
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.WRITE], ids=["reads", "writes"])
+async def test_more_requests_than_there_is_room_for_tables_each_need_another(op: Op) -> None:
+    """What one had waited for had gone when its turn came, and its neighbour's in the next turn, without end.
+
+    A disk with clusters of 512 bytes, and a write along many of their tables, was enough.
+    """
+    file = MemoryFile(new_image(Header(size=80 << 15, cluster_bits=9), allocates=True))
+    async with opened_on(file, cache_clean_interval=0, l2_cache_entry_size=512, l2_cache_size=0) as driver:
+        places = [number << 15 for number in range(80)]
+        await write(driver, 0, b"".join(bytes([number]) * (1 << 15) for number in range(80)))
+        await call(driver, Op.FLUSH, 0, 0)
+        loads = len(file.reads)
+        replies = ReplyQueue(lambda: None)
+        buffers = [memoryview(bytearray(16)) for _place in places]
+        batch = [Request(op, place, 16, buffer, replies) for place, buffer in zip(places, buffers, strict=True)]
+        driver.submit(batch)
+        await driver.wait_idle()
+        assert len(replies.ready) == 80
+        assert not any(request.error for request in replies.ready)
+        if op is Op.READ:
+            assert [bytes(buffer) for buffer in buffers] == [bytes([number]) * 16 for number in range(80)]
+        tables = [length for length in file.reads[loads:] if length == 512]
+        assert len(tables) <= 80, "each is fetched once"
+        await trio.testing.wait_all_tasks_blocked()
+        assert driver.image.cache.size <= 1024
+        await driver.close()
+    assert check(file) == (0, 0)
 
 
 async def test_read_along_any_number_of_tables_that_are_not_in_memory() -> None:

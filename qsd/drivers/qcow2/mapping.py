@@ -89,7 +89,7 @@ class ClusterMap:
 
     def cold(self, number: int, offset: int) -> Cold:
         """What brings slice ``number``, which stands at ``offset``, into memory."""
-        return Cold(("l2", number), partial(self._load, number, offset))
+        return self.cache.cold(("l2", number), number, partial(self._load, number, offset))
 
     def slice_at(self, number: int) -> array[int]:
         """Slice ``number`` of a table that exists. Raises Cold, OSError."""

@@ -114,7 +114,7 @@ class Refcounts:
         where = self.block_offset(index)
         if not where:
             return None
-        raise Cold(("refcount block", index), partial(self._load, index, where))
+        raise self.cache.cold(("refcount block", index), index, partial(self._load, index, where))
 
     def block_offset(self, index: int) -> int:
         """Where block ``index`` stands, or 0. Raises OSError."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import partial
+
+from qsd.drivers.runs import Cold
 
 
 class SliceCache:
@@ -22,6 +25,8 @@ class SliceCache:
         self.young: dict[int, array[int]] = {}
         self.old: dict[int, array[int]] = {}
         self._is_pinned = is_pinned
+        # How many want a slice to stay.
+        self._held: dict[int, int] = {}
         self.set_limit(limit)
 
     def set_limit(self, limit: int) -> None:
@@ -53,14 +58,31 @@ class SliceCache:
         if len(self.young) + len(self.old) > self.limit:
             self._evict(number)
 
-    def _evict(self, keep: int) -> None:
+    def cold(self, key: object, number: int, start: Callable[[Callable[[int], None]], None]) -> Cold:
+        """What brings a slice into memory, by ``start``."""
+        return Cold(key, start, partial(self._hold, number), partial(self._release, number))
+
+    def _hold(self, number: int) -> None:
+        self._held[number] = self._held.get(number, 0) + 1
+
+    def _release(self, number: int) -> None:
+        left = self._held.pop(number) - 1
+        if left:
+            self._held[number] = left
+        elif len(self.young) + len(self.old) > self.limit:
+            self._evict()
+
+    def _must_stay(self, number: int) -> bool:
+        return number in self._held or self._is_pinned(number)
+
+    def _evict(self, keep: int = -1) -> None:
         # Every slice is looked at once at most: with all of them pinned the cache grows until some are written.
         for _ in range(len(self.young) + len(self.old)):
             if not self.old:
                 self.young, self.old = self.old, self.young
             number = next(iter(self.old))
             table = self.old.pop(number)
-            if number == keep or self._is_pinned(number):
+            if number == keep or self._must_stay(number):
                 self.young[number] = table
             elif len(self.young) + len(self.old) <= self.limit:
                 return
@@ -72,7 +94,7 @@ class SliceCache:
 
     def clean(self) -> None:
         """Forget what was not used since the last call (cache-clean-interval), except what is pinned."""
-        kept = {number: table for number, table in self.old.items() if self._is_pinned(number)}
+        kept = {number: table for number, table in self.old.items() if self._must_stay(number)}
         self.old = self.young | kept
         self.young = {}
 
