@@ -41,7 +41,8 @@ def check(prog: str, words: Sequence[str]) -> int:
     except UsageError as error:
         sys.stderr.write(f"{prog}: {error}\nTry '{prog} --help' for more information\n")
     except QmpError as error:
-        sys.stderr.write(f"{prog}: {error.desc}\n{error.hint or ''}")
+        hint = f"{error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"{prog}: {error.desc}\n{hint}")
     except _Done as done:
         return done.code
     return FAILED
@@ -97,7 +98,7 @@ def _check_image(prog: str, options: Options, find_secret: FindSecret) -> int:
 
 
 def _could_not_open(options: Options, error: QmpError) -> QmpError:
-    return QmpError(f"Could not open '{options.image}': {error.desc}")
+    return error.prefixed(f"Could not open '{options.image}': ")
 
 
 def _is_supported(image: Image, place: Place) -> bool:

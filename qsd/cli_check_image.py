@@ -1,7 +1,8 @@
 """The image that ``qsd check`` looks at: which file it is, opened and locked, and the key that opens it.
 
 An image is given by name, or as a list of options (``--image-opts``, ``json:``) of which those that say where it is
-and how it is encrypted mean something here; the others are taken where the reference knows them.
+and how it is encrypted mean something here; the others are taken where the reference knows them, and flags and
+numbers have to be such.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qsd.host.locks import ByteLocks
 from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptionsFile
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 from qsd.wire import keyval
+from qsd.wire.qemuopts import OptionKind, check_value
 from qsd.wire.qmp_json import parse_one
 
 FindSecret = Callable[[str], bytes]
@@ -88,6 +90,7 @@ def _place_in(tree: dict[str, Any]) -> Place:
     for name in tree:
         if name not in allowed:
             raise QmpError(f"Block format '{driver or 'qcow2'}' does not support the option '{name}'")
+    _check_values(tree, BlockdevOptionsQcow2)
     cache, encrypt = _branch(tree, "cache"), _branch(tree, "encrypt")
     for name in encrypt:
         if name not in ("format", "key-secret"):
@@ -110,6 +113,7 @@ def _filename(file: dict[str, Any]) -> str:
     for name in file:
         if name not in _names(BlockdevOptionsFile):
             raise QmpError(f"Block protocol '{driver}' doesn't support the option '{name}'")
+    _check_values(file, BlockdevOptionsFile)
     if "filename" not in file:
         raise QmpError(f"The '{driver}' block driver requires a file name")
     return str(file["filename"])
@@ -117,6 +121,16 @@ def _filename(file: dict[str, Any]) -> str:
 
 def _names(options: type) -> set[str]:
     return {field.name.replace("_", "-") for field in attrs.fields(options)}
+
+
+def _check_values(tree: dict[str, Any], options: type) -> None:
+    for field in attrs.fields(options):
+        name, kind = field.name.replace("_", "-"), str(field.type)
+        if isinstance(value := tree.get(name), str):
+            if kind.startswith("bool"):
+                check_value(OptionKind.BOOL, name, value)
+            elif kind.startswith("int"):
+                check_value(OptionKind.SIZE if name.endswith("-size") else OptionKind.NUMBER, name, value)
 
 
 def _branch(tree: dict[str, Any], name: str) -> dict[str, Any]:

@@ -91,9 +91,14 @@ def parse(text: str, table: OptionTable, warn: Callable[[str], None]) -> QemuOpt
             continue
         if name not in table.options:
             raise QmpError(f"Invalid parameter '{name}'")
-        _CHECKS[table.options[name]](name, value)
+        check_value(table.options[name], name, value)
         values[name] = value
     return QemuOpts(identifier, values)
+
+
+def check_value(kind: OptionKind, name: str, value: str) -> None:
+    """Raise QmpError when an option cannot have that value."""
+    _CHECKS[kind](name, value)
 
 
 def _split(text: str, implied: str | None) -> Iterator[tuple[str, str | None]]:

@@ -280,7 +280,7 @@ def test_image_in_use_is_not_checked(tmp_path: Path) -> None:
     qemu.wait(60)
     qemu.stdout.close()
     assert done.returncode == 1
-    assert "lock" in done.stderr
+    assert done.stderr.endswith(f"lock\nIs another process using the image [{image}]?\n")
 
 
 def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: Path) -> None:
@@ -314,6 +314,14 @@ SAME = (
     *("--image-opts driver=qcow2,bad=1,file.filename=Q", "--image-opts driver=qcow2,file.filename=Q,file.bad=1"),
     *("--image-opts driver=qcow2,file.filename=Q,force-share=on -r all", "--image-opts driver=file,filename=Q"),
     *("--image-opts driver=qcow2,file.filename=Q,read-only=on -r leaks",),
+    *(
+        f"--image-opts driver=qcow2,file.filename=Q,{option}"
+        for option in (
+            *("lazy-refcounts=x", "lazy-refcounts=yes", "discard-no-unref=1", "auto-read-only=x", "active=x"),
+            *("l2-cache-size=x", "l2-cache-size=-1", "cache-size=1.5M", "refcount-cache-size=99999999999999999999"),
+            *("cache-clean-interval=x", "cache-clean-interval=5", "file.drop-cache=x", "file.aio-max-batch=x"),
+        )
+    ),
     *(
         "--image-opts driver=qcow2,file.filename=Q,cache.direct=x",
         "--object secret,data=x Q",
