@@ -202,7 +202,8 @@ class Unpacker:
         self._driver.fetch_for(Fetch(group, item, self._have), first.child, base, item[0][:size])
 
     def _have(self, fetch: Fetch, error: int) -> None:
-        group = fetch.group
+        # What is unpacked refers to its fetch: a circle would keep it until Python looks for circles.
+        group, fetch.group = fetch.group, []
         if error and len(group) > 1:
             # Only those whose own bytes cannot be read fail.
             self._pool.give_back(fetch.item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from qsd.drivers import packed
 from qsd.drivers.gather import Gather, gather_read
-from qsd.drivers.packed import Unpacker
+from qsd.drivers.packed import Cluster, Unpacker
 from qsd.messages import Flag, Op, Pieces, ReplyQueue, Request
 
 SIZE = 1000
@@ -328,3 +329,16 @@ def test_nothing_is_lent_with_an_error_or_without_need(driver: Driver) -> None:
     assert (broken.error, broken.result) == (errno.EIO, None)
     assert (copied.error, copied.result) == (0, None)
     assert copied.buffer == bytes([5]) * 10
+
+
+def test_unpacked_clusters_are_freed_at_once(driver: Driver) -> None:
+    """A circle kept all that had been sent, 150 MiB, until Python looked for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        requests = [lending_read(driver, (where, 0, SIZE), (where + 20, 0, SIZE)) for where in range(10)]
+        driver.end_all()
+        assert all(request.result for request in requests)
+        assert not [each for each in gc.get_objects() if isinstance(each, Cluster)]
+    finally:
+        gc.enable()
