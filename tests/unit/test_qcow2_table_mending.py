@@ -87,6 +87,15 @@ def test_snapshots_behind_one_of_gigabytes_are_dropped() -> None:
     assert [each.id for each in image.snapshots()] == [b"0"]
 
 
+def test_snapshot_beside_a_data_file_is_a_corruption() -> None:
+    """As with the reference: the image was called clean. Nothing mends it."""
+    image = Image(incompatible=layout.DATA_FILE)
+    image.add_snapshots(FULL, FULL)
+    examined = image.examine(Repairs.ALL)
+    assert examined.found.problems == ["ERROR 2 snapshots in image with data file"]
+    assert (examined.found.corruptions, examined.fixed.corruptions) == (1, 0)
+
+
 def test_the_last_snapshot_is_dropped() -> None:
     image = Image()
     image.add_snapshots(1 << 31)

@@ -111,6 +111,7 @@ class Checker:
                 self.findings.broken_structures += 1
                 continue
             elif not self._ledger.use(offset, self._size, f"refcount block {index}", counts=True):
+                self.findings.lost_blocks += 1
                 continue
             else:
                 self._refcount_blocks.append((index, offset >> self._bits))
@@ -123,10 +124,6 @@ class Checker:
     # -- the guest's data -------------------------------------------------------------------------------------
 
     def _walk_l1(self, offset: int, entries: int, *, is_active: bool) -> None:
-        if offset % self._size:
-            self._ledger.corrupt(f"L1 table at {offset:#x} is not cluster aligned")
-            self.findings.is_lossy |= bool(entries)
-            return
         if not entries:
             return
         # One that reaches beyond the file's end has entries before it.
@@ -141,7 +138,7 @@ class Checker:
                 self._ledger.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             table = entry & OFFSET_MASK
             if table % self._size:
-                self._ledger.corrupt(f"l2_offset={table:#x}: Table is not cluster aligned; L1 entry corrupted")
+                self._ledger.corrupt(f"l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted")
             # An entry that leads to no table is looked at all the same: whatever stands there may be one.
             if not table or table % self._size:
                 self.findings.is_lossy = True
@@ -193,7 +190,7 @@ class Checker:
             entry = words[index]
             bitmap = words[index + 1] if step == 2 else 0
             if entry & COMPRESSED:
-                self._use_compressed(entry, bitmap, times, active)
+                self._use_compressed(index // step, entry, bitmap, times, active)
                 continue
             if step == 2:
                 self._check_subclusters(entry, bitmap, times)
@@ -209,8 +206,8 @@ class Checker:
                 continue
             if offset % self._size:
                 is_zero = self._is_crooked_zero(entry, bitmap if step == 2 else None)
-                what = "Preallocated zero cluster" if is_zero else "Data cluster"
-                text = f"offset={offset:#x}: {what} is not properly aligned; L2 entry corrupted."
+                what = "Preallocated cluster" if is_zero else "Data cluster"
+                text = f"offset={offset:x}: {what} is not properly aligned; L2 entry corrupted."
                 self._ledger.corrupt(text, times)
             findings.allocated_clusters += active
             if last_data >= 0 and offset != last_data + self._size:
@@ -224,23 +221,26 @@ class Checker:
         if entry & OFFSET_MASK or (self._header.has_data_file and entry & COPIED):
             if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
                 text = "Allocated cluster has corrupted subcluster allocation bitmap"
-                self._ledger.corrupt(f"offset={entry & OFFSET_MASK:#x}: {text}", times)
+                self._ledger.corrupt(f"offset={entry & OFFSET_MASK:x}: {text}", times)
         elif bitmap & 0xFFFF_FFFF:
-            self._ledger.corrupt("Unallocated cluster has non-zero subcluster allocation map", times)
+            text = "Unallocated cluster has non-zero subcluster allocation map"
+            self._ledger.corrupt(text, times, "ERROR:")
 
-    def _use_compressed(self, entry: int, bitmap: int, times: int, active: int) -> None:
-        if entry & COPIED:
-            self._ledger.corrupt("compressed cluster has the COPIED flag", times)
-        if self._header.has_data_file:
-            # Nothing can be compressed into another file, and here is none of it.
-            self._ledger.corrupt(f"compressed cluster with data file, entry={entry:#x}", times)
-            return
-        if bitmap:
-            self._ledger.corrupt(f"compressed cluster with subcluster bitmap, entry={entry:#x}", times)
-            self.findings.is_lossy = True
-            return
+    def _use_compressed(self, number: int, entry: int, bitmap: int, times: int, active: int) -> None:
         shift = 62 - (self._bits - 8)
         offset = entry & ((1 << shift) - 1)
+        if entry & COPIED:
+            text = f"coffset={offset:#x}: copied flag must never be set for compressed clusters"
+            self._ledger.corrupt(text, times, "ERROR:")
+        if self._header.has_data_file:
+            # Nothing can be compressed into another file, and here is none of it.
+            self._ledger.corrupt(f"compressed cluster {number} with data file, entry={entry:#x}", times)
+            return
+        if bitmap:
+            text = f"compressed cluster {number} with non-zero subcluster allocation bitmap, entry={entry:#x}"
+            self._ledger.corrupt(text, times)
+            self.findings.is_lossy = True
+            return
         sectors = (entry >> shift & ((1 << (self._bits - 8)) - 1)) + 1
         self._ledger.use(offset & ~511, sectors * 512, "compressed cluster", times)
         self.findings.allocated_clusters += active
@@ -275,10 +275,13 @@ class Checker:
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
-        for _place, entry, cluster, times, _is_table in self._flagged():
+        for place, entry, cluster, times, _is_table in self._flagged():
             count = self._counted.get(cluster) if cluster is not None else 1
             if bool(entry & COPIED) != (count == 1):
-                self._ledger.corrupt(f"OFLAG_COPIED: entry={entry:#x} refcount={count}", times)
+                index = place - self._header.l1_offset >> 3
+                is_l1 = 0 <= index < self._header.l1_size
+                what = f"L2 cluster: l1_index={index} l1_entry" if is_l1 else "data cluster: l2_entry"
+                self._ledger.corrupt(f"OFLAG_COPIED {what}={entry:x} refcount={count}", times)
                 self.findings.flags += times
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:

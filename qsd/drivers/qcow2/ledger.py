@@ -56,6 +56,8 @@ class Findings:
     structures: list[int] = attrs.field(factory=list)
     # What is broken of the refcount table and blocks: there have to be new ones.
     broken_structures: int = 0
+    # Those of them that are blocks beyond the end of the file: all other blocks may be written to.
+    lost_blocks: int = 0
     # Something leads nowhere: what looks like a leak may be what it should lead to.
     is_lossy: bool = False
     # What is wrong with the snapshot table itself, how many of its entries can be kept, and the bytes these take.
@@ -89,10 +91,10 @@ class Ledger:
         # Bytes of tables there may still be.
         self._room = file_length + self.size
 
-    def corrupt(self, text: str, times: int = 1) -> None:
+    def corrupt(self, text: str, times: int = 1, mark: str = "ERROR") -> None:
         """Say that something is corrupt, which counts so many times."""
         self.findings.corruptions += times
-        self.tell(f"ERROR {text}")
+        self.tell(f"{mark} {text}")
 
     def tell(self, line: str) -> None:
         """Say something."""

@@ -62,7 +62,7 @@ def repair(
         is_missing = any(low < high and not counted.has_block(c) for c, low, high in found.changes())
         if found.broken_structures or is_missing:
             return _rebuild_all(header, read, write, found, flush)
-    elif found.broken_structures:
+    elif found.broken_structures > found.lost_blocks:
         return Repaired()
     fixed = 0
     if not leaks_only:

@@ -95,11 +95,18 @@ def walk_snapshots(ledger: Ledger, walk_l1: Callable[[int, int], None]) -> None:
             corrupt(f"snapshot table entry {entry.number} has too much extra metadata")
         elif header.version >= 3 and entry.extra_size < MIN_EXTRA_V3:
             corrupt(f"snapshot table entry {entry.number} is incomplete")
-        if entry.l1_size * 8 > layout.MAX_L1_BYTES:
-            ledger.corrupt(f"L1 table of a snapshot has {entry.l1_size} entries")
+        if entry.l1_offset % ledger.size:
+            _tell_l1(ledger, entry, f"l1_offset={entry.l1_offset:#x}: L1 table is not cluster aligned")
+            if entry.l1_size:
+                findings.is_lossy = ledger.is_blind = True
+        elif entry.l1_size * 8 > layout.MAX_L1_BYTES:
+            _tell_l1(ledger, entry, f"l1_size={entry.l1_size:#x}: L1 table is too large")
             findings.is_lossy = ledger.is_blind = True
         else:
             walk_l1(entry.l1_offset, entry.l1_size)
+    if header.has_data_file and findings.kept_snapshots:
+        # The guest goes on writing to the clusters they would have.
+        ledger.corrupt(f"{findings.kept_snapshots} snapshots in image with data file")
     overhanging = header.snapshot_count - findings.kept_snapshots
     if overhanging:
         end, number = header.snapshots_offset + findings.snapshot_table_length, findings.kept_snapshots
@@ -108,6 +115,11 @@ def walk_snapshots(ledger: Ledger, walk_l1: Callable[[int, int], None]) -> None:
         has_too_much = is_read and snapshot_at(end, number, ledger.read).has_too_much
         corrupt(f"{overhanging} overhanging snapshots", overhanging + has_too_much)
     ledger.use(header.snapshots_offset, findings.snapshot_table_length, "snapshot table")
+
+
+def _tell_l1(ledger: Ledger, entry: RawSnapshot, what: str) -> None:
+    shown = entry.parse(ledger.read).shown
+    ledger.corrupt(f"snapshot {shown.id} ({shown.name}) {what}; snapshot table entry corrupted")
 
 
 # -- bitmaps ------------------------------------------------------------------------------------------------------
