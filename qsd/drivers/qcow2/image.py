@@ -102,8 +102,10 @@ class Image:
         # A read may be answered with pages of the file, as long as no cluster has ever changed its owner.
         self.lends = True
         self._making: dict[int, Cold] = {}
-        # The cluster that the next refcount block is to stand in, once the disk has given room for it.
+        # The cluster that the next refcount block is to stand in, once the disk has given room for it; and those to
+        # which zeroes are on their way for that, which nobody has taken yet.
         self._secured: int | None = None
+        self._securing: dict[int, Cold] = {}
         self.encryption: Encryption | None = None
         self.inflater = compressed.Inflater(header.cluster_size, header.compression_type)
         # An entry alone says where a cluster is, and how to read it.
@@ -175,6 +177,10 @@ class Image:
         """Make free clusters fit for use: the file reaches that far, and they hold no metadata."""
         if self.settings.lazy_refcounts and not self.header.incompatible & DIRTY:
             raise Cold("dirty bit", self._set_dirty)
+        for cluster, cold in self._securing.items():
+            if first <= cluster < first + count:
+                # The zeroes might come after what is written there.
+                raise cold
         bits = self.geometry.cluster_bits
         kind = self.metadata.find(range(first, first + count))
         if kind is not None:
@@ -438,13 +444,15 @@ class Image:
 
         def secure(done: Callable[[int], None]) -> None:
             def stored(error: int) -> None:
+                del self._securing[cluster]
                 if not error:
                     self._secured = cluster
                 done(error)
 
             self.store(cluster << self.geometry.cluster_bits, bytes(self.geometry.cluster_size), stored)
 
-        raise Cold(("room", cluster), secure)
+        self._securing[cluster] = cold = Cold(("room", cluster), secure)
+        raise cold
 
     def block_made(self, cluster: int, index: int) -> None:
         """A new refcount block stands there."""
