@@ -191,11 +191,11 @@ class Reactor:
         """Serve rounds until trio's turn (True) or until nothing came for the polling window (False)."""
         clock = time.perf_counter_ns
         poll = self._epoll.poll
+        mail = self._mail
         end = clock() + SLICE_NS
         while True:
             events = self._left or poll(0, MAX_EVENTS)
             now = clock()
-            mail = self._mail
             if mail is not None and mail.has_news:
                 self._in_round = True
                 mail.deliver()

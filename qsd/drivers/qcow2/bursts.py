@@ -118,7 +118,7 @@ class Bursts(EntryChanger):
                 number = request.offset >> shift
                 if number not in burst.tables:
                     burst.tables[number] = image.writable_slice(number)
-                    image.dirty.pin(number)
+                    image.dirty.pins.add(number)
             burst.host, count, is_fresh = image.allocate(len(requests))
         except (Cold, OSError):
             self._unpin(burst)
@@ -243,7 +243,7 @@ class Bursts(EntryChanger):
 
     def _unpin(self, burst: Burst) -> None:
         for number in burst.tables:
-            self._image.dirty.unpin(number)
+            self._image.dirty.pins.remove(number)
 
     def _let_go(self, burst: Burst) -> None:
         """The entries are no longer about to change; who waited for that looks again."""

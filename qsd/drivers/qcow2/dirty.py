@@ -14,6 +14,7 @@ from typing import Final
 import attrs
 
 from qsd.drivers.qcow2.geometry import big_endian
+from qsd.drivers.qcow2.tables import Pins
 
 # Words of the L1 table that are written at once (512 bytes).
 L1_SECTOR: Final = 64
@@ -40,31 +41,20 @@ class DirtyTables:
         self.l1: set[int] = set()
         self.frozen: dict[int, Frozen] = {}
         self.frozen_l1: dict[int, bytes] = {}
-        self._pins: dict[int, int] = {}
+        # Slices that are going to be changed.
+        self.pins = Pins()
 
     def __bool__(self) -> bool:
         return bool(self.slices or self.l1)
 
     def is_pinned(self, number: int) -> bool:
         """Whether a slice must stay in memory."""
-        return number in self.slices or number in self.frozen or number in self._pins
+        return number in self.slices or number in self.frozen or number in self.pins
 
     @property
     def pinned(self) -> int:
         """How many slices must stay in memory, at most."""
-        return len(self.slices) + len(self.frozen) + len(self._pins)
-
-    def pin(self, number: int) -> None:
-        """A slice is going to be changed."""
-        self._pins[number] = self._pins.get(number, 0) + 1
-
-    def unpin(self, number: int) -> None:
-        """End one ``pin``."""
-        left = self._pins[number] - 1
-        if left:
-            self._pins[number] = left
-        else:
-            del self._pins[number]
+        return len(self.slices) + len(self.frozen) + len(self.pins)
 
     def touch(self, number: int, table: array[int], first: int, last: int) -> None:
         """Words ``first`` to ``last`` (excluded) of a slice are about to change. Call before changing them."""

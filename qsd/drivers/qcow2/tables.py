@@ -14,6 +14,31 @@ from functools import partial
 from qsd.drivers.runs import Cold
 
 
+class Pins:
+    """What has to stay in memory, each as long as all who have said so want it."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[int, int] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._wanted
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def add(self, number: int) -> None:
+        """One more wants it."""
+        self._wanted[number] = self._wanted.get(number, 0) + 1
+
+    def remove(self, number: int) -> None:
+        """End one ``add``."""
+        left = self._wanted[number] - 1
+        if left:
+            self._wanted[number] = left
+        else:
+            del self._wanted[number]
+
+
 class SliceCache:
     """See the module. ``slice_bytes`` is what one slice takes, ``limit`` what all may take (at least two slices).
 
@@ -25,8 +50,7 @@ class SliceCache:
         self.young: dict[int, array[int]] = {}
         self.old: dict[int, array[int]] = {}
         self._is_pinned = is_pinned
-        # How many want a slice to stay.
-        self._held: dict[int, int] = {}
+        self._held = Pins()
         self.set_limit(limit)
 
     def set_limit(self, limit: int) -> None:
@@ -60,16 +84,11 @@ class SliceCache:
 
     def cold(self, key: object, number: int, start: Callable[[Callable[[int], None]], None]) -> Cold:
         """What brings a slice into memory, by ``start``."""
-        return Cold(key, start, partial(self._hold, number), partial(self._release, number))
-
-    def _hold(self, number: int) -> None:
-        self._held[number] = self._held.get(number, 0) + 1
+        return Cold(key, start, partial(self._held.add, number), partial(self._release, number))
 
     def _release(self, number: int) -> None:
-        left = self._held.pop(number) - 1
-        if left:
-            self._held[number] = left
-        elif len(self.young) + len(self.old) > self.limit:
+        self._held.remove(number)
+        if number not in self._held and len(self.young) + len(self.old) > self.limit:
             self._evict()
 
     def _must_stay(self, number: int) -> bool:

@@ -234,7 +234,7 @@ class Writer:
     def _begin(self, operation: Operation) -> None:
         plan, request = operation.plan, operation.request
         self._driver.in_flight += 1
-        self._image.dirty.pin(operation.number)
+        self._image.dirty.pins.add(operation.number)
         busy = self.busy
         for target in plan.targets:
             for cluster in range(target.cluster, target.cluster + target.count):
@@ -331,7 +331,7 @@ class Writer:
             self._planner.give_back(plan)
         else:
             self._link(operation)
-        self._image.dirty.unpin(operation.number)
+        self._image.dirty.pins.remove(operation.number)
         if (
             operation.buffer is not None
             and len(operation.buffer) <= KEPT_SIZE
