@@ -98,6 +98,9 @@ class Child(Protocol):
     def spot(self) -> Spot | None:
         """The child node's ``Driver.spot``; None while requests are kept back."""
 
+    def served(self, count: int, size: int) -> None:
+        """So many reads of ``size`` bytes together have been served on the spot."""
+
     async def read(self, offset: int, length: int) -> bytes:
         """Slow-path read; raises OSError."""
 

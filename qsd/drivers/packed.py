@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
 from qsd.drivers.gather import Gather, Lending, gather_read
+from qsd.drivers.spot import Finder, read_now
 from qsd.host.memory import AlignedPool
 from qsd.messages import ReplyQueue, Request
 
@@ -39,7 +40,7 @@ LANES: Final = min(len(os.sched_getaffinity(0)) - 1, 8)
 AT_ONCE: Final = 64 << 10
 # Fetched clusters that the loop leaves to every thread at work while it has other things to do: a thread that finds
 # none goes to sleep.
-AHEAD: Final = 2
+AHEAD: Final = 3
 
 Unpack = Callable[[int, memoryview], bytes | bytearray]
 
@@ -128,6 +129,7 @@ class Unpacker:
         # What threads have unpacked and the loop has not told yet.
         self._unpacked: deque[Cluster] = deque()
         self._pool = AlignedPool(KEPT)
+        self._finder: Finder | None = None
         self._running = 0
         # Whether ``_go_on`` is called in the next round; what had been fetched and unpacked when that was said.
         self._goes_on = False
@@ -199,7 +201,15 @@ class Unpacker:
         base = first.offset
         size = last.offset + last.length - base
         item = self._pool.take(size)
-        self._driver.fetch_for(Fetch(group, item, self._have), first.child, base, item[0][:size])
+        buffer = item[0][:size]
+        fetch = Fetch(group, item, self._have)
+        finder = self._finder
+        if finder is None or finder.target is not first.child:
+            finder = self._finder = Finder(first.child)
+        if read_now(first.child, finder.find(), base, buffer):
+            self._have(fetch, 0)
+        else:
+            self._driver.fetch_for(fetch, first.child, base, buffer)
 
     def _have(self, fetch: Fetch, error: int) -> None:
         # What is unpacked refers to its fetch: a circle would keep it until Python looks for circles.
@@ -316,7 +326,7 @@ class Unpacker:
         fetch.left -= 1
         if not fetch.left:
             self._pool.give_back(fetch.item)
-        if data is not None:
+        if data is not None and cluster.filled < len(cluster.waiting):
             cluster.fill()
         if self._clusters.get(cluster.where) is cluster:
             del self._clusters[cluster.where]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,31 @@ import pytest
 from qsd.drivers import packed
 from qsd.drivers.gather import Gather, gather_read
 from qsd.drivers.packed import Cluster, Unpacker
+from qsd.drivers.spot import Spot, end_epoch
 from qsd.messages import Flag, Op, Pieces, ReplyQueue, Request
 
 SIZE = 1000
 # Less than the whole: the rest is kept for whoever reads on.
 PART = SIZE - 1
+
+
+class Child:
+    """The way to the file. ``place`` is where that is read on the spot: a descriptor, and flags for preadv2."""
+
+    length = 10000
+
+    def __init__(self) -> None:
+        self.place: tuple[int, int] | None = None
+        self.counted = (0, 0)
+
+    def spot(self) -> Spot | None:
+        if self.place is None:
+            return None
+        fd, flags = self.place
+        return Spot(lambda offset, _length: (fd, offset, flags))
+
+    def served(self, count: int, size: int) -> None:
+        self.counted = (self.counted[0] + count, self.counted[1] + size)
 
 
 class Driver:
@@ -30,7 +51,7 @@ class Driver:
         self.jobs: list[tuple[Callable[[], int], Callable[[int], None]]] = []
         self.host = SimpleNamespace(aio=SimpleNamespace(call=lambda *job: self.jobs.append(job), soon=self.soon))
         self.next_round: list[Callable[[], None]] = []
-        self.child = object()
+        self.child = Child()
         self.content = {number: bytes([number]) * 100 for number in range(100)}
         this: Any = self
         self.unpacker = Unpacker(this, self.unpack)
@@ -104,6 +125,54 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def is_done(request: Request) -> bool:
     return request.reply.ready == [request]
+
+
+@pytest.fixture
+def file_of(driver: Driver, tmp_path: Path) -> Iterator[Callable[[int], None]]:
+    """Puts so many clusters into a file that is read on the spot."""
+    files = []
+
+    def fill(count: int) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"".join(driver.content[number] for number in range(count)))
+        files.append(path.open("rb"))
+        driver.child.place = files[0].fileno(), 0
+        end_epoch()
+
+    yield fill
+    for file in files:
+        file.close()
+
+
+def test_what_can_be_read_on_the_spot_is_not_requested(driver: Driver, file_of: Callable[[int], None]) -> None:
+    file_of(10)
+    requests = [driver.read(where) for where in (3, 4, 9)]
+    driver.send()
+    assert not driver.fetches
+    assert driver.child.counted == (1, 700), "what lies between is fetched along"
+    driver.end_all()
+    assert all(is_done(request) and not request.error for request in requests)
+    assert [request.buffer[0] for request in requests if request.buffer] == [3, 4, 9]
+    assert not driver.in_flight
+
+
+def test_what_is_not_all_there_is_requested(driver: Driver, file_of: Callable[[int], None]) -> None:
+    file_of(5)
+    requests = [driver.read(where) for where in (4, 5, 60)]
+    driver.send()
+    assert [(offset, len(view)) for offset, view, _done in driver.fetches] == [(400, 200), (6000, 100)]
+    assert driver.child.counted == (0, 0)
+    driver.end_all()
+    assert [request.buffer[0] for request in requests if request.buffer] == [4, 5, 60]
+
+
+def test_nothing_is_read_on_the_spot_beyond_the_files_end(driver: Driver, file_of: Callable[[int], None]) -> None:
+    file_of(10)
+    driver.child.length = 950
+    driver.read(9)
+    driver.send()
+    assert [(offset, len(view)) for offset, view, _done in driver.fetches] == [(900, 100)]
+    driver.end_all()
 
 
 def test_neighbours_are_fetched_with_one_request(driver: Driver) -> None:
@@ -220,23 +289,23 @@ def test_loop_unpacks_little_at_once_and_its_share_of_more(driver: Driver) -> No
 
 def test_busy_loop_leaves_to_threads_what_they_take_soon(driver: Driver) -> None:
     driver.unpacker.at_once = 250
-    four = [driver.read(where) for where in range(4)]
+    some = [driver.read(where) for where in range(6)]
     driver.send()
     driver.end_fetch()
     assert len(driver.jobs) == 2
-    assert not any(map(is_done, four))
-    five = [*four, driver.read(10)]
+    assert not any(map(is_done, some))
+    more = [*some, driver.read(10)]
     driver.send()
     driver.end_fetch()
     driver.next_round.pop()()
-    assert sum(map(is_done, five)) == 1, "that is more than both take"
+    assert sum(map(is_done, more)) == 1, "that is more than both take"
     driver.unpacker._moves += 1
     driver.next_round.pop()()
-    assert sum(map(is_done, five)) == 1, "something happened in the round before"
+    assert sum(map(is_done, more)) == 1, "something happened in the round before"
     driver.next_round.pop()()
-    assert sum(map(is_done, five)) == 2, "nothing else is to be done"
+    assert sum(map(is_done, more)) == 2, "nothing else is to be done"
     driver.end_all()
-    assert all(map(is_done, five))
+    assert all(map(is_done, more))
     assert not driver.in_flight
 
 

@@ -245,6 +245,9 @@ class SealedChild(SlowPath):
         """The child node's name."""
         return self._child.node_name
 
+    def served(self, count: int, size: int) -> None:
+        """Nothing is read on the spot: the bytes of the file are not those of the node."""
+
     def submit(self, batch: list[Request]) -> None:
         """Take every request of the batch; offsets and lengths are whole sectors."""
         self._sealer.submit(self._child, self._start, self._shift, batch)
