@@ -111,6 +111,7 @@ class FileIo:
         is_burst = len(batch) >= BURST
         if is_burst and self._offload:
             self._offload -= 1
+        goes_aside = HAS_OTHERS and (self._driver.in_flight > 0 or (is_burst and self._offload > 0))
         offloaded: list[Request] = []
         fd = self.fd
         file_end = self._driver.length
@@ -146,7 +147,7 @@ class FileIo:
                     self._start_read(request, count)
                     started = True
             elif op == WRITE:
-                if is_burst and self._offload and not request.flags & self.fua:
+                if (goes_aside or (is_burst and self._offload)) and not request.flags & self.fua:
                     offloaded.append(request)
                 else:
                     started |= self._write(request, is_burst)
