@@ -41,6 +41,14 @@ class Outgoing:
         """Queue ``slots`` replies that lie one behind the other in ``view``."""
         self._queue.append((view, slab, slots))
 
+    def add_laid(self, slab: Slab, first: int, end: int, slots: int) -> None:
+        """Queue and count ``slots`` replies, or none, laid out in the slab from ``first`` to ``end``."""
+        if not slots:
+            return
+        slab.outstanding += slots
+        self.reply_bytes += end - first
+        self._queue.append((slab.view[first:end], slab, slots))
+
     def add_loan(self, head: memoryview, loan: Loan, slab: Slab) -> None:
         """Queue a reply whose data is lent: its header, then the loan in place of the room behind it."""
         self._queue.append((head, slab, 0))

@@ -261,9 +261,10 @@ class Transmission:
         find = self._finder.find()
         preadv = os.preadv
         count = served_bytes = 0  # reads served on the spot
-        head = tail = pieces = 0  # their answers that are one piece so far
+        head, tail, pieces = 0, -1, 0  # their answers that are one piece so far
         batch: list[Request] = []
         answers = slab = out.slab or out.fresh_slab(0)
+        used, slab_size, slab_memory, slab_view = slab.used, slab.size, slab.memory, slab.view
         room = MAX_REQUESTS - out.requests
         budget = MAX_BYTES - out.reply_bytes - self._payload_bytes
         if budget > BATCH_BYTES:
@@ -275,23 +276,24 @@ class Transmission:
             magic, flags, kind, cookie, offset, length = unpack(memory, position)
             if magic == request_magic and 0 < length <= MAX_LENGTH and offset + length <= size:
                 if not kind and not flags:
-                    data = slab.used + read_head
+                    data = used + read_head
                     if alignment > 1:
                         data = -(-data // alignment) * alignment
-                    if data + length > slab.size:
+                    if data + length > slab_size:
+                        slab.used = used
+                        out.add_laid(answers, head, tail, pieces)
+                        pieces, tail = 0, -1
                         slab = out.fresh_slab(length + read_head + alignment)
+                        slab_size, slab_memory, slab_view = slab.size, slab.memory, slab.view
                         data = -(-read_head // alignment) * alignment
-                    start, stop = data - read_head, data + length
-                    pack_read(slab.memory, start, cookie, offset, length)
-                    slab.used = stop
-                    slab.outstanding += 1
-                    out.reply_bytes += stop - start
+                    start, used = data - read_head, data + length
+                    pack_read(slab_memory, start, cookie, offset, length)
                     if find is not None and length < LEND_MIN:
                         place = find(offset, length)
                         if place is not None:
                             fd, where, how = place
                             try:
-                                have = preadv(fd, (slab.view[data:stop],), where, how)
+                                have = preadv(fd, (slab_view[data:used],), where, how)
                             except OSError:
                                 # Not in the page cache, as a rule; then much else is not.
                                 find = None
@@ -299,20 +301,21 @@ class Transmission:
                             if have == length:
                                 served_bytes += length
                                 count += 1
-                                if start == tail and answers is slab:
-                                    tail = stop
+                                if start == tail:
                                     pieces += 1
                                 else:
-                                    if pieces:
-                                        out.add(answers.view[head:tail], answers, pieces)
-                                    answers, head, tail, pieces = slab, start, stop, 1
+                                    out.add_laid(answers, head, tail, pieces)
+                                    answers, head, pieces = slab, start, 1
+                                tail = used
                                 position += header_size
                                 budget -= length
                                 room -= 1
                                 continue
-                    tag: Tag = (cookie, slab, start, stop, None, offset, length, kind, ())
+                    slab.outstanding += 1
+                    out.reply_bytes += used - start
+                    tag: Tag = (cookie, slab, start, used, None, offset, length, kind, ())
                     lend = MAY_LEND if length >= LEND_MIN else 0
-                    batch.append(Request(READ, offset, length, slab.view[data:stop], replies, lend, tag))
+                    batch.append(Request(READ, offset, length, slab_view[data:used], replies, lend, tag))
                     position += header_size
                     budget -= length
                     room -= 1
@@ -322,25 +325,32 @@ class Transmission:
                     if end - data < length:
                         incoming.wanted = header_size + length
                         break
-                    start = slab.used
-                    stop = start + done_size
-                    if stop > slab.size:
+                    start = used
+                    used = start + done_size
+                    if used > slab_size:
+                        slab.used = start
+                        out.add_laid(answers, head, tail, pieces)
+                        pieces, tail = 0, -1
                         slab = out.fresh_slab(done_size)
-                        start, stop = 0, done_size
-                    pack_done(slab.memory, start, cookie, offset)
-                    slab.used = stop
+                        slab_size, slab_memory, slab_view = slab.size, slab.memory, slab.view
+                        start, used = 0, done_size
+                    pack_done(slab_memory, start, cookie, offset)
                     slab.outstanding += 1
                     out.reply_bytes += done_size
                     self._payload_bytes += length
                     receive.lent += 1
                     position = data + length
-                    tag = (cookie, slab, start, stop, receive, offset, length, kind, ())
+                    tag = (cookie, slab, start, used, receive, offset, length, kind, ())
                     batch.append(Request(WRITE, offset, length, view[data:position], replies, base_flags, tag))
                     budget -= length
                     room -= 1
                     continue
+            slab.used = used
+            out.add_laid(answers, head, tail, pieces)
+            pieces, tail = 0, -1
             taken = self._uncommon(batch, position, end)
             slab = out.slab or slab
+            used, slab_size, slab_memory, slab_view = slab.used, slab.size, slab.memory, slab.view
             if not taken:
                 break
             position = min(end, position + taken)
@@ -350,9 +360,10 @@ class Transmission:
                 position = incoming.skipped(position)
             room -= 1
             budget = min(budget, MAX_BYTES - out.reply_bytes - self._payload_bytes)
+        slab.used = used
         incoming.position = position
+        out.add_laid(answers, head, tail, pieces)
         if count:
-            out.add(answers.view[head:tail], answers, pieces)
             out.requests += count
             self.stats.requests += count
             self._target.served(count, served_bytes)
