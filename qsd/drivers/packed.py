@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from qsd.drivers.base import Child
-from qsd.drivers.gather import Gather, Lending, gather_read
+from qsd.drivers.gather import MAY_LEND, Gather, Lending, gather_read
 from qsd.drivers.spot import Finder, read_now
 from qsd.host.memory import AlignedPool
-from qsd.messages import ReplyQueue, Request
+from qsd.messages import Pieces, ReplyQueue, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.mapped import MappedDriver
@@ -48,8 +48,9 @@ Unpack = Callable[[int, memoryview], bytes | bytearray]
 class Cluster:
     """One that is being unpacked. ``waiting``: from which of its bytes on, where they go, as which part of what.
 
-    The first ``filled`` of these have their bytes. It ``is_used_up`` when somebody wanted all of it: who reads
-    whole clusters does not come back for one.
+    The first ``filled`` of these have their bytes. ``takers`` are requests that may be lent all they want, with the
+    byte that begins at. It ``is_used_up`` when somebody wanted all of it: who reads whole clusters does not come
+    back for one.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Cluster:
         "length",
         "offset",
         "packed",
+        "takers",
         "waiting",
         "where",
     )
@@ -72,6 +74,7 @@ class Cluster:
         self.offset = offset
         self.length = length
         self.waiting: list[tuple[int, memoryview, Gather, int]] = []
+        self.takers: list[tuple[int, Request]] = []
         self.fetch: Fetch | None = None
         self.packed: memoryview | None = None
         self.data: bytes | bytearray | None = None
@@ -143,6 +146,11 @@ class Unpacker:
 
     def serve(self, request: Request, where: int, skip: int) -> None:
         """Serve a READ of what the cluster holds from its byte ``skip`` on."""
+        if request.flags & MAY_LEND and where not in self._cache:
+            # What large reads are, as a rule. Nothing has to be gathered.
+            self._driver.in_flight += 1
+            self._wait_for(where).takers.append((skip, request))
+            return
         gather = gather_read(self._driver, request)
         assert request.buffer is not None
         self.read(where, skip, request.buffer, gather)
@@ -158,13 +166,16 @@ class Unpacker:
             _fill(memoryview(data), skip, view, gather, position)
             return
         gather.left += 1
+        self._wait_for(where).waiting.append((skip, view, gather, position))
+
+    def _wait_for(self, where: int) -> Cluster:
         cluster = self._clusters.get(where)
         if cluster is None:
             cluster = self._clusters[where] = Cluster(where, *self._driver.locate(where))
             if not self._wanted:
                 self._driver.resume(self._fetch_wanted)
             self._wanted.append(cluster)
-        cluster.waiting.append((skip, view, gather, position))
+        return cluster
 
     def forget(self, where: int) -> None:
         """What is stored there will be something else. Reads under way get what it was, and later ones do not."""
@@ -315,7 +326,8 @@ class Unpacker:
         assert cluster.packed is not None
         try:
             cluster.data = self._unpack(cluster.where, cluster.packed)
-            cluster.fill()
+            if cluster.waiting:
+                cluster.fill()
         except OSError as error:
             cluster.error = error.errno or errno.EIO
 
@@ -326,14 +338,20 @@ class Unpacker:
         fetch.left -= 1
         if not fetch.left:
             self._pool.give_back(fetch.item)
-        if data is not None and cluster.filled < len(cluster.waiting):
-            cluster.fill()
+        if data is not None:
+            if cluster.filled < len(cluster.waiting):
+                cluster.fill()
+            for skip, request in cluster.takers:
+                cluster.is_used_up |= _lend(data, skip, request)
         if self._clusters.get(cluster.where) is cluster:
             del self._clusters[cluster.where]
             if data is not None and not cluster.is_used_up:
                 self._keep(cluster.where, data)
         for _skip, _view, gather, _position in cluster.waiting:
             gather.end(cluster.error)
+        for _skip, request in cluster.takers:
+            self._driver.finished()
+            request.complete(cluster.error)
 
     def _keep(self, where: int, data: bytes | bytearray) -> None:
         cache = self._cache
@@ -343,6 +361,19 @@ class Unpacker:
         while self._size > BUDGET and len(cache) > 2:
             oldest = next(iter(cache))
             self._size -= len(cache.pop(oldest))
+
+
+def _lend(data: bytes | bytearray, skip: int, request: Request) -> bool:
+    """Lend a request its bytes, or copy them where it wants little of the cluster; True when it wants all."""
+    length = request.length
+    view = memoryview(data)
+    is_all = length == len(data)
+    if 2 * length >= len(data):
+        request.result = Pieces([view if is_all else view[skip : skip + length]])
+    else:
+        assert request.buffer is not None
+        request.buffer[:] = view[skip : skip + length]
+    return is_all
 
 
 def _fill(data: memoryview, skip: int, view: memoryview, gather: Gather, position: int) -> None:
