@@ -183,17 +183,18 @@ class Transmission:
         """Parse, submit, collect and send until nothing more can be done now, or for ``SLICE_NS``."""
         replies = self._replies
         replies.armed = False
-        out = self._out
+        incoming, out = self._in, self._out
         clock = time.perf_counter_ns
         end = clock() + SLICE_NS
         goes_on = False
         while True:
             batch = None
-            if not self._closing and not (out and self._out.reply_bytes >= BATCH_BYTES):
+            is_whole = incoming.end - incoming.position >= incoming.wanted
+            if is_whole and not self._closing and not (out and out.reply_bytes >= BATCH_BYTES):
                 batch = self._parse()
                 if batch:
                     count = len(batch)
-                    self._out.requests += count
+                    out.requests += count
                     self._submitted += count
                     self.stats.requests += count
                     self._target.submit(batch)
