@@ -18,7 +18,7 @@ from qsd.actors import transaction
 from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
 from qsd.actors.depth import check_depth
 from qsd.actors.drain import Drained
-from qsd.actors.edges import Edge, NodeState, RootEdge, info_of, length_changed
+from qsd.actors.edges import Edge, NodeState, RootEdge, disown, info_of, length_changed, owners_of
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
 from qsd.actors.transaction import Action
 from qsd.block.graph import NodeFacts
@@ -343,6 +343,7 @@ def _unlink(topology: Topology, edge: Edge) -> None:
         parent = _parent(edge)
         info_of(parent).children.pop(edge.name, None)
         parent.driver.children.pop(edge.name, None)
+        disown(parent, edge.node)
 
 
 class _Hold(Action):
@@ -385,6 +386,15 @@ class _Swap(Action):
     edge: Edge
     child: Node
     before: Node = attrs.field(init=False)
+
+    def commit(self) -> None:
+        """What lived for a node further up, or for one in between, lives for the node it is now below."""
+        parent = self.edge.parent
+        if parent is not None:
+            is_heir = parent in owners_of(self.child)
+            disown(parent, self.before)
+            if is_heir:
+                info_of(self.child).inline_parent = parent
 
     async def prepare(self) -> None:
         self.before = self.edge.node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from enum import Enum
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -73,6 +73,21 @@ def info_of(node: Node) -> NodeInfo:
     info = node.info
     assert isinstance(info, NodeInfo)
     return info
+
+
+def owners_of(node: Node) -> Iterator[Node]:
+    """The node whose options held those of ``node``, the one whose options held that one's, and so on."""
+    owner = info_of(node).inline_parent
+    while owner is not None:
+        yield owner
+        owner = info_of(owner).inline_parent
+
+
+def disown(owner: Node, node: Node) -> None:
+    """``node`` is a child of ``owner`` in one place less: nothing ties them any more when that was the last."""
+    info = info_of(node)
+    if info.inline_parent is owner and not any(edge.parent is owner for edge in info.parents):
+        info.inline_parent = None
 
 
 # What a job calls the node it has put into the graph.

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 import outcome
@@ -23,6 +23,7 @@ from qsd.actors.node import Node
 from qsd.actors.node_options import check_mode, resolve_mode
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.actors.topology import Topology
+from qsd.block.graph import cycle_text
 from qsd.drivers.base import Aio, Child, ChildRole, Driver, Mode
 from qsd.errors import QmpError, errno_text
 from qsd.qapi.core import NULL
@@ -40,7 +41,13 @@ MAX_CHAIN = 200
 UNKNOWN_REFERENCE = "Cannot find device='{}' nor node-name='{}'"
 
 
-async def _nothing_to_open(name: str, _role: ChildRole, _options: Any) -> Child:
+class _OpenChild(Protocol):
+    """``Host.open_child``."""
+
+    async def __call__(self, name: str, role: ChildRole, options: Any, /, *, is_probed: bool = False) -> Child: ...
+
+
+async def _nothing_to_open(name: str, /, *_args: Any, **_more: Any) -> Child:
     raise AssertionError(f"child {name} is opened outside of Driver.open")
 
 
@@ -52,13 +59,44 @@ class NodeHost:
     warn: Callable[[str], None]
     secret: Callable[[str], bytes]
     emit: Callable[[str, dict[str, Any]], None]
-    open_child: Callable[[str, ChildRole, Any], Awaitable[Child]] = _nothing_to_open
+    open_child: _OpenChild = _nothing_to_open
     node: Node | None = None
 
     def spawn(self, function: Callable[..., Any], *args: Any, name: str) -> None:
         """Start a task in the node actor's own nursery."""
         assert self.node is not None
         self.node.spawn(function, *args, name=name)
+
+
+class _Circle(Exception):
+    """A node is to stand on ``node``, which is being opened and was to stand on that node."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
+@attrs.frozen
+class _Place:
+    """What a node is opened for.
+
+    ``above`` are the nodes that are being opened and wait for it, ``depth`` counts how many images named the next
+    until this one was named.
+    """
+
+    above: tuple[Node, ...] = ()
+    depth: int = 0
+
+    def find(self, name: str) -> Node | None:
+        """The node of that name that waits for this one."""
+        return next((node for node in self.above if node.name == name), None)
+
+    def below(self, node: Node, *, is_named: bool) -> _Place:
+        """Where a child of ``node`` is; ``is_named`` by the image, not by the user. Raises QmpError."""
+        depth = self.depth + is_named
+        if depth > MAX_CHAIN:
+            raise QmpError("The chain of images is too long")
+        return _Place((*self.above, node), depth)
 
 
 @attrs.frozen
@@ -101,11 +139,13 @@ class Opener:
         options: BlockdevOptions,
         inherited: Mode | None = None,
         role: ChildRole = ChildRole.DATA,
-        depth: int = 0,
+        place: _Place = _Place(),
+        *,
+        is_probed: bool = False,
     ) -> Node:
         """Open a node with its inline children. It has one pin of the caller's.
 
-        ``depth`` counts how many images named the next until this one was named.
+        ``is_probed`` is for the driver, see there.
 
         Raises QmpError and leaves nothing: no node, no descriptor, no lock, no name.
         """
@@ -118,33 +158,46 @@ class Opener:
             for name, child_role in driver_class.child_specs:
                 if name in driver_class.late_children:
                     continue
-                found = await self._child(getattr(options, _attribute(name)), early, name, child_role, depth)
+                found = await self._child(getattr(options, _attribute(name)), early, name, child_role, place)
                 if found is not None:
                     children.append(found)
                     stack.push_async_callback(self.unpin, found.node)
             check_mode(mode)
-            return await self._open(driver_class, options, mode, children, depth)
+            return await self._open(driver_class, options, mode, children, place, is_probed)
 
-    async def _child(self, value: Any, mode: Mode, name: str, role: ChildRole, depth: int) -> _Found | None:
+    async def _child(
+        self, value: Any, mode: Mode, name: str, role: ChildRole, place: _Place, is_probed: bool = False
+    ) -> _Found | None:
         if value is None or value is NULL:
             return None
         try:
             if isinstance(value, str):
+                waiting = place.find(value)
+                if waiting is not None:
+                    raise _Circle(waiting)
                 node = self._topology.find(value, UNKNOWN_REFERENCE)
                 info_of(node).pins += 1
                 return _Found(name, role, node, is_inline=False)
-            return _Found(name, role, await self.open(value, mode, role, depth), is_inline=True)
+            node = await self.open(value, mode, role, place, is_probed=is_probed)
+            return _Found(name, role, node, is_inline=True)
         except QmpError as error:
             raise error.prefixed("Could not open backing file: " if role is ChildRole.COW else "") from None
 
     async def _open(
-        self, driver_class: type[Driver], options: BlockdevOptions, mode: Mode, children: list[_Found], depth: int
+        self,
+        driver_class: type[Driver],
+        options: BlockdevOptions,
+        mode: Mode,
+        children: list[_Found],
+        place: _Place,
+        is_probed: bool,
     ) -> Node:
         topology = self._topology
         name = topology.take_name(options.node_name)
         try:
             host = NodeHost(self._aio, self._warn, self._secret, self._emit)
             driver = driver_class(name, options, mode, host)
+            driver.is_probed = is_probed
             node = Node(name, driver)
             host.node = node
             info = node.info = NodeInfo(
@@ -157,7 +210,7 @@ class Opener:
         topology.living[info.key] = node
         try:
             await self._attach(node, children)
-            host.open_child = partial(self._open_child, node, children, depth)
+            host.open_child = partial(self._open_child, node, children, place)
             try:
                 await driver.open()
             finally:
@@ -177,13 +230,25 @@ class Opener:
         return node
 
     async def _open_child(
-        self, node: Node, children: list[_Found], depth: int, name: str, role: ChildRole, value: Any
+        self,
+        node: Node,
+        children: list[_Found],
+        place: _Place,
+        name: str,
+        role: ChildRole,
+        value: Any,
+        *,
+        is_probed: bool = False,
     ) -> Child:
-        if value is not getattr(node.driver.options, _attribute(name)):
-            depth += 1
-        if depth > MAX_CHAIN:
-            raise QmpError("The chain of images is too long")
-        found = await _in_own_task(self._child, value, node.mode, name, role, depth)
+        inner = place.below(node, is_named=value is not getattr(node.driver.options, _attribute(name)))
+        try:
+            found = await _in_own_task(self._child, value, node.mode, name, role, inner, is_probed)
+        except _Circle as circle:
+            if circle.node is not node:
+                raise
+            # A node that is still being opened cannot be read: the circle is not made to find out that it is one.
+            child = value if isinstance(value, str) else self._topology.free_name(value.node_name)
+            raise QmpError(cycle_text(child, name, node.name)) from None
         assert found is not None
         try:
             await self._attach(node, [found])

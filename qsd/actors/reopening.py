@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # The children that may become other nodes.
 _EXCHANGED: Final = frozenset({"file", "backing"})
 UNKNOWN_NODE = "Failed to find node with node-name='{}'"
+NO_DEFAULT = "Option '{}' cannot be reset to its default value"
 UNKNOWN_CHILD = "Cannot find device='' nor node-name='{}'"
 
 
@@ -93,6 +94,9 @@ def _gather(
         value = getattr(options, name.replace("-", "_"))
         edge = info_of(node).children.get(name)
         if value is None:
+            if edge is not None and info_of(edge.node).inline_parent is node:
+                # Nothing is said about a node that lives by what is said here.
+                raise QmpError(NO_DEFAULT.format("driver"))
             continue
         if value is NULL:
             if edge is not None:
@@ -158,14 +162,14 @@ def _check_fixed(node: Node, options: BlockdevOptions) -> None:
     driver = node.driver
     for name in driver.lasting:
         if getattr(before, name) is not None and getattr(options, name, None) is None:
-            raise QmpError(f"Option '{_shown(name)}' cannot be reset to its default value")
+            raise QmpError(NO_DEFAULT.format(_shown(name)))
     if options.driver is not before.driver:
         raise QmpError("Cannot change the option 'driver'")
     for name in driver.lasting:
         if name in driver.fixed and getattr(options, name) != getattr(before, name):
             raise QmpError(f"Cannot change the option '{_shown(name)}'")
     if node.mode.force_share and options.force_share is None:
-        raise QmpError("Option 'force-share' cannot be reset to its default value")
+        raise QmpError(NO_DEFAULT.format("force-share"))
     if (
         getattr(options, "backing", NULL) is None
         and driver.can_have_backing()

@@ -60,6 +60,10 @@ class Topology:
         self._taken.add(name)
         return name
 
+    def free_name(self, wanted: str | None) -> str:
+        """What a node would be called that is not made after all: ``wanted``, or a name that is made up."""
+        return self._names.next() if wanted is None else wanted
+
     def release_name(self, name: str) -> None:
         """The name is free again."""
         self._taken.discard(name)

@@ -32,6 +32,11 @@ def reach(start: Iterable[T], onward: Callable[[T], Iterable[T]]) -> set[T]:
 UNNAMED = "an unnamed block device"
 
 
+def cycle_text(child: str, name: str, parent: str) -> str:
+    """The error of an edge called ``name`` that would close a cycle."""
+    return f"Making '{child}' a {name} child of '{parent}' would create a cycle"
+
+
 @attrs.frozen
 class NodeFacts:
     """A node. ``changing``: the planned change gives it a new mode. ``ragged``: its length is no multiple of its
@@ -97,7 +102,7 @@ class Snapshot:
     def _check(self, edge: EdgeFacts, parent_key: int) -> None:
         parent, child = self.nodes[parent_key], self.nodes[edge.child]
         if parent_key in self.below({edge.child}):
-            raise QmpError(f"Making '{child.name}' a {edge.name} child of '{parent.name}' would create a cycle")
+            raise QmpError(cycle_text(child.name, edge.name, parent.name))
         if parent.active and not child.active:
             raise QmpError(f"Inactive '{child.name}' can't be a {edge.name} child of active '{parent.name}'")
 

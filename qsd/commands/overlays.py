@@ -72,7 +72,7 @@ def _options(wanted: str, args: BlockdevSnapshotSync, node: Node) -> BlockdevOpt
     """How the overlay is opened: without a backing file, and otherwise as the node is."""
     if wanted.startswith("null"):
         raise QmpError(f"The only allowed filename for this driver is '{wanted}://'")
-    options: Any = format_options(args.snapshot_file, "", wanted)
+    options: Any = format_options(args.snapshot_file, "", wanted)[0]
     mode = node.mode
     backing = {"backing": NULL} if DRIVERS[wanted].can_have_backing() else {}
     opened: BlockdevOptions = attrs.evolve(

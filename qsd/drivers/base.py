@@ -197,8 +197,12 @@ class Host(Protocol):
     def secret(self, name: str) -> bytes:
         """The plain bytes of the secret object ``name``. Raises QmpError."""
 
-    def open_child(self, name: str, role: ChildRole, options: Any, /) -> Awaitable[Child]:
+    def open_child(
+        self, name: str, role: ChildRole, options: Any, /, *, is_probed: bool = False
+    ) -> Awaitable[Child]:
         """Open a node the image itself names (``BlockdevOptions``) and make it the child ``name``. Raises QmpError.
+
+        ``is_probed``: its ``Driver.is_probed``.
 
         Only from within ``Driver.open``. It is the one gate for files the user did not name: a driver calls it when
         its options allow that, never because of an image alone. The child inherits as an inline one does, belongs
@@ -263,6 +267,8 @@ class Driver(ABC):
         self.children: dict[str, Child] = {}
         self.limits = Limits()
         self.length = 0
+        # Nobody has said what the format is: the image's first bytes have. Set before ``open``.
+        self.is_probed = False
         # Set by ``open`` of a driver that can keep dirty bitmaps in its image.
         self.bitmap_store: BitmapStore | None = None
         # Requests this driver has started and not completed yet, and who waits for none.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qsd.qapi.schema.block import BlockdevOptions
 
 _PROTOCOLS: Final = ("file", "host_device")
+_WITH_BACKING: Final = frozenset({"qcow2"})
 
 
 def protocol_in(name: str) -> str | None:
@@ -52,23 +53,25 @@ def protocol_options(name: str) -> dict[str, Any]:
     return {"driver": protocol_of(path) if protocol == "file" else protocol, "filename": path}
 
 
-def format_options(name: str, image: str, format_name: str | None) -> BlockdevOptions:
-    """The node for a backing file called ``name`` by ``image``; without a format's name it is probed.
+def format_options(name: str, image: str, format_name: str | None) -> tuple[BlockdevOptions, bool]:
+    """The node for a backing file called ``name`` by ``image``, and whether its format was told by its first bytes.
 
-    Raises QmpError.
+    That is what happens without a format's name. Raises QmpError.
     """
     name = full_name(name, image)
     if name.startswith("json:"):
         tree = _json_tree(name)
+        is_probed = False
         if format_name is not None:
             tree["driver"] = format_name
         elif not isinstance(tree.get("driver"), str):
+            is_probed = True
             if "file" not in tree:
                 raise QmpError("Must specify either driver or file")
             tree["driver"] = _probe_tree(tree["file"])
-        tree = _completed(tree)
+        tree = _without_no_backing(_completed(tree))
         try:
-            return checked_options(tree)
+            return checked_options(tree), is_probed
         except QmpError as error:
             raise in_names_words(error, tree) from None
     file = protocol_options(name)
@@ -76,8 +79,8 @@ def format_options(name: str, image: str, format_name: str | None) -> BlockdevOp
         raise QmpError(f"The '{file['driver']}' block driver requires a file name")
     wanted = probe(file["filename"]) if format_name is None else format_name
     if wanted in _PROTOCOLS:
-        return checked_options({**file, "driver": wanted})
-    return checked_options({"driver": wanted, "file": file})
+        return checked_options({**file, "driver": wanted}), False
+    return checked_options({"driver": wanted, "file": file}), format_name is None
 
 
 def plain_options(path: str) -> BlockdevOptions:
@@ -129,6 +132,17 @@ def _completed(tree: dict[str, Any]) -> dict[str, Any]:
     if tree["driver"] == "qcow2" and isinstance(encrypt, dict) and "format" not in encrypt:
         done["encrypt"] = {**encrypt, "format": encryption_of(done["file"]["filename"])}
     return done
+
+
+def _without_no_backing(tree: dict[str, Any]) -> dict[str, Any]:
+    """Any driver may be told that there is no backing file, also one that never has any."""
+    has_backing = tree["driver"] in _WITH_BACKING
+    kept = {key: item for key, item in tree.items() if has_backing or key != "backing" or item not in (None, "")}
+    for child in ("file", "backing", "data-file"):
+        inner = kept.get(child)
+        if isinstance(inner, dict) and "driver" in inner:
+            kept[child] = _without_no_backing(inner)
+    return kept
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -10,6 +10,7 @@ from qsd.drivers.base import SECTOR, ChildRole, limits_above
 from qsd.drivers.filenames import name_above_file
 from qsd.drivers.gather import Callback
 from qsd.drivers.passing import PassingDriver
+from qsd.drivers.probing import format_of
 from qsd.drivers.spot import Spot, end_epoch
 from qsd.errors import QmpError
 from qsd.messages import BlockState, Extent, Flag, Op, Request
@@ -30,7 +31,8 @@ class RawDriver(PassingDriver):
 
     def _bind(self) -> None:
         child = self.children["file"]
-        self.limits = limits_above(child.limits)
+        # Whole sectors where the first one is looked at when it is written.
+        self.limits = limits_above(child.limits, request_alignment=SECTOR if self.is_probed else 1)
         end_epoch()
         # Nodes are as long as whole sectors. Behind an odd offset the last of them is not whole in the child.
         self._inside = child.length - self._offset
@@ -57,6 +59,8 @@ class RawDriver(PassingDriver):
 
     def submit(self, batch: list[Request]) -> None:
         """Pass on, shifted."""
+        if self.is_probed:
+            batch = [request for request in batch if not _turns_into_format(request)]
         if self._is_torn:
             batch = [request for request in batch if not self._reaches_over(request)]
         offset = self._offset
@@ -142,3 +146,15 @@ class RawDriver(PassingDriver):
         """The child's, unless a window makes it another disk."""
         shown = {name: value for name in ("offset", "size") if (value := getattr(self.options, name)) is not None}
         return name_above_file(self, {name: str(value) for name, value in shown.items()})
+
+
+def _turns_into_format(request: Request) -> bool:
+    """Refuse a write after which probing would find something else than raw.
+
+    What the guest writes there would be believed by the next to open the image: a backing file's name, for one.
+    """
+    buffer = request.buffer
+    if request.op != Op.WRITE or request.offset or buffer is None or format_of(bytes(buffer[:SECTOR])) == "raw":
+        return False
+    request.complete(errno.EPERM)
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from qsd.errors import QmpError
-from qsd.qapi.types import BOOL, NUMBER, STR, Builtin, Integer
+from qsd.qapi.types import BOOL, NUMBER, STR, AlternateType, Builtin, Integer, Type
 from qsd.wire.literals import parse_bool, parse_integer, parse_size
 
 _NAMES = {"string": "string", "boolean": "boolean", "number": "number"}
@@ -19,6 +19,9 @@ class Flavour(Protocol):
     def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int: ...
 
     def index(self, path: str, position: int) -> str: ...
+
+    def is_absent(self, wanted: Type, value: Any) -> bool:
+        """Whether an optional member that is there counts as left out."""
 
 
 def invalid_type(path: str, expected: str) -> QmpError:
@@ -59,6 +62,9 @@ class JsonFlavour:
     def index(self, path: str, position: int) -> str:
         return f"{path}[{position}]"
 
+    def is_absent(self, wanted: Type, value: Any) -> bool:
+        return False
+
 
 class KeyvalFlavour:
     """Strings of a keyval tree: converted by what the declaration wants."""
@@ -97,6 +103,9 @@ class KeyvalFlavour:
     def index(self, path: str, position: int) -> str:
         return f"{path}.{position}"
 
+    def is_absent(self, wanted: Type, value: Any) -> bool:
+        return False
+
     def _leaf(self, value: Any, path: str) -> str:
         if not isinstance(value, str):
             raise QmpError(f"Parameters '{path}.*' are unexpected")
@@ -117,6 +126,12 @@ class NameFlavour(JsonFlavour):
                 raise QmpError(f"Parameter '{path}' expects 'on' or 'off'")
             return flag
         return super().scalar(wanted, value, path)
+
+    def is_absent(self, wanted: Type, value: Any) -> bool:
+        """A null is, where it does not mean something, and so is a child without any options."""
+        if isinstance(wanted, AlternateType):
+            return "null" not in wanted.choices and value in (None, {})
+        return value is None
 
     def integer(self, wanted: Integer, value: Any, path: str, name: str) -> int:
         if type(value) is float and value.is_integer():

@@ -136,7 +136,9 @@ def _visit_members(flavour: Flavour, members: tuple[Member, ...], value: dict[st
     for item in members:
         full = f"{path}.{item.name}" if path else item.name
         if item.name in value:
-            found[item.name] = item, _visit(flavour, item.type, value[item.name], full, item.name)
+            held = value[item.name]
+            is_absent = item.optional and flavour.is_absent(item.type, held)
+            found[item.name] = item, None if is_absent else _visit(flavour, item.type, held, full, item.name)
         elif not item.optional:
             raise QmpError(f"Parameter '{full}' is missing")
     return found

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import Qmp, RunningDaemon
+from nbd_reader import NbdError, NbdReader
 from qcow2_images import assert_clean, content, img, write_raw
 
 Start = Callable[..., RunningDaemon]
 
 MIB = 1 << 20
+EPERM = "^1$"
 CREATE = ("create", "-q", "-f", "qcow2")
 
 
@@ -91,3 +95,36 @@ def test_an_overlay_may_have_filters_above_it(daemon: Start, tmp_path: Path) -> 
     assert qmp.refusal("blockdev-snapshot", node="filter", overlay="alone") == (
         "The overlay already has a backing image"
     )
+
+
+def test_image_that_was_taken_for_raw_stays_raw(daemon: Start, tmp_path: Path) -> None:
+    data = bytearray(content(6, MIB))
+    write_raw(tmp_path, "base.raw", bytes(data))
+    img(*CREATE, "-F", "raw", "-b", tmp_path / "base.raw", tmp_path / "top")
+    top = bytearray((tmp_path / "top").read_bytes())
+    told = top.index(struct.pack(">II", 0xE2792ACA, 3))
+    top[told : told + 16] = bytes(16)
+    (tmp_path / "top").write_bytes(top)
+    qmp = daemon().qmp()
+    add(qmp, "top")
+    (base,) = [node["node-name"] for node in qmp.execute("query-named-block-nodes") if node["drv"] == "raw"]
+    below = {"driver": "file", "filename": str(tmp_path / "base.raw"), "read-only": False}
+    writable = {"driver": "raw", "read-only": False, "file": below}
+    qmp.execute("blockdev-reopen", options=[{**tree("top"), "node-name": "top", "backing": writable}])
+    qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd.sock")}})
+    qmp.execute("block-export-add", type="nbd", id="e", name="e", node_name=base, writable=True)
+    header = (tmp_path / "top").read_bytes()[:4096]
+    with NbdReader(tmp_path / "nbd.sock", "e") as client:
+        for offset, length in ((0, 4096), (0, 512), (0, 4), (1, 600), (512, 512), (700, 1000)):
+            piece = header[offset : offset + length] if offset <= 1 else header[:length]
+            if offset:
+                client.write(offset, piece)
+                data[offset : offset + length] = piece
+            else:
+                with pytest.raises(NbdError, match=EPERM):
+                    client.write(offset, piece)
+        assert client.read(0, MIB) == data
+        # All but the first byte of the magic number is there by now.
+        with pytest.raises(NbdError, match=EPERM):
+            client.write(0, header[:1])
+        client.write(0, b"R")

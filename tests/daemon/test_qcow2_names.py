@@ -228,6 +228,11 @@ OTHERS: list[tuple[str, str | None]] = [
         "Unsupported value 'x' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, "
         "cached, all",
     ),
+    (raw(backing=None, size=None), None),
+    (raw(**{"backing": "", "file.backing": None}), None),
+    (raw(backing="x"), "An image cannot name the node 'x'"),  # does not know backing files of raw images
+    (raw(**{"data-file": None}), "Block format 'raw' does not support the option 'data-file'"),
+    ('json:{"driver": "qcow2", "file.filename": "base.qcow2", "data-file": null, "lazy-refcounts": null}', None),
     ('json:{"driver": "raw", "file": "mine"}', "An image cannot name the node 'mine'"),  # opens it
 ]
 

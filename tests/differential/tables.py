@@ -9,6 +9,7 @@ from pathlib import Path
 from script import Script
 from scripts_block import SCRIPTS as _BLOCK
 from scripts_chardev import SCRIPTS as _CHARDEV
+from scripts_children import SCRIPTS as _CHILDREN
 from scripts_corners import SCRIPTS as _CORNERS
 from scripts_exports import SCRIPTS as _EXPORTS
 from scripts_graph import SCRIPTS as _GRAPH
@@ -33,6 +34,7 @@ SCRIPTS: dict[str, Script] = {
     **_IMAGES,
     **_JOBS,
     **_CORNERS,
+    **_CHILDREN,
 }
 
 

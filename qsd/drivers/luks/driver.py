@@ -34,6 +34,7 @@ class LuksDriver(Driver):
         ("file", ChildRole.DATA),
         ("header", ChildRole.DATA),
     )
+    late_children: ClassVar[frozenset[str]] = frozenset({"header"})
     can_truncate: ClassVar[bool] = True
     can_amend: ClassVar[bool] = True
     amends_read_only: ClassVar[bool] = True
@@ -49,6 +50,8 @@ class LuksDriver(Driver):
 
     async def open(self) -> None:
         """Unlock the volume with the secret ``key-secret``."""
+        if self.options.header is not None and "header" not in self.children:
+            await self.host.open_child("header", ChildRole.DATA, self.options.header)
         if self.options.key_secret is None:
             raise QmpError("Parameter 'key-secret' is required for cipher")
         password = self.host.secret(self.options.key_secret)

@@ -135,6 +135,9 @@ class Qcow2Driver(TellingDriver):
         self.limits.pwrite_zeroes_alignment = header.subcluster_size
         self.limits.pdiscard_alignment = header.cluster_size
 
+    # The disk is as long as the image says, but a child may have other limits now.
+    refresh_length = children_changed
+
     async def _read_again(self, options: Any, mode: Mode, *, mends: bool = True) -> Image:
         """The image as it is now, with its children open already. Raises QmpError.
 

@@ -52,11 +52,12 @@ async def open_backing(driver: Qcow2Driver) -> None:
     if wanted is not None:
         await driver.host.open_child("backing", ChildRole.COW, wanted)
     elif driver.own_backing:
-        await driver.host.open_child("backing", ChildRole.COW, _named_backing(driver))
+        options, is_probed = _named_backing(driver)
+        await driver.host.open_child("backing", ChildRole.COW, options, is_probed=is_probed)
         driver.own_backing = facts.name_of(driver.children["backing"])
 
 
-def _named_backing(driver: Qcow2Driver) -> Any:
+def _named_backing(driver: Qcow2Driver) -> tuple[Any, bool]:
     kind = driver.image.header.extension(EXT_BACKING_FORMAT)
     try:
         image_name = facts.name_of(driver.children["file"])
