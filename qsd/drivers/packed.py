@@ -213,7 +213,7 @@ class Unpacker:
         size = last.offset + last.length - base
         item = self._pool.take(size)
         buffer = item[0][:size]
-        fetch = Fetch(group, item, self._have)
+        fetch = Fetch(group, item, self._fetched_later)
         finder = self._finder
         if finder is None or finder.target is not first.child:
             finder = self._finder = Finder(first.child)
@@ -221,6 +221,10 @@ class Unpacker:
             self._have(fetch, 0)
         else:
             self._driver.fetch_for(fetch, first.child, base, buffer)
+
+    def _fetched_later(self, fetch: Fetch, error: int) -> None:
+        self._have(fetch, error)
+        self._driver.send()
 
     def _have(self, fetch: Fetch, error: int) -> None:
         # What is unpacked refers to its fetch: a circle would keep it until Python looks for circles.
@@ -246,7 +250,6 @@ class Unpacker:
                     # When all that ends at the same time is there, to be shared out.
                     self._driver.resume(self._unpack_more)
                 self._fetched.append(cluster)
-        self._driver.send()
 
     # -- unpacking --------------------------------------------------------------------------------------------
 

@@ -92,7 +92,8 @@ class Outgoing:
         """Forget everything: the client has gone."""
         while self._queue:
             piece, slab, slots = self._queue.popleft()
-            self._sent(slab, slots, len(piece))
+            self.reply_bytes -= len(piece)
+            self._sent(slab, slots)
             if isinstance(piece, Loan):
                 piece.give_back()
 
@@ -144,6 +145,7 @@ class Outgoing:
         return self._sock.send(bytes(min(loan.length, COPY)))
 
     def _account(self, count: int) -> None:
+        self.reply_bytes -= count
         queue = self._queue
         while count:
             piece, slab, slots = queue[0]
@@ -153,17 +155,16 @@ class Outgoing:
                     piece.advance(count)
                 else:
                     queue[0] = (piece[count:], slab, slots)
-                self.reply_bytes -= count
                 return
             count -= length
             queue.popleft()
-            self._sent(slab, slots, length)
+            if slots:
+                self._sent(slab, slots)
             if isinstance(piece, Loan):
                 piece.give_back()
 
-    def _sent(self, slab: Slab | None, slots: int, length: int) -> None:
+    def _sent(self, slab: Slab | None, slots: int) -> None:
         self.requests -= slots
-        self.reply_bytes -= length
         if slab is not None:
             self._let_go(slab, slots)
 
