@@ -2,8 +2,8 @@
 
 Buffered reads are tried on the spot with RWF_NOWAIT and go to the aio engine when the page cache lacks them; all of
 them do where the file system knows no such flag, unless it is memory itself (tmpfs).
-Buffered writes are done on the spot while the kernel takes them quickly; when it starts to throttle
-(a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes through
+Buffered writes are done on the spot while nothing is under way and the kernel takes them quickly; when it starts to
+throttle (a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes through
 the engine, with a bounce buffer where the request's own is not aligned. What may block otherwise
 (discard, write zeroes, cache) runs on a thread. Reads beyond the end of the file are zeroes: the node's length is
 rounded up to 512, the file's need not be.
@@ -111,7 +111,8 @@ class FileIo:
         is_burst = len(batch) >= BURST
         if is_burst and self._offload:
             self._offload -= 1
-        goes_aside = HAS_OTHERS and (self._driver.in_flight > 0 or (is_burst and self._offload > 0))
+        # The engine's worker may hold the inode's lock: the loop would sleep for it.
+        goes_aside = HAS_OTHERS and self._driver.in_flight > 0
         offloaded: list[Request] = []
         fd = self.fd
         file_end = self._driver.length

@@ -51,7 +51,11 @@ def test_reads_where_the_file_system_knows_no_nowait(
     monkeypatch.setattr(files, "is_memory", lambda _fd: in_memory)
     engine = Engine()
     driver: Any = SimpleNamespace(
-        host=SimpleNamespace(aio=engine), length=len(DATA), started=lambda: None, finished=lambda: None
+        host=SimpleNamespace(aio=engine),
+        length=len(DATA),
+        in_flight=0,
+        started=lambda: None,
+        finished=lambda: None,
     )
     io = FileIo(driver)
     io.fd = os.open(path, os.O_RDONLY)
