@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qsd.cli_check_image import FindSecret, Image, Place, place_of, unlock
+from qsd.cli_check_image import FindSecret, Image, Place, place_of, unlock, unlock_volume
 from qsd.cli_check_options import Options, check_together, help_text, parse
 from qsd.cli_getopt import UsageError
 from qsd.cli_report import tell
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.examining import CannotCheck, Examined, Repairs, examine, read_header
+from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.repair import Repaired
 from qsd.errors import QmpError, errno_text
@@ -80,9 +81,10 @@ def _check_image(prog: str, options: Options, find_secret: FindSecret) -> int:
         raise _could_not_open(options, error) from None
     try:
         if not _is_supported(image, place):
+            unlock_volume(image, place, find_secret)
             sys.stderr.write(f"{prog}: This image format does not support checks\n")
             return UNSUPPORTED
-        unlock(image, read_header(image), place, find_secret)
+        unlock(image, _header(image), place, find_secret)
         progress = _show_progress if options.progress and not options.quiet else _ignore
         examined = examine(image, options.repairs, progress, _tell_problems)
     except QmpError as error:
@@ -103,13 +105,26 @@ def _could_not_open(options: Options, error: QmpError) -> QmpError:
 
 def _is_supported(image: Image, place: Place) -> bool:
     """Whether it is a qcow2 image. Raises QmpError when it was said to be one, and is none."""
-    start = image.read(0, layout.PROBE_LENGTH)
+    if place.format not in (None, "qcow2"):
+        return False
+    try:
+        start = image.read(0, layout.PROBE_LENGTH)
+    except OSError as error:
+        text = "Could not read " + ("qcow2 header" if place.format else "image for determining its format")
+        raise QmpError(f"{text}: {errno_text(error.errno or 0)}") from None
     if place.format == "qcow2":
         if not start.startswith(layout.MAGIC):
             raise QmpError("Image is not in qcow2 format")
         return True
     # Version 1 is another format, which cannot be checked.
-    return place.format is None and start.startswith(layout.MAGIC) and int.from_bytes(start[4:8], "big") >= 2
+    return start.startswith(layout.MAGIC) and int.from_bytes(start[4:8], "big") >= 2
+
+
+def _header(image: Image) -> Header:
+    try:
+        return read_header(image)
+    except OSError as error:
+        raise QmpError(f"Could not read qcow2 header: {errno_text(error.errno or 0)}") from None
 
 
 def _tell_findings(options: Options, examined: Examined) -> int:
@@ -137,19 +152,20 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _as_json(filename: str, found: Findings, fixed: Repaired) -> dict[str, Any]:
+    # In the reference's order.
     shown = {
         "image-end-offset": found.image_end,
+        "compressed-clusters": found.compressed_clusters,
         "total-clusters": found.total_clusters,
+        "corruptions": found.corruptions,
+        "corruptions-fixed": fixed.corruptions,
         "check-errors": 0,
         "leaks": found.leaks,
         "leaks-fixed": fixed.leaks,
         "allocated-clusters": found.allocated_clusters,
         "filename": filename,
         "format": "qcow2",
-        "compressed-clusters": found.compressed_clusters,
         "fragmented-clusters": found.fragmented_clusters,
-        "corruptions": found.corruptions,
-        "corruptions-fixed": fixed.corruptions,
     }
     always = ("image-end-offset", "check-errors", "filename", "format")
     return {key: value for key, value in shown.items() if value or key in always}

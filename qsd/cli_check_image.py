@@ -20,7 +20,8 @@ from qsd.drivers.qcow2.examining import Repairs
 from qsd.drivers.qcow2.layout import CRYPT_LUKS, Header
 from qsd.errors import QmpError, errno_text
 from qsd.host.locks import ByteLocks
-from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptionsFile
+from qsd.qapi.schema.block import BlockdevDriver, BlockdevOptionsFile, BlockdevOptionsRaw
+from qsd.qapi.schema.luks import BlockdevOptionsLUKS
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 from qsd.wire import keyval
 from qsd.wire.qemuopts import OptionKind, check_value
@@ -28,6 +29,8 @@ from qsd.wire.qmp_json import parse_one
 
 FindSecret = Callable[[str], bytes]
 _FILES: Final = ("file", "host_device")
+# Of others, those of qcow2 are taken.
+_OPTIONS: Final[dict[str, type]] = {"luks": BlockdevOptionsLUKS, "raw": BlockdevOptionsRaw}
 
 
 @attrs.frozen(kw_only=True)
@@ -86,11 +89,12 @@ def _place_in(tree: dict[str, Any]) -> Place:
         raise QmpError('A block device must be specified for "file"')
     if not isinstance(file, dict):
         raise QmpError(f"Cannot find device='{file}' nor node-name='{file}'")
-    allowed = _names(BlockdevOptionsQcow2)
+    kind = _OPTIONS.get(str(driver), BlockdevOptionsQcow2)
+    allowed = _names(kind)
     for name in tree:
         if name not in allowed:
             raise QmpError(f"Block format '{driver or 'qcow2'}' does not support the option '{name}'")
-    _check_values(tree, BlockdevOptionsQcow2)
+    _check_values(tree, kind)
     cache, encrypt = _branch(tree, "cache"), _branch(tree, "encrypt")
     for name in encrypt:
         if name not in ("format", "key-secret"):
@@ -99,7 +103,7 @@ def _place_in(tree: dict[str, Any]) -> Place:
         filename=_filename(file),
         format=driver,
         encryption=_text(encrypt, "format"),
-        key_secret=_text(encrypt, "key-secret"),
+        key_secret=_text(tree if driver == "luks" and "header" not in tree else encrypt, "key-secret"),
         read_only=_bool(tree, "read-only"),
         force_share=_bool(tree, "force-share"),
         direct=_bool(cache, "direct", "cache."),
@@ -130,7 +134,8 @@ def _check_values(tree: dict[str, Any], options: type) -> None:
             if kind.startswith("bool"):
                 check_value(OptionKind.BOOL, name, value)
             elif kind.startswith("int"):
-                check_value(OptionKind.SIZE if name.endswith("-size") else OptionKind.NUMBER, name, value)
+                is_size = name.endswith(("size", "offset"))
+                check_value(OptionKind.SIZE if is_size else OptionKind.NUMBER, name, value)
 
 
 def _branch(tree: dict[str, Any], name: str) -> dict[str, Any]:
@@ -180,7 +185,13 @@ class Image:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes at an offset, wherever an image says that something is; zeroes beyond the end."""
-        found = os.pread(self.fd, length, offset) if offset < self.length else b""
+        found, end = b"", min(offset + length, self.length)
+        while offset + len(found) < end:
+            # A read that comes to a broken sector ends before it; what is there are no zeroes.
+            part = os.pread(self.fd, end - offset - len(found), offset + len(found))
+            if not part:
+                break
+            found += part
         return found.ljust(length, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
@@ -207,7 +218,7 @@ class Image:
 
 @attrs.frozen
 class _Keys:
-    """The clusters that hold an image's LUKS header and its keys."""
+    """The part of an image file that holds a LUKS header and its keys."""
 
     image: Image
     start: int
@@ -220,13 +231,10 @@ class _Keys:
 
 
 def unlock(image: Image, header: Header, place: Place, find_secret: FindSecret) -> None:
-    """Raise QmpError unless the secret that was named opens the image.
+    """Raise QmpError unless the secret that was named opens the qcow2 image.
 
     A check needs no key. The reference asks for one.
     """
-    import trio
-
-    from qsd.drivers.luks.volume import find_key
     from qsd.drivers.qcow2.encryption import check_wanted
 
     check_wanted(header, place.encryption)
@@ -235,4 +243,18 @@ def unlock(image: Image, header: Header, place: Place, find_secret: FindSecret) 
     password = find_secret(place.key_secret)
     extension = header.crypto_extension()
     if header.crypt_method == CRYPT_LUKS and extension is not None:
-        trio.run(find_key, _Keys(image, extension.offset, extension.length), password)
+        _find_key(_Keys(image, extension.offset, extension.length), password)
+
+
+def unlock_volume(image: Image, place: Place, find_secret: FindSecret) -> None:
+    """The same of an image of another format, which is encrypted if that is luks."""
+    if place.format == "luks" and place.key_secret is not None:
+        _find_key(_Keys(image, 0, image.length), find_secret(place.key_secret))
+
+
+def _find_key(keys: _Keys, password: bytes) -> None:
+    import trio
+
+    from qsd.drivers.luks.volume import find_key
+
+    trio.run(find_key, keys, password)

@@ -1,17 +1,19 @@
 """Repairs of ``qsd check``, cut off anywhere: what is on the disk is no worse than it was, and can be repaired.
 
-Every kind of damage to images of every variant is repaired with the writes recorded. Then the power goes at every
-point between them, what no flush has ordered in any order; and every write and flush fails once.
+Every kind of damage to images of every variant is repaired with the writes recorded, also on a disk that has no
+room for more. Then the power goes at every point between them, what no flush has ordered in any order; and every
+write and flush fails once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Final
 
 import attrs
@@ -54,12 +56,19 @@ VARIANTS: Final[dict[str, tuple[Header, frozenset[str]]]] = {
 
 
 class Disk:
-    """An image in memory; ``log`` has what was written, None for a flush. Step ``fails_at`` fails, half done."""
+    """An image in memory; ``log`` has what was written, None for a flush. Step ``fails_at`` fails, half done.
 
-    def __init__(self, data: bytes, fails_at: int = -1) -> None:
+    ``is_full``: there is no room behind the end, and none in the clusters of ``holes`` before it.
+    """
+
+    def __init__(
+        self, data: bytes, fails_at: int = -1, *, is_full: bool = False, holes: Container[int] = ()
+    ) -> None:
         self.data = bytearray(data)
         self.log: list[tuple[int, bytes] | int | None] = []
         self.fails_at = fails_at
+        self.limit = len(data) if is_full else 1 << 62
+        self.holes, self.size = holes, header_of(data).cluster_size
 
     @property
     def length(self) -> int:
@@ -70,6 +79,11 @@ class Disk:
 
     def write(self, offset: int, data: bytes) -> None:
         is_last = len(self.log) == self.fails_at
+        if offset + len(data) > self.limit or offset // self.size in self.holes:
+            data = data[: min(SECTOR, max(0, self.limit - offset))]
+            self.log.append((offset, data))
+            self.data[offset : offset + len(data)] = data
+            raise OSError(errno.ENOSPC, "no space left")
         self.log.append((offset, data))
         if is_last:
             # Half of the sectors.
@@ -77,7 +91,7 @@ class Disk:
         self.data.extend(bytes(max(0, offset + len(data) - len(self.data))))
         self.data[offset : offset + len(data)] = data
         if is_last:
-            raise OSError(errno.ENOSPC, "no space left")
+            raise OSError(errno.EIO, "input/output error")
 
     def flush(self) -> None:
         self.log.append(None)
@@ -275,6 +289,13 @@ class Case:
         assert not leaks or self.best != (0, 0)
 
 
+def holes(image: bytes, rng: random.Random) -> set[int]:
+    """Some clusters that hold nothing, and that the file does not have either."""
+    used = Checker(header_of(image), Disk(image).read, len(image)).run().used
+    clusters = range(len(image) // header_of(image).cluster_size)
+    return {cluster for cluster in clusters if not used.get(cluster) and rng.random() < 0.5}
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_repair_cut_off_anywhere(name: str, damage: str) -> None:
@@ -304,12 +325,19 @@ def repair_cuts(name: str, damage: str, seed: int) -> None:
             assert repairs is Repairs.LEAKS
             assert disk.data == before
             continue
+        full = Disk(before, is_full=True, holes=holes(before, rng))
+        with contextlib.suppress(OSError):
+            examine(full, repairs)
+        for step, image in enumerate(cut(before, full.log)):
+            if EFFORT > 1 or rng.random() < 0.3:
+                case.look_at(image, f"seed {seed}, {repairs}, cut {step} on a full disk")
+        case.look_at(bytes(full.data), f"seed {seed}, {repairs}, whole on a full disk")
         for step, image in enumerate(cut(before, disk.log)):
             if EFFORT > 1 or rng.random() < 0.3:
                 case.look_at(image, f"seed {seed}, {repairs}, cut {step}")
         case.look_at(bytes(disk.data), f"seed {seed}, {repairs}, whole")
         for at in range(len(disk.log)):
             failing = Disk(before, fails_at=at)
-            with pytest.raises(OSError, match=r"(?i)no space left|input/output error"):
+            with pytest.raises(OSError, match=r"(?i)input/output error"):
                 examine(failing, repairs)
             case.look_at(bytes(failing.data), f"seed {seed}, {repairs}, step {at} fails")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from qsd.drivers.qcow2.bitmap_layout import ENTRY as ENTRY_OF_BITMAP
+from qsd.drivers.qcow2.extensions import EXT_CRYPTO
 from qsd.drivers.qcow2.geometry import OFFSET_MASK
 from qsd.drivers.qcow2.layout import Header, parse_header
 from qsd.drivers.qcow2.side_tables import snapshots_of
@@ -80,8 +81,15 @@ class Mutator:
             "snapshot": [(each.offset + at, length) for each in snapshots for at, length in SNAPSHOT],
             "snapshot's L1": [place for table in tables for place in self._entries(*table)],
             "snapshot's L2": [place for table in tables for place in self._l2(*table)],
+            "encryption": [(at + 8 * field, 8) for at in self._extension(EXT_CRYPTO) for field in (0, 1)],
             **self._bitmaps(header),
         }
+
+    def _extension(self, kind: int) -> Iterator[int]:
+        """Where the content of a header extension stands."""
+        at = self.image.find(kind.to_bytes(4, "big"), self.header.header_length, self.size)
+        if at >= 0:
+            yield at + 8
 
     def _read(self, offset: int, length: int) -> bytes:
         return self.image[offset : offset + length].ljust(length, b"\0")

@@ -7,12 +7,11 @@ import attrs
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.bitmap_layout import DirectoryEntry, pack_directory
 from qsd.drivers.qcow2.check import Checker
-from qsd.drivers.qcow2.examining import Examined, Repairs, examine
+from qsd.drivers.qcow2.examining import Examined, Repairs, check_and_repair, examine
 from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
-from qsd.drivers.qcow2.repair import repair
 from qsd.drivers.qcow2.side_tables import snapshots_of
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
 from qsd.drivers.qcow2.snapshot_table import StoredSnapshot
@@ -102,6 +101,6 @@ class Image:
         return directory, table
 
     def repair(self, *, leaks_only: bool = False) -> Findings:
-        repair(self.header, self.read, self.write, self.check(), leaks_only=leaks_only)
+        check_and_repair(self, self.header, Repairs.LEAKS if leaks_only else Repairs.ALL)
         self.header = layout.parse_header(self.data[:SIZE])
         return self.check()

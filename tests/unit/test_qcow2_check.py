@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import attrs
@@ -18,7 +19,7 @@ from qsd.drivers.qcow2.examining import Repairs
 from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import COPIED
-from qsd.drivers.qcow2.repair import repair
+from qsd.drivers.qcow2.room import Room
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
 
 
@@ -151,8 +152,10 @@ def test_refcount_structure_is_rebuilt(damage: str, order: int) -> None:
     assert image.data == before
     found = image.repair()
     assert (found.corruptions, found.leaks) == (0, 0), found.problems
-    # Whatever else it was before, what the guest sees is where it was.
-    assert image.data[image.l2 + SIZE : len(before)] == before[image.l2 + SIZE :]
+    # Whatever else it was before, what the guest sees is where it was; one cluster was nobody's any more.
+    first = image.l2 + (2 * SIZE if damage == "block that is data too" else SIZE)
+    assert image.data[first : len(before)] == before[first:]
+    assert len(image.data) == len(before), "what is made anew stands where nothing else is"
 
 
 @pytest.mark.parametrize(("entry", "left"), [(1 << 50, 0), (SIZE + 512, 1), (1, 1)])
@@ -175,16 +178,86 @@ def test_rebuild_mends_the_broken_table_and_every_count() -> None:
     assert examined.fixed.corruptions == 1 + len(lows)
 
 
-def test_rebuild_cut_off_leaves_the_old_structure() -> None:
+@pytest.mark.parametrize("is_table_lost", [True, False])
+def test_rebuild_cut_off_leaves_the_old_structure(*, is_table_lost: bool) -> None:
     image = Image()
-    image.set_word(image.header.refcount_table_offset, image.block + 512)
-    writes: list[tuple[int, bytes]] = []
+    table = image.header.refcount_table_offset
+    image.set_word(48 if is_table_lost else table, image.block + (1 << 50 if is_table_lost else 512))
+    image.header = layout.parse_header(image.data[:SIZE])
+    used = image.check().used
+    written: list[int] = []
+    write = image.write
+
+    def note(offset: int, data: bytes) -> None:
+        written.append(offset // SIZE)
+        write(offset, data)
+
+    image.write = note  # type: ignore[method-assign]
+    image.repair()
+    leads = [position for position, cluster in enumerate(written) if used.get(cluster)]
+    assert written[leads[0]] == (0 if is_table_lost else table // SIZE)
+    new = {image.header.refcount_table_offset // SIZE, image.word(image.header.refcount_table_offset) // SIZE}
+    assert new - {written[leads[0]]} <= set(written[: leads[0]]), "it is there before anything leads to it"
+
+
+def test_rebuild_takes_no_cluster_that_what_leads_nowhere_may_have_led_to() -> None:
+    """An L2 table is lost, and so are the counts: what looks leaked is that table, and what it leads to."""
+    image = Image()
+    image.set_word(image.header.l1_offset, 1 << 50 | COPIED)
+    image.set_word(image.header.refcount_table_offset, 0)
     before = bytes(image.data)
-    repair(image.header, image.read, lambda at, data: writes.append((at, data)), image.check(), leaks_only=False)
-    headers = [index for index, (at, _data) in enumerate(writes) if at < SIZE]
-    assert len(headers) == 1
-    # Everything before the header is behind what was there.
-    assert all(at >= len(before) for at, _data in writes[: headers[0]])
+    image.repair()
+    lost = image.l2
+    assert image.data[lost : len(before)] == before[lost:]
+    # Beside it is what the image itself counts as free.
+    image = Image()
+    image.set_word(image.header.l1_offset, 1 << 50 | COPIED)
+    image.set_word(image.header.refcount_table_offset + 8 * 2, 1 << 50)
+    image.write(len(image.data), bytes(SIZE))
+    room = Room(image.header, image.write, image.check(), len(image.data))
+    assert room.take(1) == len(image.data) // SIZE - 1
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_room_is_where_writes_succeed(length: int) -> None:
+    """Some clusters that nobody has are holes of the file, and the disk is full."""
+    image = Image()
+    for index in range(8):
+        image.set_word(image.l2 + 8 * index, 0)
+    first = image.l2 // SIZE + 1
+    holes = {first, first + 1, first + 3, first + 6}
+    number = errno.ENOSPC
+
+    def write(offset: int, data: bytes) -> None:
+        clusters = range(offset // SIZE, (offset + len(data)) // SIZE)
+        if holes.intersection(clusters) or offset + len(data) > len(image.data):
+            raise OSError(number, "no room")
+        image.write(offset, data)
+
+    room = Room(image.header, write, image.check(), len(image.data))
+    places = {1: [2, 4, 5, 7], 2: [4]}[length]
+    assert [room.take(length) - first for _ in places] == places
+    with pytest.raises(OSError, match="no room"):
+        room.take(length)
+    number = errno.EIO
+    with pytest.raises(OSError, match="no room"):
+        Room(image.header, write, image.check(), len(image.data)).take(length)
+    assert not image.data[image.l2 + SIZE : image.l2 + 2 * SIZE].strip(b"\0")
+
+
+def test_what_reaches_beyond_the_end_begins_where_no_room_is() -> None:
+    """The refcount table does: new blocks were to be written over its beginning."""
+    image = Image()
+    image.put_header(attrs.evolve(image.header, refcount_table_clusters=100))
+    found = image.check()
+    assert not found.has_refcount_table
+    first = image.header.refcount_table_offset // SIZE
+    assert found.claimed == {(first, first + 100)}
+    before = bytes(image.data)
+    room = Room(image.header, image.write, found, len(image.data))
+    assert room.take(1) == first + 100
+    image.data[:] = before
+    assert image.repair().corruptions == 0
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
@@ -223,6 +296,48 @@ def test_zeroes_between_clusters_need_no_place(incompatible: int) -> None:
     assert (examined.found.corruptions, examined.found.leaks) == (0, 0), examined.found.problems
     assert image.word(entry) == (1 if step == 1 else 0)
     assert examined.found.allocated_clusters == 19
+
+
+def test_zeroes_between_clusters_in_version_2_stay() -> None:
+    """It knows none: the entry may have led to data. The reference forgets where, and says that all is well."""
+    image = Image()
+    image.put_header(attrs.evolve(image.header, version=2, header_length=layout.V2_LENGTH))
+    entry = image.l2 + 8 * 4
+    image.set_word(entry, image.word(entry) + 512 | 1)
+    wanted = image.word(entry)
+    before = image.check()
+    assert [each for each in before.problems if "Preallocated cluster is not properly aligned" in each]
+    examined = image.examine(Repairs.ALL)
+    assert (examined.found.corruptions, image.word(entry)) == (1, wanted)
+
+
+def test_block_that_is_data_too_is_one_error_where_no_count_exceeds_one() -> None:
+    """It was two; the reference cannot count that far. The block is moved all the same."""
+    image = Image(order=0)
+    image.set_word(image.l2, image.block | COPIED)
+    before = image.check()
+    assert (before.corruptions, before.leaks) == (1, 1)
+    found = image.repair()
+    assert (found.corruptions, found.leaks) == (0, 0)
+    assert image.word(image.header.refcount_table_offset) != image.block
+
+
+def test_data_behind_the_end_stays_there_where_the_disk_is_full() -> None:
+    """The repair of everything else failed."""
+    image = Image()
+    length = len(image.data)
+    image.set_word(image.l2, length | COPIED)
+    image.set_word(image.l2 + 8, 0)
+    write = image.write
+
+    def limited(offset: int, data: bytes) -> None:
+        if offset + len(data) > length:
+            raise OSError(errno.ENOSPC, "no room")
+        write(offset, data)
+
+    image.write = limited  # type: ignore[method-assign]
+    found = image.examine(Repairs.ALL).found
+    assert (found.corruptions, found.leaks) == (1, 0)
 
 
 @pytest.mark.parametrize("count", [0, 2])

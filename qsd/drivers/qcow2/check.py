@@ -11,7 +11,9 @@ sound image do not overlap. An L2 table is looked at once, however many entries 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -64,7 +66,6 @@ class Checker:
         self._tables, self._active_tables = Counts(), Counts()
         # The same of tables that stand across clusters, by offset: of all, and of the active one.
         self._unaligned: dict[int, tuple[int, int]] = {}
-        self._refcount_blocks: list[tuple[int, int]] = []
 
     def run(self) -> Findings:
         """Look at everything. Raises OSError when the file cannot be read."""
@@ -84,12 +85,26 @@ class Checker:
         self._check_flags()
         return self.findings
 
+    @contextlib.contextmanager
+    def _telling(self, line: str) -> Iterator[None]:
+        """Say what cannot be read, in the words of the reference."""
+        try:
+            yield
+        except OSError:
+            self._ledger.tell(line)
+            raise
+
+    def _words(self, offset: int, count: int, line: str) -> array[int]:
+        with self._telling(line):
+            return self._ledger.words(offset, count)
+
     # -- refcounts --------------------------------------------------------------------------------------------
 
     def _load_refcounts(self) -> None:
         header = self._header
         length = header.refcount_table_clusters << self._bits
         is_inside = self._ledger.use(header.refcount_table_offset, length, "refcount table", counts=True)
+        self.findings.has_refcount_table = is_inside and length > 0
         # One that reaches beyond the file's end has entries before it.
         if not is_inside and header.refcount_table_offset >= self._file_length:
             return
@@ -113,12 +128,14 @@ class Checker:
             elif not self._ledger.use(offset, self._size, f"refcount block {index}", counts=True):
                 self.findings.lost_blocks += 1
                 continue
-            else:
-                self._refcount_blocks.append((index, offset >> self._bits))
+            is_used = not entry & _REFCOUNT_RESERVED
+            self.findings.refcount_blocks.append((index, offset >> self._bits, is_used))
             if offset in seen:
                 continue
             seen.add(offset)
-            counts = refcount_codec.decode(self._read(offset, self._size), header.refcount_order)
+            with self._telling(f"Can't get refcount for cluster {index * per_block}: Input/output error"):
+                block = self._read(offset, self._size)
+            counts = refcount_codec.decode(block, header.refcount_order)
             self._counted.put(index * per_block, counts)
 
     # -- the guest's data -------------------------------------------------------------------------------------
@@ -131,7 +148,7 @@ class Checker:
         self._is_l1_counted |= is_active and is_inside
         if (not is_inside and offset >= self._file_length) or not self._ledger.has_room(entries * 8, "L1 table"):
             return
-        for entry in self._ledger.words(offset, entries):
+        for entry in self._words(offset, entries, "ERROR: I/O error in check_refcounts_l1"):
             if not entry:
                 continue
             if entry & _L1_RESERVED:
@@ -180,7 +197,7 @@ class Checker:
     def _walk_l2(self, table: int, times: int, active: int) -> None:
         """Count what a table refers to: so many times, ``active`` of them for the disk as it is now."""
         step = 2 if self._header.has_extended_l2 else 1
-        words = self._ledger.words(table, self._size // 8)
+        words = self._words(table, self._size // 8, "ERROR: I/O error in check_refcounts_l2")
         if not any(words):
             return
         has_data_file = self._header.has_data_file
@@ -205,7 +222,7 @@ class Checker:
             if has_data_file and not offset and (not entry & COPIED or (entry & ZERO_FLAG and step == 1)):
                 continue
             if offset % self._size:
-                is_zero = self._is_crooked_zero(entry, bitmap if step == 2 else None)
+                is_zero = _is_zero(entry, bitmap if step == 2 else None)
                 what = "Preallocated cluster" if is_zero else "Data cluster"
                 text = f"offset={offset:x}: {what} is not properly aligned; L2 entry corrupted."
                 self._ledger.corrupt(text, times)
@@ -251,14 +268,18 @@ class Checker:
     # -- the verdict ------------------------------------------------------------------------------------------
 
     def _check_refcount_blocks(self) -> None:
-        left = Counter(cluster for _index, cluster in self._refcount_blocks)
-        for index, cluster in self._refcount_blocks:
+        blocks = [(index, cluster) for index, cluster, is_used in self.findings.refcount_blocks if is_used]
+        left = Counter(cluster for _index, cluster in blocks)
+        highest = refcount_codec.max_refcount(self._header.refcount_order)
+        for index, cluster in blocks:
             # Of entries that lead to one block the first is right.
             left[cluster] -= 1
             used = self._used.get(cluster) - left[cluster]
             if used != 1:
-                self._ledger.corrupt(f"refcount block {index} refcount={used}")
                 self.findings.broken_structures += 1
+                # Where no count can be more than one, that it is used twice is all there is to say, elsewhere.
+                if highest > 1:
+                    self._ledger.corrupt(f"refcount block {index} refcount={used}")
 
     def _compare(self) -> None:
         findings, highest = self.findings, self._comparison.highest
@@ -292,6 +313,9 @@ class Checker:
                 yield place, entry ^ COPIED
 
     def _crooked_zeroes(self) -> Iterator[tuple[int, int]]:
+        # Version 2 has no zeroes: what the bit stands in may have been data, and nobody can read it anyway.
+        if self._header.content_version < 3:
+            return
         step = 2 if self._header.has_extended_l2 else 1
         for table, _times, _active in self._all_tables():
             number = table >> self._bits
@@ -299,14 +323,10 @@ class Checker:
                 continue
             words = self._ledger.words(table, self._size // 8)
             for index in range(0, len(words), step):
-                if self._is_crooked_zero(words[index], words[index + 1] if step == 2 else None):
+                entry = words[index]
+                is_crooked = not entry & COMPRESSED and (entry & OFFSET_MASK) % self._size
+                if is_crooked and _is_zero(entry, words[index + 1] if step == 2 else None):
                     yield table + 8 * index, ZERO_FLAG if step == 1 else 0
-
-    def _is_crooked_zero(self, entry: int, bitmap: int | None) -> bool:
-        """Whether an entry has a place for zeroes, which need none, between two clusters."""
-        if entry & COMPRESSED or not (entry & OFFSET_MASK) % self._size or self._header.version < 3:
-            return False
-        return not bitmap & ALL_ALLOCATED if bitmap is not None else bool(entry & ZERO_FLAG)
 
     def _flagged(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
         """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, how
@@ -338,3 +358,8 @@ class Checker:
                 if entry & leads and not entry & COMPRESSED:
                     cluster = None if has_data_file else (entry & OFFSET_MASK) >> self._bits
                     yield table + 8 * index, entry, cluster, active, is_table
+
+
+def _is_zero(entry: int, bitmap: int | None) -> bool:
+    """Whether an entry that is not compressed says that all of the cluster is zeroes, wherever that is."""
+    return not bitmap & ALL_ALLOCATED if bitmap is not None else bool(entry & ZERO_FLAG)

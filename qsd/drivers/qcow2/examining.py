@@ -5,10 +5,11 @@ Whatever the file is, it is read and written by offset, by plain calls.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 import attrs
@@ -18,6 +19,7 @@ from qsd.drivers.qcow2 import bitmap_layout, layout
 from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.ledger import Findings
+from qsd.drivers.qcow2.rebuilding import is_incomplete, rebuild
 from qsd.drivers.qcow2.repair import Repaired, place_nothing, repair
 from qsd.drivers.qcow2.side_tables import snapshot_at, snapshots_of
 from qsd.drivers.qcow2.table_mending import mend_bitmaps, mend_snapshots
@@ -86,12 +88,13 @@ def examine(
     Raises OSError, CannotCheck, and QmpError when the image could not be opened, by whomever.
     """
     header = read_header(file)
+    _check_tables(header, file)
     _check_bitmaps(header, file)
     _check_snapshots(header, file, repairs)
     if repairs is not Repairs.NONE and header.version == header.content_version:
         _clear_unknown(file, header)
     examined = check_and_repair(file, header, repairs, progress, tell=tell)
-    if examined.found is not examined.before:
+    if examined.fixed.leaks or examined.fixed.corruptions:
         tell(examined.found)
     header = read_header(file)
     is_repaired = examined.found is not examined.before and not examined.found.corruptions
@@ -111,7 +114,12 @@ def check_and_repair(
     """Check, repair and check again an image that can be opened, whose marks stay. Raises OSError."""
 
     def check() -> Findings:
-        return Checker(read_header(file), file.read, file.length, progress, max_problems).run()
+        checker = Checker(read_header(file), file.read, file.length, progress, max_problems)
+        try:
+            return checker.run()
+        except OSError:
+            tell(checker.findings)
+            raise
 
     before = found = check()
     tell(found)
@@ -124,22 +132,32 @@ def check_and_repair(
         file.flush()
         found = check()
 
-    def mend() -> Repaired:
+    def put_right() -> Repaired:
+        """Set counts and flags, when every count has a place. Then ``found`` is what is left."""
+        nonlocal found
+        made = None
+        if repairs is Repairs.ALL and is_incomplete(read_header(file), file.read, found):
+            made = Repaired(0 if found.is_lossy else found.leaks, found.broken_structures + found.lows())
+            if not rebuild(read_header(file), file.read, file.write, found, file.length, file.flush):
+                return Repaired()
+            found = check()
+            # The rest of them is counted when it is put right.
+            made = attrs.evolve(made, corruptions=made.corruptions - found.lows())
         leaks_only = repairs is Repairs.LEAKS
-        fixed = repair(read_header(file), file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
+        more = repair(read_header(file), file.read, file.write, found, leaks_only=leaks_only, flush=file.flush)
         file.flush()
-        return fixed
+        found = check()
+        # What the old structure had is no leak that was found.
+        return more if made is None else Repaired(made.leaks, made.corruptions + more.corruptions)
 
-    fixed = mend()
-    found = check()
+    fixed = put_right()
     if repairs is Repairs.ALL and (found.bad_snapshots or found.lost_bitmap_tables or found.lost_bitmap_data):
         placed += _mend_tables(file, found)
         found = check()
         if found.leaks or found.corruptions:
             # An old table may have been something else, too.
-            again = mend()
+            again = put_right()
             fixed = Repaired(fixed.leaks + again.leaks, fixed.corruptions + again.corruptions)
-            found = check()
     return Examined(before, attrs.evolve(fixed, corruptions=fixed.corruptions + placed), found)
 
 
@@ -166,12 +184,30 @@ def read_header(file: File) -> Header:
     return layout.parse_header(file.read(0, layout.probe_cluster_size(start)), is_for_check=True)
 
 
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise QmpError for what cannot be read, and with it the image cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        raise QmpError(f"{what}: {errno_text(error.errno or 0)}") from None
+
+
+def _check_tables(header: Header, file: File) -> None:
+    """Raise QmpError when the image could not be opened because a table cannot be read."""
+    with _reading("Could not initialize refcount handling"):
+        file.read(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
+    with _reading("Could not read L1 table"):
+        file.read(header.l1_offset, header.l1_size * 8)
+
+
 def _check_bitmaps(header: layout.Header, file: File) -> None:
     """Raise QmpError when the image could not be opened for what it says about its bitmaps."""
     extension = header.bitmaps_extension() if header.version >= 3 else None
     if extension is None:
         return
-    directory = file.read(extension.offset, extension.size)
+    with _reading("Failed to read bitmap directory"):
+        directory = file.read(extension.offset, extension.size)
     # Tables that do not overlap: 65535 of them could lead to the same megabytes.
     room = file.length + header.cluster_size
     for entry in bitmap_layout.parse_directory(directory, extension.count, header.cluster_size):
@@ -188,7 +224,9 @@ def _check_bitmaps(header: layout.Header, file: File) -> None:
         try:
             if room < 0:
                 raise ValueError("the tables overlap")
-            bitmap_layout.parse_table(file.read(entry.table_offset, entry.table_entries * 8), header.cluster_size)
+            with _reading(what):
+                table = file.read(entry.table_offset, entry.table_entries * 8)
+            bitmap_layout.parse_table(table, header.cluster_size)
         except ValueError:
             raise QmpError(f"{what}: {errno_text(errno.EINVAL)}") from None
 
@@ -200,14 +238,16 @@ def _check_snapshots(header: layout.Header, file: File, repairs: Repairs) -> Non
         raise _too_many("snapshot table too large", header.snapshot_count - layout.MAX_SNAPSHOTS)
     if not header.has_snapshots_in_place:
         raise CannotCheck("snapshot table offset invalid", errno.EINVAL)
-    if is_all or not header.snapshot_count:
-        return
     offset, kept = header.snapshots_offset, 0
-    for entry in snapshots_of(header, file.read):
-        if entry.has_too_much:
-            break
-        offset, kept = offset + entry.length, kept + 1
-    if kept == header.snapshot_count:
+    try:
+        for entry in snapshots_of(header, file.read):
+            if entry.has_too_much and not is_all:
+                break
+            offset, kept = offset + entry.length, kept + 1
+    except OSError as error:
+        number = error.errno or 0
+        raise CannotCheck(f"{_UNREAD}: Failed to read snapshot table: {errno_text(number)}", number) from None
+    if is_all or kept == header.snapshot_count:
         return
     if not snapshot_at(offset, kept, file.read).has_too_much:
         raise _too_many(f"{_UNREAD}: Snapshot table is too big", header.snapshot_count - kept)

@@ -28,8 +28,7 @@ _NEARBY: Final = 1024
 class Findings:
     """What a check found. ``problems`` are lines for people, up to the limit that the check was given.
 
-    ``used`` says how often clusters are used, ``counted`` how often the image says so, ``structures`` where its
-    refcount table and blocks are: clusters, each as often as it is used for them.
+    ``used`` says how often clusters are used, ``counted`` how often the image says so.
     """
 
     corruptions: int = 0
@@ -41,9 +40,9 @@ class Findings:
     compressed_clusters: int = 0
     fragmented_clusters: int = 0
     image_end: int = 0
-    # The cluster behind what something leads to that reaches beyond the end of the file, if it begins nearby. It is
-    # not ``used``; what is written there would be taken for it.
-    claimed_end: int = 0
+    # Clusters, from one to before another, that something leads to which reaches beyond the end of the file: those
+    # before the end, and nearby. They are not ``used``; what is written there would be taken for it.
+    claimed: set[tuple[int, int]] = attrs.field(factory=set)
     problems: list[str] = attrs.field(factory=list)
     # Cluster, counted, and what should be counted, where they differ.
     changes: Callable[[], Iterator[tuple[int, int, int]]] = attrs.field(default=lambda: iter(()))
@@ -53,7 +52,11 @@ class Findings:
     wrong_flags: Callable[[], Iterator[tuple[int, int]]] = attrs.field(default=lambda: iter(()))
     used: Counts = attrs.field(factory=Counts)
     counted: Counts = attrs.field(factory=Counts)
-    structures: list[int] = attrs.field(factory=list)
+    # Entries of the refcount table that lead to a cluster of the file: index, cluster, and whether it is ``used``
+    # by that, which one with reserved bits does not.
+    refcount_blocks: list[tuple[int, int, bool]] = attrs.field(factory=list)
+    # Whether the refcount table is a part of the file.
+    has_refcount_table: bool = False
     # What is broken of the refcount table and blocks: there have to be new ones.
     broken_structures: int = 0
     # Those of them that are blocks beyond the end of the file: all other blocks may be written to.
@@ -68,6 +71,10 @@ class Findings:
     # entries, and of entries in bitmap tables whose bits do.
     lost_bitmap_tables: list[tuple[int, int]] = attrs.field(factory=list)
     lost_bitmap_data: array[int] = attrs.field(factory=lambda: array("Q"))
+
+    def lows(self) -> int:
+        """How many counts are too low."""
+        return sum(counted < wanted for _cluster, counted, wanted in self.changes())
 
 
 class Ledger:
@@ -136,16 +143,14 @@ class Ledger:
             self.end = max(self.end, last + 1)
         for cluster in range(first, last + 1):
             self.findings.used.add(cluster, times)
-        if counts:
-            self.findings.structures.extend(range(first, last + 1))
         return True
 
     def claim(self, offset: int, length: int) -> None:
         """Say that something leads to a range that reaches beyond the end of the file."""
         far = -(-self.file_length // self.size) + _NEARBY
-        if offset >> self.bits < far:
-            end = (offset + length - 1 >> self.bits) + 1
-            self.findings.claimed_end = max(self.findings.claimed_end, min(end, far))
+        first, end = offset >> self.bits, min((offset + length - 1 >> self.bits) + 1, far)
+        if first < end:
+            self.findings.claimed.add((first, end))
 
     def words(self, offset: int, count: int) -> array[int]:
         """Entries of a table."""

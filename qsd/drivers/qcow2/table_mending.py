@@ -6,7 +6,6 @@ image leaks clusters at most. What is free the check before has to say, after co
 
 from __future__ import annotations
 
-import operator
 import struct
 from collections.abc import Callable
 from itertools import islice, repeat
@@ -14,10 +13,11 @@ from typing import Final
 
 from qsd.drivers.qcow2 import snapshot_table
 from qsd.drivers.qcow2.bitmap_layout import ALL_ONES
-from qsd.drivers.qcow2.counts import BLOCK
 from qsd.drivers.qcow2.layout import Header, parse_header
 from qsd.drivers.qcow2.ledger import Findings, Read
-from qsd.drivers.qcow2.repair import Table, Write, rebuild
+from qsd.drivers.qcow2.rebuilding import rebuild
+from qsd.drivers.qcow2.repair import Table
+from qsd.drivers.qcow2.room import Room, Write
 from qsd.drivers.qcow2.side_tables import snapshots_of
 
 # Where the header says how many snapshots there are, and where their table is.
@@ -78,37 +78,20 @@ def _place(
 ) -> int | None:
     """Write a table into clusters that nobody has, and count them; its offset, or None where there is no room."""
     bits = header.cluster_bits
+    header = _now(header, read)
     length = -(-len(table) >> bits)
-    start = _free(found, length, -(-file_length >> bits))
-    counted = _counted(header, read)
+    start = Room(header, write, found, file_length).take(length)
     clusters = range(start, start + length)
+    if not all(map(Table(header, read).has_block, clusters)):
+        if not rebuild(header, read, write, found, file_length, flush):
+            return None
+        header = _now(header, read)
+    Table(header, read).put(zip(clusters, repeat(1)), write)
     for cluster in clusters:
-        found.used.add(cluster)
-        found.counted.add(cluster)
-    if all(map(counted.has_block, clusters)):
-        counted.put(zip(clusters, repeat(1)), write)
-    elif not rebuild(header, write, found, flush):
-        return None
+        found.counted.add(cluster, 1 - found.counted.get(cluster))
     write(start << bits, table.ljust(length << bits, b"\0"))
     flush()
     return start << bits
-
-
-def _free(found: Findings, length: int, end: int) -> int:
-    """The first of ``length`` clusters in a row that nobody has; ``end`` is the cluster behind the file."""
-    nothing = bytes(2 * BLOCK)
-    before = b""
-    for index in range(-(-end // BLOCK) + 1):
-        blocks = (counts.blocks.get(index) for counts in (found.used, found.counted))
-        used, counted = (memoryview(nothing).cast("H") if block is None else block for block in blocks)
-        taken = before + bytes(map(bool, map(operator.or_, used, counted)))
-        start = taken.find(bytes(length))
-        if start >= 0:
-            start += index * BLOCK - len(before)
-            # What leads there from elsewhere would take it for its own.
-            return start if start + length <= end else max(start, found.claimed_end)
-        before = taken[-length + 1 :] if length > 1 else b""
-    return max(end, found.claimed_end)
 
 
 def _give_back(header: Header, read: Read, write: Write, found: Findings, offset: int, length: int) -> None:
@@ -116,9 +99,9 @@ def _give_back(header: Header, read: Read, write: Write, found: Findings, offset
     first, end = offset >> header.cluster_bits, offset + length + header.cluster_size - 1 >> header.cluster_bits
     counts = ((each, found.counted.get(each)) for each in range(first, end))
     right = [(each, count) for each, count in counts if count and count == found.used.get(each)]
-    _counted(header, read).put(((each, count - 1) for each, count in right), write)
+    Table(_now(header, read), read).put(((each, count - 1) for each, count in right), write)
 
 
-def _counted(header: Header, read: Read) -> Table:
-    """The refcounts, wherever they are by now: a table that was placed before may have needed new ones."""
-    return Table(parse_header(read(0, header.cluster_size), is_for_check=True), read)
+def _now(header: Header, read: Read) -> Header:
+    """The header as it is by now: a table that was placed before may have needed new refcounts."""
+    return parse_header(read(0, header.cluster_size), is_for_check=True)
