@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
+import trio
 
 from qsd.actors.edges import info_of
 from qsd.actors.graph_actions import GraphAction
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qsd.graph")
 
+# Steps of a merge between two chances for others to run (1 ms).
+STEPS = 64
 UNKNOWN_NODE = "Node '{}' not found"
 UNKNOWN_DEVICE = "Cannot find device='{}' nor node-name='{}'"
 
@@ -227,9 +230,13 @@ class MergeBitmaps(_OnOne):
             _node, source = find_bitmap(self.topology, node_name, name)
             check_mergeable(target, source)
             sources.append(source)
-        self.before = target.bits.copy()
+        merged = target.bits.copy()
         for source in sources:
-            target.bits.merge(source.bits)
+            for number, _step in enumerate(merged.merge(source.bits)):
+                if not number % STEPS:
+                    await trio.lowlevel.checkpoint()
+        self.before = target.bits.clear()
+        target.bits.take_over(merged)
 
     def abort(self) -> None:
         """Bring the content back."""

@@ -3,8 +3,8 @@
 Bit n is bit n % 8 of byte n // 8, which is also how qcow2 stores it. The bytes are padded with zeroes to whole
 64-bit words, at least one: the digest is taken of those. Bits beyond the end of the disk are always 0.
 
-Nothing here goes bit by bit. Equal stretches are skipped by comparing blocks, bits are joined as long integers, and
-what changes within a byte comes from a table.
+Nothing here goes bit by bit, or through what is clean. Equal stretches are skipped by comparing blocks, bits are
+joined as long integers, and what changes within a byte comes from a table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from operator import sub
 
+from qsd.block.bitmap_blocks import BLOCK, BLOCK_BITS, BLOCK_MASK, UNIFORM, Blocks
 from qsd.block.bitmap_scale import coarser, finer
 from qsd.messages import Op, Request
 
@@ -23,20 +24,18 @@ WRITE = Op.WRITE.value
 MIN_GRANULARITY = 512
 MAX_GRANULARITY = 1 << 31
 WORD = 8
-BLOCK = 1 << 14
 # Bitmaps whose granularities are further apart than this power of two are merged bit by bit: the coarser has few.
-MAX_STEPS = 12
+MAX_STEPS = BLOCK_BITS
 # Extents looked for at a time when all of them are wanted.
 STRETCH = 4096
 
-# Going through an area costs as much as going through so many bytes of the bitmap.
-AREA_COST = 1000
+# Bytes that are hashed at a time.
+PIECE = 1 << 20
 
 MIDDLE = 512
 SMALL = 32
-_UNIFORM = (bytes(BLOCK), b"\xff" * BLOCK)
-_MIDDLE = tuple(uniform[:MIDDLE] for uniform in _UNIFORM)
-_SMALL = tuple(uniform[:SMALL] for uniform in _UNIFORM)
+_MIDDLE = tuple(uniform[:MIDDLE] for uniform in UNIFORM)
+_SMALL = tuple(uniform[:SMALL] for uniform in UNIFORM)
 _OTHER = (re.compile(rb"[^\x00]"), re.compile(rb"[^\xff]"))
 
 
@@ -52,7 +51,7 @@ _CHANGES = tuple(tuple(_changes(before, byte) for byte in range(256)) for before
 class DirtyBitmap:
     """See the module. ``size`` is the disk's in bytes, ``granularity`` a power of two of at least 512."""
 
-    __slots__ = ("_bits", "_count", "_end", "shift", "size")
+    __slots__ = ("_blocks", "_count", "_end", "shift", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
         assert granularity >= MIN_GRANULARITY
@@ -60,7 +59,7 @@ class DirtyBitmap:
         self.size = size
         self.shift = granularity.bit_length() - 1
         self._end = -(-size // granularity)
-        self._bits = bytearray(_padded(self._end))
+        self._blocks = Blocks()
         self._count = 0
 
     # -- facts ------------------------------------------------------------------------------------------------
@@ -77,18 +76,28 @@ class DirtyBitmap:
 
     def digest(self) -> str:
         """SHA-256 of the padded bytes, in hexadecimal digits."""
-        return hashlib.sha256(self._bits).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, self._padded, PIECE):
+            digest.update(self.read(start, start + PIECE))
+        return digest.hexdigest()
 
     def is_dirty(self, offset: int) -> bool:
         """Whether the byte at ``offset`` counts as written."""
         bit = offset >> self.shift
-        return bit < self._end and bool(self._bits[bit >> 3] >> (bit & 7) & 1)
+        return bit < self._end and bool(self._byte(bit >> 3) >> (bit & 7) & 1)
+
+    @property
+    def _padded(self) -> int:
+        return max(1, -(-self._end // (WORD * 8))) * WORD
+
+    def _byte(self, index: int) -> int:
+        return self._blocks.at(index >> BLOCK_BITS)[index & BLOCK_MASK]
 
     # -- marking ----------------------------------------------------------------------------------------------
 
     def mark(self, batch: Iterable[Request]) -> None:
         """Set what the WRITE requests of a batch touch; they lie inside the disk."""
-        bits = self._bits
+        blocks = self._blocks.own
         shift = self.shift
         for request in batch:
             length = request.length
@@ -96,11 +105,13 @@ class DirtyBitmap:
                 offset = request.offset
                 first = offset >> shift
                 end = (offset + length - 1 >> shift) + 1
-                if end - first == 1:
-                    old = bits[first >> 3]
+                block = blocks.get(first >> BLOCK_BITS + 3) if end - first == 1 else None
+                if block is not None:
+                    index = first >> 3 & BLOCK_MASK
+                    old = block[index]
                     new = old | 1 << (first & 7)
                     if new != old:
-                        bits[first >> 3] = new
+                        block[index] = new
                         self._count += 1
                 else:
                     self._put(first, end, 1)
@@ -128,41 +139,50 @@ class DirtyBitmap:
             return
         self._put_byte(low, head, value)
         self._put_byte(high - 1, tail, value)
-        bits = self._bits
-        for index in range(low + 1, high - 1, BLOCK):
-            stop = min(high - 1, index + BLOCK)
-            wanted = _UNIFORM[value][: stop - index]
-            if not bits.startswith(wanted, index):
-                before = _ones(bits[index:stop])
-                self._count += (stop - index) * 8 * value - before
-                bits[index:stop] = wanted
+        self._fill(low + 1, high - 1, value)
 
     def _put_byte(self, index: int, mask: int, value: int) -> None:
-        old = self._bits[index]
+        old = self._byte(index)
         new = old | mask if value else old & ~mask
-        self._bits[index] = new
-        self._count += new.bit_count() - old.bit_count()
+        if new != old:
+            self._blocks.writable(index >> BLOCK_BITS)[index & BLOCK_MASK] = new
+            self._count += new.bit_count() - old.bit_count()
+
+    def _fill(self, start: int, stop: int, value: int) -> None:
+        """Give all bits in the bytes [start, stop) a value."""
+        blocks, uniform = self._blocks, UNIFORM[value]
+        while start < stop:
+            number, at = start >> BLOCK_BITS, start & BLOCK_MASK
+            end = min(BLOCK, at + stop - start)
+            start += end - at
+            block, wanted = blocks.at(number), uniform[at:end]
+            if block is not uniform and not block.startswith(wanted, at):
+                self._count += (end - at) * 8 * value - _ones(block[at:end])
+                if wanted is uniform:
+                    blocks.put(number, uniform)
+                else:
+                    blocks.writable(number)[at:end] = wanted
 
     def clear(self) -> DirtyBitmap:
         """Clear everything; what was there before, as a bitmap of its own. Costs no copy."""
-        before = self._like(self._bits)
-        self._bits = bytearray(len(self._bits))
+        before = self._like(self._blocks)
+        self._blocks = Blocks()
         self._count = 0
         return before
 
     def copy(self) -> DirtyBitmap:
-        """The same content, independent from now on."""
-        return self._like(self._bits[:])
+        """The same content, independent from now on. Costs nothing until one of them is changed."""
+        return self._like(self._blocks.copy())
 
     def take_over(self, other: DirtyBitmap) -> None:
         """Become what ``other``, of the same shape and not used any more, is."""
         assert (self.size, self.shift) == (other.size, other.shift)
-        self._bits, self._count = other._bits, other._count
+        self._blocks, self._count = other._blocks, other._count
 
-    def _like(self, bits: bytearray) -> DirtyBitmap:
+    def _like(self, blocks: Blocks) -> DirtyBitmap:
         made = DirtyBitmap.__new__(DirtyBitmap)
         made.size, made.shift, made._end, made._count = self.size, self.shift, self._end, self._count
-        made._bits = bits
+        made._blocks = blocks
         return made
 
     def resize(self, size: int) -> None:
@@ -170,62 +190,82 @@ class DirtyBitmap:
         end = -(-size // self.granularity)
         if end < self._end:
             self._put(end, self._end, 0)
-        length = _padded(end)
-        if length < len(self._bits):
-            del self._bits[length:]
-        else:
-            self._bits.extend(bytes(length - len(self._bits)))
         self.size, self._end = size, end
 
     # -- merging ----------------------------------------------------------------------------------------------
 
-    def merge(self, other: DirtyBitmap) -> None:
-        """Set what is set in ``other``, a bitmap of a disk of the same size at any granularity."""
+    def merge(self, other: DirtyBitmap) -> Iterator[None]:
+        """Set what is set in ``other``, a bitmap of a disk of the same size at any granularity.
+
+        A step, of less than a millisecond, whenever the next item is asked for: it is done when there is none left.
+        What becomes of ``other`` after the first makes no difference.
+        """
         assert self.size == other.size
+        other = other.copy()
         steps = self.shift - other.shift
-        # Area by area where that is less work than going through all bytes: few are dirty, or a bit is many.
-        if steps > MAX_STEPS or (steps > 0 and other._count * AREA_COST < len(other._bits)):
+        if steps > MAX_STEPS:
             offset = other.first_dirty(0)
             while offset is not None:
                 self.set(offset, 1)
+                yield
                 offset = other.first_dirty((offset | self.granularity - 1) + 1)
-        elif steps < 0 and (-steps > MAX_STEPS or other._count * AREA_COST < len(self._bits)):
+        elif steps < -MAX_STEPS:
             for offset, length in other.dirty_areas():
-                self.set(offset, length)
+                for start in range(offset, offset + length, other.granularity):
+                    self.set(start, min(other.granularity, offset + length - start))
+                    yield
         else:
-            self._join(other._bits, steps)
+            yield from self._join(other._blocks, steps)
+            self._trim()
 
-    def _join(self, source: bytearray, steps: int) -> None:
-        step = BLOCK >> -steps if steps < 0 else BLOCK
-        zeroes = _UNIFORM[0][:step]
-        for index in range(0, len(source), step):
-            if not source.startswith(zeroes[: len(source) - index], index):
-                data = bytes(source[index : index + step])
+    def _join(self, blocks: Blocks, steps: int) -> Iterator[None]:
+        size = BLOCK >> -steps if steps < 0 else BLOCK
+        zeroes = UNIFORM[0][:size]
+        for number in blocks.stored():
+            block, index = blocks.at(number), number << BLOCK_BITS
+            if not steps:
+                self._or(index, block)
+                yield
+                continue
+            for at in range(0, BLOCK, size):
+                if block.startswith(zeroes, at):
+                    continue
+                data = bytes(block[at : at + size])
                 if steps > 0:
-                    # Whole bytes come out: the last block may be shorter.
-                    self._or(index >> steps, coarser(data.ljust(-(-len(data) >> steps) << steps, b"\0"), steps))
+                    self._or(index >> steps, coarser(data, steps))
                 else:
-                    self._or(index << -steps, finer(data, -steps))
-        self._trim()
+                    self._or(index + at << -steps, finer(data, -steps))
+                yield
 
-    def _or(self, index: int, data: bytes) -> None:
-        bits = self._bits
-        stop = min(len(bits), index + len(data))
-        data = data[: stop - index]
-        if bits.startswith(_UNIFORM[0][: len(data)], index):
-            self._count += _ones(data)
-        elif bits.startswith(data, index):
+    def _or(self, index: int, data: bytes | bytearray) -> None:
+        """Set what is set in ``data``, which nobody changes any more, from byte ``index`` on."""
+        first, stop = index, min(index + len(data), self._padded)
+        while index < stop:
+            end = min((index | BLOCK_MASK) + 1, stop)
+            # What is whole is not copied: several bitmaps may keep it.
+            self._or_block(index, data if end - index == len(data) else data[index - first : end - first])
+            index = end
+
+    def _or_block(self, index: int, data: bytes | bytearray) -> None:
+        blocks, number, at = self._blocks, index >> BLOCK_BITS, index & BLOCK_MASK
+        old = blocks.at(number)
+        if old.startswith(data, at) or UNIFORM[0].startswith(data):
             return
+        if old is UNIFORM[0]:
+            self._count += _ones(data)
         else:
-            before = int.from_bytes(bits[index:stop], "little")
+            before = int.from_bytes(old[at : at + len(data)], "little")
             after = before | int.from_bytes(data, "little")
             self._count += after.bit_count() - before.bit_count()
-            data = after.to_bytes(stop - index, "little")
-        bits[index:stop] = data
+            data = after.to_bytes(len(data), "little")
+        if len(data) < BLOCK:
+            blocks.writable(number)[at : at + len(data)] = data
+        else:
+            blocks.put(number, UNIFORM[1] if data == UNIFORM[1] else data)
 
     def _trim(self) -> None:
         """Clear what lies beyond the end of the disk."""
-        end = len(self._bits) * 8
+        end = self._padded * 8
         if self._end < end:
             self._put(self._end, end, 0)
 
@@ -284,13 +324,15 @@ class DirtyBitmap:
 
     def _edges(self, first: int, end: int, limit: int) -> list[int]:
         """The bits in (first, end) that differ from the one before them; when there are more, above ``limit``."""
-        bits = self._bits
+        blocks = self._blocks
         index = first >> 3
         stop = end + 7 >> 3
-        state = bits[index] >> (first & 7) & 1
+        byte = self._byte(index)
+        state = byte >> (first & 7) & 1
         # Within the first byte, what is below the first bit is taken to be like it.
         below = (1 << (first & 7)) - 1
-        byte = bits[index] | below if state else bits[index] & ~below
+        byte = byte | below if state else byte & ~below
+        block = blocks.at(index >> BLOCK_BITS)
         edges: list[int] = []
         while True:
             changes = _CHANGES[state][byte]
@@ -299,31 +341,36 @@ class DirtyBitmap:
             index += 1
             if len(edges) > limit or index >= stop:
                 break
-            if not _CHANGES[state][bits[index]]:
+            if not index & BLOCK_MASK:
+                block = blocks.at(index >> BLOCK_BITS)
+            if not _CHANGES[state][block[index & BLOCK_MASK]]:
                 index = self._skip(index, stop, state)
                 if index >= stop:
                     break
-            byte = bits[index]
+                block = blocks.at(index >> BLOCK_BITS)
+            byte = block[index & BLOCK_MASK]
         while edges and edges[-1] >= end:
             edges.pop()
         return edges
 
     def _skip(self, index: int, stop: int, state: int) -> int:
         """The first byte from ``index`` on whose bits are not all ``state``; ``stop`` or more if there is none."""
-        bits = self._bits
-        uniform, middle, small = _UNIFORM[state], _MIDDLE[state], _SMALL[state]
+        blocks = self._blocks
+        last = (stop - 1 >> BLOCK_BITS) + 1
+        middle, small = _MIDDLE[state], _SMALL[state]
         while index < stop:
-            if bits.startswith(uniform, index):
-                index += BLOCK
-                continue
-            while bits.startswith(middle, index):
-                index += MIDDLE
-            while bits.startswith(small, index):
-                index += SMALL
-            found = _OTHER[state].search(bits, index, min(stop, index + SMALL))
+            index = max(index, blocks.skip(index >> BLOCK_BITS, last, state) << BLOCK_BITS)
+            block, start = blocks.at(index >> BLOCK_BITS), index & BLOCK_MASK
+            index -= start
+            while block.startswith(middle, start):
+                start += MIDDLE
+            while block.startswith(small, start):
+                start += SMALL
+            end = min(start + SMALL, BLOCK)
+            found = _OTHER[state].search(block, start, min(end, stop - index))
             if found is not None:
-                return found.start()
-            index += SMALL
+                return index + found.start()
+            index += end
         return stop
 
     # -- storing ----------------------------------------------------------------------------------------------
@@ -341,11 +388,14 @@ class DirtyBitmap:
     def uniform(self, start: int, stop: int) -> int | None:
         """0 or 1 when all bits of the disk in the bytes [start, stop) are that, else None."""
         edges = self._edges(start * 8, min(stop * 8, self._end), 0)
-        return None if edges else self._bits[start] & 1
+        return None if edges else self._byte(start) & 1
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of the bitmap."""
-        return bytes(self._bits[start:stop])
+        stop = min(stop, self._padded)
+        first = start >> BLOCK_BITS
+        blocks = [self._blocks.at(number) for number in range(first, (stop - 1 >> BLOCK_BITS) + 1)]
+        return b"".join(blocks)[start - (first << BLOCK_BITS) : stop - (first << BLOCK_BITS)]
 
     def fill(self, start: int, stop: int) -> None:
         """Set all bits of the disk in the bytes [start, stop), at least one."""
@@ -355,10 +405,6 @@ class DirtyBitmap:
         """Set what is set in ``data``, bytes of a bitmap of this shape from byte ``start`` on."""
         self._or(start, data)
         self._trim()
-
-
-def _padded(bits: int) -> int:
-    return max(1, -(-bits // (WORD * 8))) * WORD
 
 
 def _ones(data: bytes | bytearray) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from qsd.actors.bitmaps import (
     AddBitmap,
     BitmapAction,
@@ -64,4 +66,5 @@ def _merge(services: Services, args: BlockDirtyBitmapMerge) -> BitmapAction:
 async def x_debug_block_dirty_bitmap_sha256(context: Context, args: BlockDirtyBitmap) -> BlockDirtyBitmapSha256:
     """The digest of a bitmap's bits."""
     _node, bitmap = find_bitmap(context.services.graph.topology, args.node, args.name)
-    return BlockDirtyBitmapSha256(sha256=bitmap.bits.digest())
+    # On a thread, of what it is now: 128 MiB take a tenth of a second.
+    return BlockDirtyBitmapSha256(sha256=await trio.to_thread.run_sync(bitmap.bits.copy().digest))

@@ -10,11 +10,14 @@ import pytest
 import trio
 import trio.testing
 from graph_fakes import DiskOptions, RawOptions, World, running_graph, state_of
+from watching import Turns
 
+from qsd.actors import bitmaps
 from qsd.actors.bitmaps import AddBitmap, BitmapAction, ClearBitmap, MergeBitmaps, RemoveBitmap, SwitchBitmap
 from qsd.actors.edges import RootEdge, RootOptions
 from qsd.actors.graph import Graph
 from qsd.actors.node import Node
+from qsd.block.bitmap_blocks import BLOCK
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
 from qsd.messages import Op, ReplyQueue, Request
@@ -252,3 +255,26 @@ async def test_merge_of_several_is_all_or_nothing(bench: Bench) -> None:
         await do(graph, (MergeBitmaps, {"node_name": "f", "name": "b", "sources": [("f", "a"), ("other", "c")]}))
     assert dirty(graph, "b") == []
     await edge.detach()
+
+
+async def test_large_merge_lets_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, world = bench
+    monkeypatch.setattr(bitmaps, "STEPS", 1)
+    world.contents["large"] = bytearray(100 * BLOCK * 8 * G)
+    await graph.add(DiskOptions(node_name="large", filename="large"))
+    for name in ("target", "clean", "dirty"):
+        await add(graph, name, node="large")
+    bits = graph.find("large").bitmaps.find("dirty").bits
+    bits.load(0, b"\x55" * bits.data_length)
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        seen = []
+        for source in ("clean", "dirty"):
+            turns.count = 0
+            merge = {"node_name": "large", "name": "target", "sources": [("large", source)]}
+            await do(graph, (MergeBitmaps, merge))
+            seen.append(turns.count)
+        nursery.cancel_scope.cancel()
+    assert seen[1] >= seen[0] + 90
+    assert graph.find("large").bitmaps.find("target").bits.digest() == bits.digest()

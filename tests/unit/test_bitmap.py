@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qsd.block import bitmap as module
 from qsd.block.bitmap import DirtyBitmap
+from qsd.block.bitmap_blocks import BLOCK
 from qsd.block.bitmap_scale import coarser, finer
 from qsd.messages import Op, ReplyQueue, Request
 
 G = 512
 # Small blocks would never be crossed otherwise: sizes reach over several of them at the finest granularity.
-MAX_SIZE = 3 * module.BLOCK * 8 * G
+MAX_SIZE = 3 * BLOCK * 8 * G
 REPLY = ReplyQueue(lambda: None)
 
 shifts = st.integers(9, 14)
@@ -40,6 +41,11 @@ def made(size: int, shift: int, touched: list[tuple[int, int]]) -> DirtyBitmap:
     for offset, length in touched:
         bitmap.set(offset, length)
     return bitmap
+
+
+def merge(target: DirtyBitmap, source: DirtyBitmap) -> int:
+    """Merge to the end; the number of steps that took."""
+    return sum(1 for _step in target.merge(source))
 
 
 def packed(size: int, shift: int, bits: set[int]) -> bytes:
@@ -107,7 +113,7 @@ def test_merge_across_granularities(
     bitmap, other = made(size, shift, mine), made(size, other_shift, theirs)
     before = other.digest()
     touched = [(bit << other_shift, 1 << other_shift) for bit in model(size, other_shift, theirs)]
-    bitmap.merge(other)
+    merge(bitmap, other)
     agree(bitmap, model(size, shift, mine) | model(size, shift, touched))
     assert other.digest() == before
 
@@ -122,7 +128,7 @@ def test_merge_goes_every_way(steps: int, pattern: bytes) -> None:
     length = other.data_length
     other.load(0, (pattern * length)[:length])
     bitmap = DirtyBitmap(size, 1 << shift)
-    bitmap.merge(other)
+    merge(bitmap, other)
     touched = list(other.dirty_areas())
     assert bitmap.digest() == made(size, shift, touched).digest()
     assert bitmap.dirty_bytes == made(size, shift, touched).dirty_bytes
@@ -192,6 +198,65 @@ def test_clear_gives_what_was_there_and_take_over_brings_it_back() -> None:
     bitmap.take_over(before)
     assert bitmap.digest() == digest
     assert bitmap.dirty_bytes == 3 << 12
+
+
+@given(sizes, shifts, ranges, ranges)
+def test_copies_are_independent(
+    size: int, shift: int, touched: list[tuple[int, int]], more: list[tuple[int, int]]
+) -> None:
+    bitmap = made(size, shift, touched)
+    copy = bitmap.copy()
+    bits = model(size, shift, touched)
+    for offset, length in more:
+        copy.set(offset, length)
+        bitmap.reset(offset, length)
+    agree(bitmap, bits - model(size, shift, more))
+    agree(copy, bits | model(size, shift, more))
+
+
+def test_merge_is_of_what_was_there_at_its_first_step() -> None:
+    source, target = made(MAX_SIZE, 9, [(0, 512), (MAX_SIZE // 2, 512)]), DirtyBitmap(MAX_SIZE, 512)
+    steps = target.merge(source)
+    next(steps)
+    source.set(MAX_SIZE - 1, 1)
+    source.reset(MAX_SIZE // 2, 512)
+    assert sum(1 for _step in steps) == 1
+    assert list(target.dirty_areas()) == [(0, 512), (MAX_SIZE // 2, 512)]
+
+
+@pytest.mark.parametrize("shift", [12, 16, 20])
+def test_bitmap_of_a_large_disk_takes_memory_where_something_is_dirty(shift: int) -> None:
+    """64 TiB at 64 KiB are 128 MiB of bits: making one held the loop for 77 ms, and every copy took as much."""
+    size = 64 << 40
+    tracemalloc.start()
+    bitmap = DirtyBitmap(size, 65536)
+    other = DirtyBitmap(size, 1 << shift)
+    for place in range(10):
+        other.set(place * size // 10, 1)
+    other.set(size // 20, 1 << 30)
+    assert merge(bitmap, other) <= 40
+    before = bitmap.clear()
+    bitmap.take_over(before)
+    copies = [bitmap.copy() for _ in range(100)]
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bitmap.dirty_bytes == copies[-1].dirty_bytes >= (1 << 30) + 10 * 65536
+    assert held < peak < 1 << 20
+
+
+def test_what_is_all_dirty_takes_no_memory() -> None:
+    size = 64 << 40
+    tracemalloc.start()
+    bitmap, other = DirtyBitmap(size, 65536), DirtyBitmap(size, 65536)
+    bitmap.set(0, size)
+    merge(other, bitmap)
+    other.reset(size // 2, 65536)
+    other.load(0, b"\xff" * (1 << 20))
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert other.dirty_bytes == size - 65536
+    # A reference to the one block of ones for each of 32768.
+    assert held < peak < 8 << 20
 
 
 def test_uniform_says_what_need_not_be_stored() -> None:

@@ -577,6 +577,28 @@ async def test_many_and_large_bitmaps_let_others_run() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_large_bitmaps_are_stored_and_loaded_bit_by_bit() -> None:
+    """Of 64 TiB in clusters of 2 MiB: few entries of a table, which are much to look through."""
+    size = 64 << 40
+    store = Store(empty_image(size, 21))
+    await store.load()
+    clean, dirty = (named(name, size=size, granularity=65536) for name in ("clean", "dirty"))
+    dirty.bits.load(16 << 20, b"\x55" * (8 << 20))
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.run)
+        for bitmaps in ([clean, dirty], []):
+            await store.bitmaps.store(bitmaps)
+            seen, turns.count = turns.count, 0
+            assert seen >= (2 * clean.bits.data_length >> 21) - 2 if bitmaps else 4
+            if bitmaps:
+                found = await Store(store.image).load()
+                seen, turns.count = turns.count, 0
+                assert seen >= 4
+                assert found["dirty"].bits.dirty_bytes == dirty.bits.dirty_bytes
+        nursery.cancel_scope.cancel()
+
+
 def test_check_reads_no_more_bitmap_tables_than_the_file_has_room_for() -> None:
     """65535 bitmaps with one table of 8 MiB: an hour. No image can be opened with them."""
     entries = [DirectoryEntry(b"%d" % number, 8 << 12, 1000, 16) for number in range(1000)]

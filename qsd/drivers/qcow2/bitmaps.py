@@ -32,8 +32,8 @@ log = logging.getLogger("qsd.qcow2")
 
 # Bytes of all bitmaps of an image together: a few kilobytes of file can ask for this much memory.
 MAX_TOTAL = 1 << 30
-# Bytes of bits read or written at a time.
-PIECE = 1 << 20
+# Bytes of bits read or written at a time (1 ms).
+PIECE = 1 << 18
 # Entries of the directory looked at between two chances for others to run (1 ms).
 ENTRIES = 256
 # Clusters of bits looked at between two chances for others to run.
@@ -183,6 +183,7 @@ class Qcow2Bitmaps:
                         await trio.lowlevel.checkpoint()
                 elif run.offset != layout.ALL_ZEROES:
                     bits.load(start, await self._image.read(run.offset, stop - start))
+                    await trio.lowlevel.checkpoint()
         except OSError as error:
             raise QmpError(
                 f"Could not read bitmap '{entry.text}' from image: {errno_text(error.errno or 0)}"
@@ -278,7 +279,7 @@ class Qcow2Bitmaps:
             if value is not None or number - first == longest:
                 await self._write_clusters(bits, table, first, number, made)
                 first = number if value is None else number + 1
-            if not number % STEPS:
+            if not number % min(longest, STEPS):
                 await trio.lowlevel.checkpoint()
         await self._write_clusters(bits, table, first, len(table), made)
         return table
@@ -333,6 +334,7 @@ class Qcow2Bitmaps:
             for run in runs:
                 if run.offset > layout.ALL_ONES:
                     await self._release(run)
+                    await trio.lowlevel.checkpoint()
             await self._release(Run(0, self._clusters(entry.table_entries * 8), entry.table_offset))
 
     async def _release(self, run: Run) -> None:
