@@ -16,7 +16,7 @@ import attrs
 
 from qsd.actors import transaction
 from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
-from qsd.actors.depth import check_depth
+from qsd.actors.depth import new_heights
 from qsd.actors.drain import Drained
 from qsd.actors.edges import Edge, NodeState, RootEdge, disown, info_of, length_changed, owners_of
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
@@ -48,8 +48,8 @@ class Change:
     """Describe with the methods, then ``run``. The caller holds the topology's lock from the first to the last.
 
     ``touched`` are the nodes the change is about, new children included. ``thawed`` are the edges it may change
-    although a job has frozen them. ``is_near`` looks no further down than permissions change: for edges of a node
-    that nobody uses, or can find yet, with both ends of them ``touched``.
+    although a job has frozen them. ``is_near`` looks no further down than permissions change: for edges with both
+    ends ``touched``, and all nodes above the lower ends where they might close a cycle.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Change:
         self._activity: dict[int, bool] = {}
         self._wanted: dict[RootEdge, Rights] = {}
         self._failures: list[tuple[Node, QmpError]] = []
+        self._heights: dict[Node, int] = {}
         # Nodes whose children are looked at in any case: a driver may want something else of them.
         self._asked = frozenset(self._before.nodes) if is_near else frozenset()
 
@@ -140,7 +141,8 @@ class Change:
 
     def children_of(self, node: Node) -> set[str]:
         """The names of the children ``node`` then has."""
-        return {facts.name for facts in self.snapshot.edges_from(info_of(node).key)}
+        edges = (*info_of(node).children.values(), *(edge for edge in self._attached if edge.parent is node))
+        return {edge.name for edge in edges if edge not in self._detached}
 
     def _facts(self, node: Node) -> NodeFacts:
         return self.snapshot.nodes[info_of(node).key]
@@ -186,15 +188,8 @@ class Change:
 
         For a change that is a part of something larger, which calls ``tell`` when all is committed.
         """
-        self._check_depth()
-        plan = self._plan()
-        for _level in range(_LEVELS):
-            if not self._grow(plan, is_near=True):
-                break
-            plan = self._plan()
-        else:
-            if self._grow(plan, is_near=False):
-                plan = self._plan()
+        self._heights = self._new_heights()
+        plan = self._plan_all()
         for edge, child in self._swaps.get(None, ()):
             yield _Hold(edge.node)
             yield _Swap(edge, child)
@@ -202,10 +197,25 @@ class Change:
             yield from self._actions(self._topology.living[key], plan)
         yield _Edges(self._topology, self, plan)
 
-    def _check_depth(self) -> None:
+    def _new_heights(self) -> dict[Node, int]:
         new = [(edge, edge.node) for edge in self._attached]
         new.extend(swap for swaps in self._swaps.values() for swap in swaps)
-        check_depth(new, {edge.key for edge in self._detached})
+        return new_heights(new, self._detached)
+
+    def _plan_all(self) -> Plan:
+        """A plan for everything whose permissions change. Raises QmpError."""
+        try:
+            plan = self._plan()
+            for _level in range(_LEVELS):
+                if not self._grow(plan, is_near=True):
+                    return plan
+                plan = self._plan()
+        except QmpError:
+            # Of a node that was not looked at yet, it may be what it will not do any more that is in the way.
+            if not self._look_below(self._before.nodes, is_near=False):
+                raise
+            return self._plan()
+        return self._plan() if self._grow(plan, is_near=False) else plan
 
     def _plan(self) -> Plan:
         try:
@@ -221,12 +231,17 @@ class Change:
 
     def _grow(self, plan: Plan, *, is_near: bool) -> bool:
         """Look at the children of nodes whose permissions change, too; whether there were any not looked at yet."""
+        living = self._topology.living
+        return self._look_below(
+            [key for key in plan.nodes if key in self._asked or plan.nodes[key] != info_of(living[key]).rights],
+            is_near=is_near,
+        )
+
+    def _look_below(self, keys: Iterable[int], *, is_near: bool) -> bool:
+        """Look at the children of nodes; whether there were any not looked at yet."""
         if not self._is_near:
             return False
-        living = self._topology.living
-        known = {key: info_of(living[key]) for key in plan.nodes}
-        changing = [info for key, info in known.items() if key in self._asked or plan.nodes[key] != info.rights]
-        edges = (edge for info in changing for edge in info.children.values())
+        edges = (edge for key in keys for edge in info_of(self._topology.living[key]).children.values())
         found = {edge.node for edge in edges if info_of(edge.node).key not in self._before.nodes}
         if not found:
             return False
@@ -280,6 +295,8 @@ class Change:
     def apply(self, plan: Plan) -> None:
         """Write the outcome into the live graph. Part of the commit."""
         topology = self._topology
+        for node, height in self._heights.items():
+            info_of(node).height = height
         for edge in self._detached:
             _unlink(topology, edge)
         for edge in self._attached:

@@ -50,16 +50,14 @@ async def drained(topology: Topology, nodes: Iterable[Node]) -> AsyncIterator[No
     another of ``nodes`` is left alone: that one's driver may have to read and write it inside the scope, and
     nothing else comes through it.
     """
-    wanted = list(dict.fromkeys(nodes))
-    below = {node for top in wanted for node in topology.below([top]) if node is not top}
-    tops = topology.above([node for node in wanted if node not in below])
+    wanted = set(nodes)
+    tops = topology.above([node for node in wanted if len(wanted & topology.above([node])) == 1])
     scopes: list[Drained] = []
     try:
-        for node in topology.below(tops):
-            if node in tops:
-                scope = Drained(node)
-                await scope.begin()
-                scopes.append(scope)
+        for key in topology.snapshot(tops, is_near=True).order():
+            scope = Drained(topology.living[key])
+            await scope.begin()
+            scopes.append(scope)
         yield
     finally:
         for scope in reversed(scopes):

@@ -39,7 +39,7 @@ class NodeInfo:
 
     ``options`` are those it was opened or last reopened with. ``pins`` counts operations that rely on the node
     living on; ``rights`` is what its users add up to, as committed; ``inline_parent`` is the node whose options
-    held this one's.
+    held this one's. ``height`` counts the levels of nodes from this one down, itself included.
     """
 
     key: int
@@ -50,6 +50,7 @@ class NodeInfo:
     state: NodeState = NodeState.OPENING
     pins: int = 0
     rights: Rights = attrs.field(factory=Rights)
+    height: int = 1
     parents: list[Edge] = attrs.field(factory=list)
     children: dict[str, Edge] = attrs.field(factory=dict)
 

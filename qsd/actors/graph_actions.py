@@ -13,7 +13,7 @@ An action goes through these steps, every one for all actions in order before th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -43,6 +43,9 @@ class GraphTools:
 
 class GraphAction(Action):
     """See the module. Everything does nothing until it is overridden."""
+
+    # Whether a near ``Change`` of what is ``touched`` will do: chains are long, and mostly changed at their ends.
+    is_near: ClassVar[bool] = True
 
     @property
     def concerned(self) -> list[Node]:
@@ -105,7 +108,8 @@ def _change(topology: Topology, actions: Sequence[GraphAction]) -> Change:
     touched = [node for action in actions for node in action.touched]
     thawed = [edge for action in actions for edge in action.thawed]
     is_firm = bool(actions) and all(action.firmness is Firmness.MUST_SUCCEED for action in actions)
-    return Change(topology, touched, Firmness.MUST_SUCCEED if is_firm else Firmness.MAY_FAIL, thawed)
+    firmness = Firmness.MUST_SUCCEED if is_firm else Firmness.MAY_FAIL
+    return Change(topology, touched, firmness, thawed, is_near=all(action.is_near for action in actions))
 
 
 async def rehearse(topology: Topology, actions: Sequence[GraphAction]) -> None:

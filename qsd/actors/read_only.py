@@ -23,7 +23,7 @@ async def set_read_only(topology: Topology, node: Node, *, read_only: bool) -> N
     _gather(modes, node, read_only=read_only)
     options = attrs.evolve(info_of(node).options, read_only=read_only)
     modes[node] = attrs.evolve(modes[node], options=options)
-    change = Change(topology, modes)
+    change = Change(topology, modes, is_near=True)
     for each, new in modes.items():
         change.reopen(each, new)
     await change.run()

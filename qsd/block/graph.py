@@ -75,10 +75,6 @@ class Snapshot:
         """Who uses ``node``, newest first (the order in which conflicts are looked for)."""
         return tuple(edge for edge in reversed(self.edges) if edge.child == node)
 
-    def edges_from(self, node: int) -> tuple[EdgeFacts, ...]:
-        """What ``node`` uses, oldest first."""
-        return tuple(edge for edge in self.edges if edge.parent == node)
-
     def with_edge(self, edge: EdgeFacts) -> Snapshot:
         """Attach ``edge`` as the newest. Raises QmpError when it would close a cycle or join what must not be."""
         if edge.parent is not None:

@@ -15,9 +15,11 @@ import attrs
 import trio
 from fake_bitmap_store import FakeBitmapStore, Stored
 
+from qsd.actors.edges import info_of
 from qsd.actors.graph import Graph
 from qsd.actors.supervisor import Floor, Supervisor
 from qsd.block.permissions import Perm, perm_text
+from qsd.block.plan import Rights, plan_permissions
 from qsd.drivers.base import ChildRole, Driver, Mode
 from qsd.drivers.snapshots import InternalSnapshot
 from qsd.errors import QmpError
@@ -323,6 +325,22 @@ async def running_graph() -> AsyncIterator[tuple[Graph, World]]:
     assert supervisor.fatal is None
     assert not world.open, "a driver was left open"
     assert not world.locks, "a lock was left behind"
+
+
+def check_plan(graph: Graph) -> None:
+    """What nodes and edges have is what planning the whole graph anew gives them."""
+    living = graph.topology.living
+    nodes = list(living.values())
+    edges = {edge.key: edge for node in nodes for edge in info_of(node).parents}
+
+    def rule(key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        return living[key].driver.child_permissions(name, perm, shared)
+
+    plan = plan_permissions(graph.topology.snapshot(nodes), rule)
+    assert {key: Rights(edge.perm, edge.shared) for key, edge in edges.items()} == plan.edges
+    assert {info_of(node).key: info_of(node).rights for node in nodes} == plan.nodes
+    for info in map(info_of, nodes):
+        assert info.height == 1 + max((info_of(edge.node).height for edge in info.children.values()), default=0)
 
 
 def state_of(graph: Graph, world: World) -> Any:

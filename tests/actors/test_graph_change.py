@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import trio
-from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
+from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, check_plan, running_graph, state_of
 from watching import note_calls
 
 from qsd.actors import topology
-from qsd.actors.edges import RootOptions, info_of
+from qsd.actors.change import Change
+from qsd.actors.edges import RootOptions
 from qsd.actors.graph import Graph
 from qsd.block.permissions import Perm
-from qsd.block.plan import Rights, plan_permissions
 from qsd.drivers.base import Mode
 from qsd.errors import QmpError
 from qsd.messages import Op, ReplyQueue, Request
@@ -316,20 +316,6 @@ async def test_activation_sees_what_another_owner_changed(bench: Bench) -> None:
 # -- many nodes -----------------------------------------------------------------------------------------------
 
 
-def check_rights(graph: Graph) -> None:
-    """What nodes and edges have is what planning the whole graph anew gives them."""
-    living = graph.topology.living
-    nodes = list(living.values())
-    edges = {edge.key: edge for node in nodes for edge in info_of(node).parents}
-
-    def rule(key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        return living[key].driver.child_permissions(name, perm, shared)
-
-    plan = plan_permissions(graph.topology.snapshot(nodes), rule)
-    assert {key: Rights(edge.perm, edge.shared) for key, edge in edges.items()} == plan.edges
-    assert {info_of(node).key: info_of(node).rights for node in nodes} == plan.nodes
-
-
 async def test_long_chains_get_and_lose_permissions_all_the_way_down(bench: Bench) -> None:
     """Opening and closing look no further than permissions change: down to the end here, and round a corner."""
     graph, _world = bench
@@ -337,18 +323,18 @@ async def test_long_chains_get_and_lose_permissions_all_the_way_down(bench: Benc
     for number in range(1, 12):
         # The size keeps what is below from being resized.
         await graph.add(raw(f"n{number}", f"n{number - 1}", size=512 if number == 9 else None))
-        check_rights(graph)
+        check_plan(graph)
     user = await graph.attach("n8", RootOptions(Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED))
-    check_rights(graph)
+    check_plan(graph)
     for number in range(9, 12):
         await graph.add(FormatOptions(node_name=f"f{number}", file=f"n{number}", backing="n2", read_only=True))
-        check_rights(graph)
+        check_plan(graph)
     await user.detach()
     await graph.add(FormatOptions(node_name="top", file="n11", backing="f10", read_only=True))
-    check_rights(graph)
+    check_plan(graph)
     for name in ("top", "f11", "n11", "f10", "n10", "f9", "n9"):
         await graph.delete(name)
-        check_rights(graph)
+        check_plan(graph)
 
 
 async def test_adding_to_a_long_chain_looks_at_few_nodes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,3 +349,20 @@ async def test_adding_to_a_long_chain_looks_at_few_nodes(bench: Bench, monkeypat
         await graph.add(FormatOptions(node_name=f"n{number}", file=file, backing=backing))
         costs.append(len(looked))
     assert costs[-1] == costs[4]
+
+
+async def test_near_change_is_not_kept_back_by_what_it_ends(bench: Bench) -> None:
+    """Of two ways to a node one is longer, and gives up what the other one needs."""
+    graph, _world = bench
+    await graph.add(disk("disk"))
+    for name, below in (("a", "disk"), ("b", "a"), ("c", "b"), ("short", "disk")):
+        await graph.add(raw(name, below))
+    edge = await graph.attach("c", RootOptions(WRITE.perm, Perm.CONSISTENT_READ))
+    async with graph.topology.lock:
+        change = Change(graph.topology, [graph.find("c"), graph.find("short")], is_near=True)
+        change.swap(edge, graph.find("short"))
+        await change.run()
+    check_plan(graph)
+    assert graph.find("short").writable
+    assert not graph.find("c").writable
+    await edge.detach()

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import trio
-from graph_fakes import DiskOptions, FormatOptions, Kind, RawOptions, World, running_graph, state_of
+from graph_fakes import DiskOptions, FormatOptions, Kind, RawOptions, World, check_plan, running_graph, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,6 +136,7 @@ class Run:
 
     def compare(self) -> None:
         graph, model = self.graph, self.model
+        check_plan(graph)
         assert sorted(node.name for node in graph.nodes) == sorted(model.things)
         assert model.is_sound(), "the graph allowed what does not go together"
         expected = model.rights()

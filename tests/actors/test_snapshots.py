@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, running_graph, state_of
+from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, check_plan, running_graph, state_of
+from watching import note_calls
 
+from qsd.actors import depth, topology
 from qsd.actors.edges import RootEdge, RootOptions
 from qsd.actors.graph import Graph
 from qsd.actors.graph_actions import GraphAction
@@ -441,3 +443,33 @@ async def test_changing_the_backing_file(bench: Bench) -> None:
         await graph.change_backing_file("top", "mid", "y")
     assert caught.value.desc == "Could not change backing file to 'y': No space left on device"
     assert graph.find("mid").mode.read_only
+
+
+async def test_snapshots_of_a_long_chain_look_at_few_nodes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node of a chain was looked at ten times for each snapshot: 500 of them took half a minute."""
+    graph, _world = bench
+    await add(graph, "n0", *(f"n{number}" for number in range(1, 20)))
+    edge = await graph.attach("n0", WRITE)
+    looked = [note_calls(monkeypatch, topology, "facts_of"), note_calls(monkeypatch, depth, "info_of")]
+    costs = []
+    for number in range(1, 40):
+        for each in looked:
+            each.clear()
+        make = snapshot if number < 20 else sync
+        await graph.transact([make(graph, f"n{number - 1}", f"n{number}")])
+        costs.append([len(each) for each in looked])
+    assert costs[18] == costs[4]
+    assert costs[38] == costs[23]
+    check_plan(graph)
+    await edge.detach()
+
+
+async def test_cycles_are_seen_wherever_they_would_be(bench: Bench) -> None:
+    """A filter nobody uses is no user of the overlay, and may be what is to get it."""
+    graph, _world = bench
+    await add(graph, "over")
+    for name, below in (("a", "over"), ("b", "a"), ("c", "b")):
+        await graph.add(RawOptions(node_name=name, file=below))
+    for node in "abc":
+        text = f"Making '{node}' a backing child of 'over' would create a cycle"
+        assert await refused(bench, snapshot(graph, node, "over")) == text

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import trio
 import trio.testing
-from graph_fakes import World, running_graph, state_of
+from graph_fakes import World, check_plan, running_graph, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_snapshots import WRITE, Client, add, internal, snapshot, sync
@@ -127,6 +127,7 @@ class Run:
         self.places[number].append(places)
 
     def check(self) -> None:
+        check_plan(self.graph)
         for client, chain, places in zip(self.clients, self.model.chains, self.places, strict=True):
             assert client.edge.node_name == chain[-1]
             assert client.errors == [0] * client.sent

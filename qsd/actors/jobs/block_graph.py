@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -31,6 +31,8 @@ class StartJob(GraphAction):
     job: BlockJob
     group: JobGroup | None = None
     is_alone: bool = True
+    # It touches no more than its own nodes, wherever in the graph they are.
+    is_near: ClassVar[bool] = False
     _was_committed: bool = attrs.field(default=False, init=False)
 
     @property
@@ -89,6 +91,7 @@ class EndJob(GraphAction):
 
     job: BlockJob
     is_success: bool
+    is_near: ClassVar[bool] = False
 
     @property
     def firmness(self) -> Firmness:
