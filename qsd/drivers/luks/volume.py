@@ -88,12 +88,16 @@ async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
 
 @attrs.define(eq=False)
 class Volume:
-    """An open volume. ``header`` changes when key slots do."""
+    """An open volume. ``header`` changes when key slots do.
+
+    ``left``: a slot that an amendment used for a while and could not erase when it failed.
+    """
 
     area: Area
     header: Header
     spec: CipherSpec
     cipher: SectorCipher
+    left: KeySlot | None = None
 
 
 async def open_volume(
@@ -306,6 +310,18 @@ async def add_key(
             await _overwrite(volume, index, slot, material)
         else:
             await _fill(volume, index, slot, material)
+    await _erase_left(volume, new, run)
+
+
+async def _erase_left(volume: Volume, password: bytes, run: InThread) -> None:
+    """Erase what an earlier attempt has left, if it is there as it was and ``password``, now in a slot, opens it.
+
+    Otherwise it may be all that opens the volume for somebody. Raises QmpError, OSError.
+    """
+    header, left = volume.header, volume.left
+    if left in header.slots and await _try_slot(volume.area, header, volume.spec, left, password, run) is not None:
+        await erase_key(volume, header.slots.index(left))
+        volume.left = None
 
 
 async def _overwrite(volume: Volume, index: int, slot: KeySlot, material: bytes) -> None:
@@ -327,6 +343,8 @@ async def _overwrite(volume: Volume, index: int, slot: KeySlot, material: bytes)
     except OSError:
         with contextlib.suppress(OSError):
             await _put_back(volume, index, before.slots[index], kept, spare)
+        if spare is not None and volume.header.slots[spare].is_active:
+            volume.left = volume.header.slots[spare]
         raise
 
 
