@@ -39,6 +39,10 @@ class MemoryImage:
         if self.fail == 0:
             raise OSError(errno.ENOSPC, "no space")
 
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
     async def read(self, offset: int, length: int) -> bytes:
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 

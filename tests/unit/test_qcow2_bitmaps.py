@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,22 +466,46 @@ async def test_program_without_bitmaps_has_changed_the_image(tmp_path: Path) -> 
     assert list(store.bitmaps.facts()) == []
 
 
-async def test_memory_an_image_can_ask_for_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MAX_TOTAL", 4 << 20)
-    entries = [DirectoryEntry(b"%d" % n, 1 << 20, 1, 9) for n in range(6)]
+@pytest.mark.parametrize(("value", "share"), [(5 * CLUSTER, 1), (layout.ALL_ONES, store_module.ONES_SHARE)])
+async def test_memory_an_image_can_ask_for_is_bounded(
+    value: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bitmap has the same table, all entries of which are the same; a megabyte of bits each."""
+    monkeypatch.setattr(store_module, "MAX_TOTAL", (4 << 20) // share)
     image = empty_image()
+    table = await image.allocate(1)
+    assert await image.allocate(2) == table + CLUSTER == 4 * CLUSTER
+    await image.write([(table, struct.pack(">Q", value) * 256), (5 * CLUSTER, b"\x55" * CLUSTER)])
+    entries = [DirectoryEntry(b"%d" % n, table, 256, 9) for n in range(6)]
     data = layout.pack_directory(entries)
     offset = await image.allocate(-(-len(data) // CLUSTER))
     await image.write([(offset, data)])
     header = image.header.with_extension(EXT_BITMAPS, BitmapsExtension(6, len(data), offset).serialise())
     await image.change_header(extensions=header.extensions, autoclear=BITMAPS)
-    # All are in use, so that only the size of the disk counts.
-    at = offset
-    for entry in entries:
-        struct.pack_into(">I", image.data, at + 12, layout.IN_USE)
-        at += layout.entry_size(len(entry.name))
+    size = (1 << 20) * 8 * G
+    tracemalloc.start()
     with pytest.raises(QmpError, match="Could not read bitmap '4' from image: Cannot allocate memory"):
-        await Store(MemoryImage(bytes(image.data))).load((1 << 20) * 8 * G)
+        await Store(MemoryImage(bytes(image.data))).load(size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (6 << 20) // share + (1 << 20)
+    # What is in the file may be in memory as well.
+    image.data.extend(bytes(6 << 20))
+    assert len(await Store(MemoryImage(bytes(image.data))).load(size)) == 6
+
+
+async def test_many_clean_bitmaps_of_a_large_disk_take_no_memory() -> None:
+    """The image had been made without complaint, and could not be opened again."""
+    size = 64 << 40
+    store = Store(empty_image(size, 16))
+    await store.load()
+    await store.bitmaps.store([named(f"b{n}", [(n << 30, 1 << 20)], size, granularity=65536) for n in range(20)])
+    tracemalloc.start()
+    found = await Store(MemoryImage(bytes(store.image.data))).load()
+    held = tracemalloc.get_traced_memory()[0] - len(store.image.data)
+    tracemalloc.stop()
+    assert [bitmap.bits.dirty_bytes for bitmap in found.values()] == [1 << 20] * 20
+    assert held < 4 << 20
 
 
 async def test_clusters_of_others_are_not_given_back() -> None:
@@ -590,7 +615,8 @@ async def test_large_bitmaps_are_stored_and_loaded_bit_by_bit() -> None:
         for bitmaps in ([clean, dirty], []):
             await store.bitmaps.store(bitmaps)
             seen, turns.count = turns.count, 0
-            assert seen >= (2 * clean.bits.data_length >> 21) - 2 if bitmaps else 4
+            # Looking at both, and writing four clusters.
+            assert seen >= 2 * clean.bits.data_length // store_module.LOOKED_AT + 4 - 2 if bitmaps else 1
             if bitmaps:
                 found = await Store(store.image).load()
                 seen, turns.count = turns.count, 0

@@ -27,6 +27,11 @@ class DriverImage:
         """The header as it is in the file."""
         return self._driver.image.header
 
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
+        return self._driver.image.file.length
+
     async def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; beyond its end they are zeroes."""
         if offset + length > MAX_SIZE:

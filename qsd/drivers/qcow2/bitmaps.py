@@ -30,14 +30,19 @@ from qsd.qapi.rows import Rows
 
 log = logging.getLogger("qsd.qcow2")
 
-# Bytes of all bitmaps of an image together: a few kilobytes of file can ask for this much memory.
+# Bytes in memory of all bitmaps of an image together, where the file is not as long itself: all entries of tables
+# may lead to one cluster, or say that all bits are set.
 MAX_TOTAL = 1 << 30
+# What is all set takes so little of what it stands for.
+ONES_SHARE = 32
 # Bytes of bits read or written at a time (1 ms).
 PIECE = 1 << 18
 # Entries of the directory looked at between two chances for others to run (1 ms).
 ENTRIES = 256
-# Clusters of bits looked at between two chances for others to run.
+# Clusters and bytes of bits looked at, and runs of clusters given up, between two chances for others to run.
 STEPS = 1024
+LOOKED_AT = 32 << 20
+RUNS = 64
 
 _STALE = (
     "warning: a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
@@ -48,12 +53,16 @@ _STALE = (
 class BitmapImage(Protocol):
     """What the store needs of the image. Offsets and lengths are bytes of the image file; all raise OSError.
 
-    As long as the image cannot be written, only ``header`` and ``read`` are used.
+    As long as the image cannot be written, only ``header``, ``length`` and ``read`` are used.
     """
 
     @property
     def header(self) -> Header:
         """The header as it is in the file."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the file."""
 
     async def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; beyond its end they are zeroes."""
@@ -87,6 +96,7 @@ class Qcow2Bitmaps:
         self._directory = Run(0, 0, 0)  # where the entries are in the file: clusters
         self._is_stale = False
         self._is_loaded = False
+        self._room = 0  # bytes that bitmaps may still take while they are loaded
 
     # -- facts ------------------------------------------------------------------------------------------------
 
@@ -138,24 +148,19 @@ class Qcow2Bitmaps:
             self._entries = entries
             self._directory = Run(0, self._clusters(extension.size), extension.offset)
         found = []
-        room = MAX_TOTAL
+        self._room = max(MAX_TOTAL, self._image.length)
         for entry in self._entries:
-            made = await self._load(entry, size, room)
-            room -= made.bits.data_length
-            found.append(made)
+            found.append(await self._load(entry, size))
             await trio.lowlevel.checkpoint()
         self._is_loaded = True
         return found
 
-    async def _load(self, entry: DirectoryEntry, size: int, room: int) -> NamedBitmap:
+    async def _load(self, entry: DirectoryEntry, size: int) -> NamedBitmap:
         is_inconsistent = bool(entry.flags & layout.IN_USE)
         granularity = 1 << entry.granularity_bits
         needed = DirtyBitmap.data_length_of(size, granularity)
-        problem = errno.ENOMEM if needed > room else 0
         if not is_inconsistent and entry.table_entries != self._clusters(needed):
-            problem = errno.EINVAL
-        if problem:
-            raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(problem)}")
+            raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(errno.EINVAL)}")
         bits = DirtyBitmap(size, granularity)
         if not is_inconsistent:
             await self._read_bits(entry, bits)
@@ -173,9 +178,14 @@ class Qcow2Bitmaps:
                 f"Could not read bitmap_table table from image for bitmap '{entry.text}': {errno_text(number)}"
             ) from None
         cluster = self._image.header.cluster_size
+        loaded = 0
         try:
             for run in runs:
                 start, stop = run.first * cluster, min(bits.data_length, (run.first + run.count) * cluster)
+                if run.offset != layout.ALL_ZEROES:
+                    self._room -= (stop - start) // (ONES_SHARE if run.offset == layout.ALL_ONES else 1)
+                    if self._room < 0:
+                        raise OSError(errno.ENOMEM, "an image with little in it asks for much memory")
                 if run.offset == layout.ALL_ONES:
                     # Half a gigabyte of ones is nothing in the file.
                     for first in range(start, stop, PIECE):
@@ -183,7 +193,10 @@ class Qcow2Bitmaps:
                         await trio.lowlevel.checkpoint()
                 elif run.offset != layout.ALL_ZEROES:
                     bits.load(start, await self._image.read(run.offset, stop - start))
-                    await trio.lowlevel.checkpoint()
+                    loaded += stop - start
+                    if loaded >= PIECE:
+                        await trio.lowlevel.checkpoint()
+                        loaded = 0
         except OSError as error:
             raise QmpError(
                 f"Could not read bitmap '{entry.text}' from image: {errno_text(error.errno or 0)}"
@@ -279,7 +292,7 @@ class Qcow2Bitmaps:
             if value is not None or number - first == longest:
                 await self._write_clusters(bits, table, first, number, made)
                 first = number if value is None else number + 1
-            if not number % min(longest, STEPS):
+            if not number % min(STEPS, LOOKED_AT // cluster):
                 await trio.lowlevel.checkpoint()
         await self._write_clusters(bits, table, first, len(table), made)
         return table
@@ -331,9 +344,10 @@ class Qcow2Bitmaps:
             except (OSError, ValueError) as error:
                 log.warning("clusters of bitmap '%s' stay allocated: %s", entry.text, error)
                 continue
-            for run in runs:
+            for number, run in enumerate(runs):
                 if run.offset > layout.ALL_ONES:
                     await self._release(run)
+                if number % RUNS == RUNS - 1:
                     await trio.lowlevel.checkpoint()
             await self._release(Run(0, self._clusters(entry.table_entries * 8), entry.table_offset))
 
@@ -387,6 +401,7 @@ class _Allocations:
         pieces, self._pieces, self._size = self._pieces, [], 0
         if pieces:
             await self._image.write(pieces)
+            await trio.lowlevel.checkpoint()
 
     def keep(self) -> None:
         """What was allocated is referred to."""
