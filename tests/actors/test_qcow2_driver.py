@@ -12,8 +12,9 @@ from qcow2_fakes import CLUSTER, MemoryFile, check, new_image, opened, opened_on
 from qsd.drivers import mapped
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.layout import Header
+from qsd.drivers.qcow2.mapping import ClusterMap
 from qsd.drivers.qcow2.storing import PIECES, write_all
-from qsd.messages import Flag, Op, ReplyQueue, Request
+from qsd.messages import Extent, Flag, Op, ReplyQueue, Request
 from qsd.qapi.schema.block import BlockdevDriver
 from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2
 
@@ -213,3 +214,25 @@ async def test_small_tables_are_written_in_turns(monkeypatch: pytest.MonkeyPatch
     await write_all(file, ((number * 512, number.to_bytes(512, "little")) for number in range(1000)))
     assert sizes == [PIECES, PIECES, PIECES, 1000 - 3 * PIECES]
     assert all(file.data[number * 512] == number % 256 for number in range(1000))
+
+
+async def test_status_goes_over_what_no_table_describes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 131072 tables of 64 TiB there are two: two steps for each of their 16 parts, three for all others."""
+    size = 64 << 40
+    lookups = []
+    status = ClusterMap.status
+
+    def noting(self: ClusterMap, offset: int, length: int) -> tuple[int, int]:
+        lookups.append(offset)
+        return status(self, offset, length)
+
+    monkeypatch.setattr(ClusterMap, "status", noting)
+    async with opened_on(MemoryFile(new_image(Header(size=size)))) as driver:
+        for place in (size // 3, size // 2):
+            await write(driver, place & -65536, b"a" * 65536)
+        lookups.clear()
+        found: list[Extent] = (await call(driver, Op.BLOCK_STATUS, 0, size, extents=100)).result
+        await driver.close()
+    assert sum(extent.length for extent in found) == size
+    assert len(found) == 5
+    assert len(lookups) < 2 * 2 * 16 + 6
