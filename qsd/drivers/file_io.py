@@ -3,9 +3,9 @@
 Buffered reads are tried on the spot with RWF_NOWAIT and go to the aio engine when the page cache lacks them; all of
 them do where the file system knows no such flag, unless it is memory itself (tmpfs).
 Buffered writes are done on the spot while nothing is under way and the kernel takes them quickly; when it starts to
-throttle (a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes through
-the engine, with a bounce buffer where the request's own is not aligned. What may block otherwise
-(discard, write zeroes, cache) runs on a thread. Reads beyond the end of the file are zeroes: the node's length is
+throttle (a batch's writes took over ``SLOW_WRITE_NS``) they go through the engine for a while. O_DIRECT always goes
+through the engine, with a bounce buffer where the request's own is not aligned. What may block otherwise (discard,
+write zeroes, cache) runs on a thread. Reads beyond the end of the file are zeroes: the node's length is
 rounded up to 512, the file's need not be.
 """
 
