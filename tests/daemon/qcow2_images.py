@@ -157,6 +157,18 @@ def preallocated(place: Path, mode: str) -> Made:
     return Made(image, bytes(data))
 
 
+def written_in_parts(place: Path, cluster: int) -> Made:
+    """Clusters of which only a part was written: the rest is holes in the file. The last one is cut off."""
+    image, data = place / "image.qcow2", bytearray(3 << 20)
+    img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", image, len(data))
+    for offset, length, value in ((0, 100_000, 17), (700_000, 130_000, 34), (len(data) - 512, 512, 51)):
+        io(image, f"write -q -P {value} {offset} {length}")
+        data[offset : offset + length] = bytes([value]) * length
+    io(image, f"write -q -c -P 68 1M {cluster}")
+    data[1 << 20 : (1 << 20) + cluster] = b"\x44" * cluster
+    return Made(image, bytes(data))
+
+
 VARIANTS: dict[str, Callable[[Path], Made]] = {
     "plain": converted,
     "v2": lambda place: converted(place, "compat=0.10"),
@@ -180,6 +192,8 @@ VARIANTS: dict[str, Callable[[Path], Made]] = {
     "snapshots": snapshots,
     "data-file": lambda place: data_file(place, raw=False),
     "data-file-raw": lambda place: data_file(place, raw=True),
+    "parts-16k": lambda place: written_in_parts(place, 16 << 10),
+    "parts-64k": lambda place: written_in_parts(place, 64 << 10),
     "prealloc-metadata": lambda place: preallocated(place, "metadata"),
     "prealloc-full": lambda place: preallocated(place, "full"),
 }

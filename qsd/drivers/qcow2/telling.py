@@ -46,13 +46,14 @@ class TellingDriver(MappedDriver):
     def asks_data(self) -> bool:
         """True where much of the file is a hole: metadata was preallocated, and reads as zeroes.
 
-        Room that the file has ahead is none of that.
+        Room that the file has ahead is none of that. Counted in whole clusters, as the reference
+        does.
         """
         if self._is_sparse is None:
             image = self.image
-            used = facts.allocated_size({"file": image.file})
-            end, cluster = min(image.file.length, image.virgin or image.file.length), image.geometry.cluster_size
-            is_sparse = used is not None and max(used * 10 // 9, used + SLACK * cluster) <= end
+            size, cluster = facts.allocated_size({"file": image.file}), image.geometry.cluster_size
+            used, end = (size or 0) // cluster, min(image.file.length, image.virgin or image.file.length)
+            is_sparse = size is not None and max(used * 10 // 9, used + SLACK) <= -(-end // cluster)
             # What is encrypted is never known to be zeroes.
             self._is_sparse = is_sparse and not image.header.has_data_file and not image.is_encrypted
         return self._is_sparse
