@@ -18,6 +18,7 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import Bar, NamedBitmap, check_granularity, check_mergeable, check_size, default_granularity
 from qsd.drivers.base import ChildRole
 from qsd.errors import QmpError
+from qsd.host.memory import give_back_memory
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
@@ -166,6 +167,8 @@ class RemoveBitmap(_OnOne):
 
     async def settle(self) -> None:
         """Take it out of the image. Where that fails it stays there, marked in use, until bitmaps are stored."""
+        self.bitmap.bits.clear()
+        give_back_memory()
         node = self.node
         store = node.driver.bitmap_store
         if not self.bitmap.is_persistent or store is None:

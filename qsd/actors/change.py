@@ -232,10 +232,8 @@ class Change:
     def _grow(self, plan: Plan, *, is_near: bool) -> bool:
         """Look at the children of nodes whose permissions change, too; whether there were any not looked at yet."""
         living = self._topology.living
-        return self._look_below(
-            [key for key in plan.nodes if key in self._asked or plan.nodes[key] != info_of(living[key]).rights],
-            is_near=is_near,
-        )
+        keys = [key for key in plan.nodes if key in self._asked or plan.nodes[key] != info_of(living[key]).rights]
+        return self._look_below(keys, is_near=is_near)
 
     def _look_below(self, keys: Iterable[int], *, is_near: bool) -> bool:
         """Look at the children of nodes; whether there were any not looked at yet."""
@@ -243,13 +241,11 @@ class Change:
             return False
         edges = (edge for key in keys for edge in info_of(self._topology.living[key]).children.values())
         found = {edge.node for edge in edges if info_of(edge.node).key not in self._before.nodes}
-        if not found:
-            return False
-        more = self._topology.snapshot(found, is_near=is_near)
-        self._before = self._before.joined(more)
-        gone = {edge.key for edge in self._detached}
-        self.snapshot = self.snapshot.joined(more.without_edges(gone))
-        return True
+        if found:
+            more = self._topology.snapshot(found, is_near=is_near)
+            self._before = self._before.joined(more)
+            self.snapshot = self.snapshot.joined(more.without_edges(edge.key for edge in self._detached))
+        return bool(found)
 
     def _rule(self, key: int, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         driver = self._topology.living[key].driver

@@ -25,6 +25,7 @@ from qsd.block.dirty import BitmapSet
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
 from qsd.drivers.spot import Spot, end_epoch
+from qsd.host.memory import give_back_memory
 from qsd.messages import Flag, Op, Request
 
 log = logging.getLogger("qsd.node")
@@ -419,8 +420,10 @@ class Node(Actor, SlowPath):
                 except OSError as error:
                     log.error("flushing node %s while closing: %s", self.name, error)
             await self.driver.close()
-            # They may be large, and the node lives until Python looks for circles.
-            self.bitmaps = BitmapSet()
+            if self.bitmaps:
+                # They may be large, and the node lives until Python looks for circles.
+                self.bitmaps = BitmapSet()
+                give_back_memory()
         self.break_down()
 
 

@@ -43,6 +43,16 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEEP)
 
 
+def give_back_memory() -> None:
+    """Let the C library give the kernel back what it keeps of freed memory, but for 8 MiB: after something large.
+
+    Takes 0.2 ms, or 13 where there are 128 MiB in small pieces, which nothing else gives back.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:  # glibc
+        malloc_trim(ctypes.c_size_t(_KEEP))
+
+
 _get_buffer = ctypes.pythonapi.PyObject_GetBuffer
 _get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
 _release_buffer = ctypes.pythonapi.PyBuffer_Release

@@ -80,6 +80,7 @@ def runs(size: int, shift: int, bits: set[int], offset: int, length: int) -> lis
     return found
 
 
+@settings(deadline=None)
 @given(sizes, shifts, ranges, ranges)
 def test_set_and_reset_agree_with_a_set(
     size: int, shift: int, first: list[tuple[int, int]], second: list[tuple[int, int]]
@@ -146,6 +147,7 @@ def test_scaling_bit_by_bit(data: bytes, steps: int) -> None:
         assert spread >> bit & 1 == value >> (bit // factor) & 1
 
 
+@settings(deadline=None)
 @given(sizes, shifts, ranges, st.integers(0, MAX_SIZE), st.integers(1, MAX_SIZE), st.integers(1, 5))
 def test_extents_agree_with_a_walk(
     size: int, shift: int, touched: list[tuple[int, int]], offset: int, length: int, limit: int
@@ -177,6 +179,7 @@ def test_dense_extents_agree_with_a_walk(size: int, data: bytes, offset: int, le
         assert bitmap.next_dirty(offset, expected[0]) is None
 
 
+@settings(deadline=None)
 @given(sizes, sizes, shifts, ranges)
 def test_resize_forgets_what_is_cut_off(size: int, other: int, shift: int, touched: list[tuple[int, int]]) -> None:
     bitmap = made(size, shift, touched)
@@ -200,6 +203,7 @@ def test_clear_gives_what_was_there_and_take_over_brings_it_back() -> None:
     assert bitmap.dirty_bytes == 3 << 12
 
 
+@settings(deadline=None)
 @given(sizes, shifts, ranges, ranges)
 def test_copies_are_independent(
     size: int, shift: int, touched: list[tuple[int, int]], more: list[tuple[int, int]]
