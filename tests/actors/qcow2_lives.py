@@ -15,6 +15,7 @@ import attrs
 import trio
 from guest import GuestOp
 from qcow2_fakes import MemoryFile
+from qcow2_mended import header_of, mend
 from qcow2_variants import Variant, make_world
 from qcow2_world import SECTOR, Habits, Replay, SlowRead, World, check, make_driver
 
@@ -22,7 +23,6 @@ from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
-from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import (
     DIRTY,
@@ -35,7 +35,6 @@ from qsd.drivers.qcow2.layout import (
 )
 from qsd.drivers.qcow2.ledger import Findings
 from qsd.drivers.qcow2.loading import read_snapshots
-from qsd.drivers.qcow2.repair import repair
 from qsd.errors import QmpError
 from qsd.messages import Op
 
@@ -394,18 +393,8 @@ class LifeReplay(Replay):
 
 def mended(image: bytearray) -> Findings:
     """Do what opening a dirty image does."""
-    header = parse_header(bytes(image[: 1 << 21]))
-
-    def read(offset: int, length: int) -> bytes:
-        return bytes(image[offset : offset + length]).ljust(length, b"\0")
-
-    def write(offset: int, data: bytes) -> None:
-        if offset + len(data) > len(image):
-            image.extend(bytes(offset + len(data) - len(image)))
-        image[offset : offset + len(data)] = data
-
-    repair(header, read, write, Checker(header, read, len(image)).run(), leaks_only=False)
-    header = parse_header(bytes(image[: 1 << 21]))
+    mend(image)
+    header = header_of(image)
     clean = serialise_header(attrs.evolve(header, **unmarking(header)))
     image[: len(clean)] = clean
     return check(image)

@@ -24,6 +24,7 @@ pytest.importorskip("numpy")
 pytest.importorskip("cryptography")
 
 from qcow2_fakes import MemoryFile, examine, file_node, new_image, read, write
+from qcow2_mended import mend
 
 from qsd.drivers.base import Mode
 from qsd.drivers.calls import call
@@ -37,7 +38,6 @@ from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.extensions import CryptoExtension
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.new_image import NewImage, header_cluster, metadata, place
-from qsd.drivers.qcow2.repair import repair
 from qsd.drivers.qcow2.resizing import resize
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
@@ -574,15 +574,7 @@ async def test_new_refcounts_are_not_written_over_keys_that_are_cut_off() -> Non
     disk = Disk(broken[: made.slot(7) + CLUSTER])
     before = bytes(disk.data)
 
-    def look(offset: int, length: int) -> bytes:
-        return bytes(disk.data[offset : offset + length]).ljust(length, b"\0")
-
-    def put(offset: int, data: bytes) -> None:
-        disk.grow(offset + len(data))
-        disk.data[offset : offset + len(data)] = data
-
-    found = Checker(header, look, disk.length).run()
-    assert repair(header, look, put, found, leaks_only=False).corruptions
+    assert mend(disk.data).fixed.corruptions
     assert disk.data[made.luks.offset : len(before)] == before[made.luks.offset :]
     async with opened(disk) as (driver, _host):
         # They are not counted, but guarded.

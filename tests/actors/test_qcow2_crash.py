@@ -17,12 +17,11 @@ import attrs
 import pytest
 import trio
 from qcow2_builder import Built
+from qcow2_mended import header_of, mend
 from qcow2_variants import VARIANTS, Variant, make_world
 from qcow2_world import SECTOR, Habits, Replay, World, check, make_driver, run_seeded
 
-from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.layout import DIRTY, parse_header, serialise_header
-from qsd.drivers.qcow2.repair import repair
 from qsd.messages import Op
 
 # More of everything when somebody has the time (make soak).
@@ -81,15 +80,8 @@ async def look_into(
 
 def repaired(image: bytearray) -> Any:
     """Do what opening a dirty image does."""
-    header = parse_header(bytes(image[: 1 << 21]))
-
-    def read(offset: int, length: int) -> bytes:
-        return bytes(image[offset : offset + length]).ljust(length, b"\0")
-
-    def write(offset: int, data: bytes) -> None:
-        image[offset : offset + len(data)] = data
-
-    repair(header, read, write, Checker(header, read, len(image)).run(), leaks_only=False)
+    mend(image)
+    header = header_of(image)
     clean = serialise_header(attrs.evolve(header, incompatible=header.incompatible & ~DIRTY))
     image[: len(clean)] = clean
     return check(image)
