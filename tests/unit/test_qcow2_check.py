@@ -530,6 +530,16 @@ def test_table_across_clusters_is_walked_all_the_same() -> None:
     assert found.leaks < 20, "what the shifted table leads to is in use"
 
 
+def test_entry_of_two_tables_is_told_for_both() -> None:
+    """An L2 table across clusters lies over the L1 table that leads to it: it was told as the L1 table's, twice."""
+    image = Image()
+    image.set_word(image.header.l1_offset, image.header.l1_offset - 512)
+    told = [each for each in image.check().problems if "OFLAG_COPIED" in each]
+    assert len(told) == 2
+    assert "L2 cluster: l1_index=0" in told[0]
+    assert "data cluster: l2_entry" in told[1]
+
+
 def test_compressed_entry_beside_a_data_file_counts_nothing() -> None:
     image = Image(incompatible=layout.DATA_FILE)
     image.set_word(image.l2, 1 << 62 | image.l2)

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from qsd.drivers.qcow2 import refcount_codec
@@ -296,17 +297,17 @@ class Checker:
 
     def _check_flags(self) -> None:
         """COPIED says that a cluster is used once, so that it may be written in place."""
-        for place, entry, cluster, times, _is_table in self._flagged():
-            count = self._counted.get(cluster) if cluster is not None else 1
-            if bool(entry & COPIED) != (count == 1):
-                index = place - self._header.l1_offset >> 3
-                is_l1 = 0 <= index < self._header.l1_size
-                what = f"L2 cluster: l1_index={index} l1_entry" if is_l1 else "data cluster: l2_entry"
-                self._ledger.corrupt(f"OFLAG_COPIED {what}={entry:x} refcount={count}", times)
-                self.findings.flags += times
+        for is_l1, entries in (True, self._flagged_l1()), (False, self._flagged_l2()):
+            for place, entry, cluster, times, _is_table in entries:
+                count = self._counted.get(cluster) if cluster is not None else 1
+                if bool(entry & COPIED) != (count == 1):
+                    index = place - self._header.l1_offset >> 3
+                    what = f"L2 cluster: l1_index={index} l1_entry" if is_l1 else "data cluster: l2_entry"
+                    self._ledger.corrupt(f"OFLAG_COPIED {what}={entry:x} refcount={count}", times)
+                    self.findings.flags += times
 
     def _wrong_flags(self) -> Iterator[tuple[int, int]]:
-        for place, entry, cluster, _times, is_table in self._flagged():
+        for place, entry, cluster, _times, is_table in chain(self._flagged_l1(), self._flagged_l2()):
             is_alone = cluster is None or self._comparison.wanted(cluster) == 1
             is_known = not self._ledger.is_blind or cluster is None or self._counted.get(cluster) == 1
             if is_table and bool(entry & COPIED) != is_alone and (is_known or not is_alone):
@@ -328,17 +329,13 @@ class Checker:
                 if is_crooked and _is_zero(entry, words[index + 1] if step == 2 else None):
                     yield table + 8 * index, ZERO_FLAG if step == 1 else 0
 
-    def _flagged(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
-        """The entries of the active tables that can have a COPIED flag: place, entry, the cluster it leads to, how
-        often it stands for guest clusters, and whether the table is nothing else, so that it may be written.
+    def _flagged_l1(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
+        """Entries of the active L1 table that can have a COPIED flag.
 
-        None is a cluster of another file: those are not counted, and all of them may be written in place. The
-        tables are read once more instead of kept: they may be larger than all the counts.
+        Place, entry, the cluster it leads to, how often it stands for guest clusters, and whether the table is
+        nothing else, so that it may be written.
         """
         header = self._header
-        has_data_file = header.has_data_file
-        leads = OFFSET_MASK | COPIED if has_data_file else OFFSET_MASK
-        step = 2 if header.has_extended_l2 else 1
         if header.l1_offset % self._size or header.l1_offset >= self._file_length:
             return
         for position, l1_entry in enumerate(self._ledger.words(header.l1_offset, header.l1_size)):
@@ -347,6 +344,16 @@ class Checker:
                 place = header.l1_offset + 8 * position
                 is_alone = self._is_l1_counted and self._used.get(place >> self._bits) == 1
                 yield place, l1_entry, table >> self._bits, 1, is_alone
+
+    def _flagged_l2(self) -> Iterator[tuple[int, int, int | None, int, bool]]:
+        """The same of active L2 tables.
+
+        None is a cluster of another file: those are not counted, and all of them may be written in place. The
+        tables are read once more instead of kept: they may be larger than all the counts.
+        """
+        has_data_file = self._header.has_data_file
+        leads = OFFSET_MASK | COPIED if has_data_file else OFFSET_MASK
+        step = 2 if self._header.has_extended_l2 else 1
         for table, _times, active in self._all_tables():
             if not table or not active:
                 continue
