@@ -6,6 +6,7 @@ share their blocks until one of them changes one.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Final
 
 BLOCK_BITS: Final = 12
@@ -33,6 +34,9 @@ class Blocks:
     def skip(self, number: int, stop: int, value: int) -> int:
         """The first block from ``number`` on with perhaps another bit than ``value``; ``stop`` if there is none."""
         own, get, zeroes, uniform = self.own, self._shared.get, UNIFORM[0], UNIFORM[value]
+        if not value and (len(own) + len(self._shared)) ** 2 < stop - number:
+            # Going through the few that there are, for each of them, takes less than counting up to the last.
+            return min((each for each in chain(own, self._shared) if number <= each < stop), default=stop)
         while number < stop and number not in own and get(number, zeroes) is uniform:
             number += 1
         return number
