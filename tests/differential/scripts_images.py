@@ -300,7 +300,20 @@ _JOBS: list[Step | Differs] = [
     call("query-jobs"),
 ]
 
+# Nothing has to be written where nothing is to be changed.
+_NOTHING_AMENDED: list[Step | Differs] = [
+    NEGOTIATE,
+    *image("n"),
+    *job(amend("n", driver="qcow2")),
+    call("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "n", "file": "n-file", "read-only": True}]),
+    *job(amend("n", driver="qcow2")),
+    call("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "n", "file": "n-file"}]),
+    call("blockdev-set-active", node_name="n", active=False),
+    *job(amend("n", driver="qcow2")),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "nothing amended": Script(_NOTHING_AMENDED),
     "dirty bitmaps": Script(_BITMAPS),
     "snapshots": Script(_SNAPSHOTS),
     "jobs and their verbs": Script(_JOBS),

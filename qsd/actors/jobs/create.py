@@ -122,7 +122,8 @@ class AmendJob(_OneStep):
     async def take_node(self) -> None:
         """Get the right to change the image; before ``start``. Raises QmpError."""
         driver = self._node.driver
-        rights = _AMEND_READ_ONLY if driver.amends_read_only and driver.mode.read_only else _AMEND
+        is_spared = (driver.amends_read_only and driver.mode.read_only) or not _wishes(self._changes)
+        rights = _AMEND_READ_ONLY if is_spared else _AMEND
         self._edge = await self._services.graph.attach(self._node.name, rights)
 
     async def work(self) -> None:
@@ -135,3 +136,8 @@ class AmendJob(_OneStep):
         edge, self._edge = self._edge, None
         if edge is not None:
             await edge.detach()
+
+
+def _wishes(changes: Any) -> set[str]:
+    """What amend options say beyond the driver's name."""
+    return {name for name, value in vars(changes).items() if value is not None} - {"driver"}
