@@ -152,3 +152,30 @@ async def test_zeroes_over_many_tables_hide_such_a_backing_file_too() -> None:
     assert check(file) == (0, 0)
     async with opened_on(file, backing=MemoryFile(b"b" * size)) as driver:
         assert await read(driver, 0, size) == b"b" * BLOCK + bytes(size - 2 * BLOCK) + b"b" * BLOCK
+
+
+@pytest.mark.parametrize("length", [4 * BLOCK, 600 * BLOCK])
+@pytest.mark.parametrize(
+    ("flags", "options", "gives_up"),
+    [
+        (Flag.MAY_UNMAP, {}, True),
+        (Flag.MAY_UNMAP, {"discard_no_unref": True}, True),
+        (Flag.MAY_UNMAP, {"pass_discard_request": False}, False),
+        (Flag.NONE, {}, False),
+    ],
+)
+async def test_zeroes_give_up_space_of_a_data_file_where_they_may(
+    flags: Flag, options: dict[str, bool], gives_up: bool, length: int
+) -> None:
+    header = Header(size=1024 * BLOCK, cluster_bits=12, incompatible=DATA_FILE)
+    file, data = MemoryFile(new_image(header)), MemoryFile(b"")
+    async with opened_on(file, data_file=data, mode=Mode(discard_unmap=True), **options) as driver:
+        await call(driver, Op.WRITE, 0, header.size, memoryview(b"d" * header.size))
+        await call(driver, Op.WRITE_ZEROES, BLOCK + 512, length, flags=flags)
+        assert await read(driver, 0, length + 3 * BLOCK) == (
+            b"d" * (BLOCK + 512) + bytes(length) + b"d" * (2 * BLOCK - 512)
+        )
+        whole = slice(2 * BLOCK, BLOCK + length)
+        assert data.data[whole] == (b"\0" if gives_up else b"d") * (length - BLOCK)
+        await driver.close()
+    assert check(file) == (0, 0)

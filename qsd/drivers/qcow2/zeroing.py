@@ -72,7 +72,7 @@ class Zeroer(EntryChanger):
             self._driver.started()
             self._driver.host.spawn(self._zero_long, request, first, last, edges, name="write zeroes")
             return
-        kept: Kept = []
+        kept = self._unmapped_data(request.flags, first, last)
         self.zero_clusters(first, last, request.flags, kept=kept)
         self._zero_edges(request, edges, kept)
 
@@ -186,7 +186,7 @@ class Zeroer(EntryChanger):
     # -- whole clusters ---------------------------------------------------------------------------------------
 
     async def _zero_long(self, request: Request, first: int, last: int, edges: list[Range]) -> None:
-        kept: Kept = []
+        kept = self._unmapped_data(request.flags, first, last)
         zero = partial(self.zero_clusters, flags=request.flags, kept=kept)
         if await self._walk(request, first, last, zero, skips_unmapped=not self._can_mark_zero):
             self._zero_edges(request, edges, kept)
@@ -251,7 +251,18 @@ class Zeroer(EntryChanger):
             # It ends before the request does: a write that comes after that is not discarded.
             reply = Callback(lambda _part: gather.end())
             part = Request(Op.WRITE_ZEROES.value, offset, length, None, reply, MAY_UNMAP | NO_FALLBACK)
-            self._driver.post(self._image.file, part)
+            self._driver.post(self._image.map.data, part)
+
+    def _unmapped_data(self, flags: int, first: int, last: int) -> Kept:
+        """What the external data file is to give up where zeroes may unmap: its clusters are not counted.
+
+        What is encrypted would read as noise where it is zeroes.
+        """
+        image = self._image
+        offset = first << self._bits
+        length = min(last << self._bits, image.map.data.length) - offset
+        hears = flags & MAY_UNMAP and image.settings.discard_request and not image.is_encrypted
+        return [(offset, length)] if hears and image.geometry.has_data_file and length > 0 else []
 
     def _keep(self, entry: int, kept: Kept | None) -> None:
         """A cluster reads as zeroes and keeps its place (discard-no-unref)."""
