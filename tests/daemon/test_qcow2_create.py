@@ -14,6 +14,7 @@ from harness import Qmp, RunningDaemon
 
 Start = Callable[..., RunningDaemon]
 MIB = 1 << 20
+OLD = b"old" * 100_000
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def create(daemon: Start, tmp_path: Path) -> Callable[..., str]:
     """Create an image in ``f.img`` (with ``d.img`` as data file): the job's error, or nothing."""
     qmp = daemon().qmp()
     for name in ("f", "d"):
-        (tmp_path / f"{name}.img").write_bytes(b"old" * 100_000)
+        (tmp_path / f"{name}.img").write_bytes(OLD)
         qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / f"{name}.img"))
 
     def make(**options: Any) -> str:
@@ -86,8 +87,9 @@ def test_images_are_what_they_were_asked_to_be(create: Any, tmp_path: Path, opti
     if "preallocation" in options or options.get("data_file_raw"):
         assert check["allocated-clusters"] == check["total-clusters"]
     if size <= MIB:
-        (tmp_path / "zeroes").write_bytes(bytes(size))
-        command = ["qemu-img", "compare", "-U", "-F", "raw", "-f", "qcow2", image, tmp_path / "zeroes"]
+        is_seen = "data_file" in options and len(options) > 1
+        (tmp_path / "expected").write_bytes((OLD if is_seen else b"").ljust(size, b"\0"))
+        command = ["qemu-img", "compare", "-U", "-F", "raw", "-f", "qcow2", image, tmp_path / "expected"]
         assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
     if options.get("preallocation") in ("falloc", "full"):
         place = tmp_path / ("d.img" if "data_file" in options else "f.img")
@@ -194,3 +196,28 @@ def test_two_images_at_once(daemon: Start, tmp_path: Path) -> None:
     for name, size in (("f", 64 * MIB), ("d", MIB)):
         assert qemu_img("info", "--output=json", "-U", tmp_path / name)["virtual-size"] == size
         assert not qemu_img("check", "--output=json", "-U", tmp_path / name).get("leaks")
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "length"),
+    [
+        (MIB, {"data_file_raw": True}, MIB),
+        (MIB, {"preallocation": "metadata"}, MIB),
+        (MIB, {"preallocation": "full"}, MIB),
+        (512 << 10, {"data_file_raw": True, "preallocation": "falloc"}, MIB),
+        (2 * MIB, {"data_file_raw": True}, 2 * MIB),
+        (2 * MIB, {"preallocation": "full"}, 2 * MIB),
+        (2 * MIB, {}, MIB),
+    ],
+)
+def test_data_file_keeps_what_it_holds(
+    daemon: Start, tmp_path: Path, size: int, options: dict[str, Any], length: int
+) -> None:
+    """An image may be put around a raw disk that is in use already; its file is cut where nothing of it is seen."""
+    qmp = daemon().qmp()
+    for name, holds in (("f", b""), ("d", b"d" * size)):
+        (tmp_path / f"{name}.img").write_bytes(holds)
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / f"{name}.img"))
+    given = {key.replace("_", "-"): value for key, value in options.items()}
+    assert outcome(qmp, {"driver": "qcow2", "file": "f", "data-file": "d", "size": MIB, **given}) == ""
+    assert (tmp_path / "d.img").read_bytes() == (b"d" * size).ljust(length, b"\0")[:length]

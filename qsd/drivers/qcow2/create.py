@@ -199,13 +199,16 @@ async def _write(
         await file.write(offset, part)
         # The page cache takes it on the spot, and where space is allocated there may be gigabytes.
         await trio.lowlevel.checkpoint()
-    if data is not None:
-        await data.truncate(0, exact=False)
-        await data.truncate(size, exact=False)
     mode = options.preallocation.value if options.preallocation is not None else "off"
+    target, start = file, placement.data * cluster
+    end = start + size
+    if data is not None:
+        # What it holds is the guest's from now on, where all is allocated: an image may be put around a raw disk.
+        target, start, end = data, min(data.length, size), size
+        if data.length < size or (mode == "off" and not placement.header.is_data_file_raw):
+            await data.truncate(size, exact=False)
     if mode in ("falloc", "full"):
-        target, start = (file, placement.data * cluster) if data is None else (data, 0)
-        await _give_space(host, target, start, start + size, is_full=mode == "full")
+        await _give_space(host, target, start, end, is_full=mode == "full")
     if data is not None:
         await data.flush()
 
