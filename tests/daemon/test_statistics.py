@@ -69,7 +69,8 @@ def play(qmp: Qmp, place: Path, options: dict[str, str]) -> list[Any]:
             with contextlib.suppress(NbdError):
                 step(client)
             found.append(told(qmp))
-    qmp.execute("block-export-del", id="e")
+    # Neither may have noticed yet that the client has gone.
+    qmp.execute("block-export-del", id="e", mode="hard")
     qmp.wait_event("BLOCK_EXPORT_DELETED")
     qmp.execute("nbd-server-stop")
     return found
