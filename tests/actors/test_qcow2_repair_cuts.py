@@ -21,6 +21,7 @@ import pytest
 from qcow2_builder import Built, build
 from qcow2_damage import DAMAGES, Damage
 from qcow2_fakes import SECTOR, cut
+from qcow2_mended import Bytes
 
 from qsd.drivers.qcow2 import compressed, layout
 from qsd.drivers.qcow2.bitmap_layout import ALL_ONES, ALL_ZEROES, parse_directory
@@ -55,7 +56,7 @@ VARIANTS: Final[dict[str, tuple[Header, frozenset[str]]]] = {
 }
 
 
-class Disk:
+class Disk(Bytes):
     """An image in memory; ``log`` has what was written, None for a flush. Step ``fails_at`` fails, half done.
 
     ``is_full``: there is no room behind the end, and none in the clusters of ``holes`` before it.
@@ -64,18 +65,11 @@ class Disk:
     def __init__(
         self, data: bytes, fails_at: int = -1, *, is_full: bool = False, holes: Container[int] = ()
     ) -> None:
-        self.data = bytearray(data)
+        super().__init__(bytearray(data))
         self.log: list[tuple[int, bytes] | int | None] = []
         self.fails_at = fails_at
         self.limit = len(data) if is_full else 1 << 62
         self.holes, self.size = holes, header_of(data).cluster_size
-
-    @property
-    def length(self) -> int:
-        return len(self.data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
         is_last = len(self.log) == self.fails_at
@@ -88,8 +82,7 @@ class Disk:
         if is_last:
             # Half of the sectors.
             data = data[: max(0, (offset + len(data) // 2) // SECTOR * SECTOR - offset)]
-        self.data.extend(bytes(max(0, offset + len(data) - len(self.data))))
-        self.data[offset : offset + len(data)] = data
+        super().write(offset, data)
         if is_last:
             raise OSError(errno.EIO, "input/output error")
 
