@@ -66,7 +66,9 @@ class Encoder:
         self.unpack_request: Callable[[Any, int], tuple[int, ...]] = layout.unpack_from
         self.request_magic = c.EXTENDED_REQUEST_MAGIC if self.extended else c.REQUEST_MAGIC
         self.plain_write_flags = c.CMD_FLAG_PAYLOAD_LEN if self.extended else 0
-        self.pack_read: Callable[[Any, int, int, int, int], None]
+        # Memory, start, ``read_start``, cookie, length with the offset before the data, offset.
+        self.pack_read: Callable[[Any, int, bytes, int, int, int], None]
+        self.read_start = wire.STRUCTURED_READ_START
         self.pack_done: Callable[[Any, int, int, int], None]
         self.pack_empty: Callable[[Any, int, int, int], None]
         if self.extended:
@@ -75,7 +77,8 @@ class Encoder:
             self.empty_size, self.pack_empty = self.done_size, self.pack_done
         elif self.structured:
             self.read_head, self.done_size = wire.STRUCTURED_DATA.size, wire.SIMPLE_REPLY.size
-            self.pack_read, self.pack_done = _structured_read, _simple_done
+            # Without a call of Python: most answers are this.
+            self.pack_read, self.pack_done = wire.STRUCTURED_READ.pack_into, _simple_done
             # A read is answered with chunks, also one of nothing.
             self.empty_size, self.pack_empty = wire.STRUCTURED_CHUNK.size, _structured_done
         else:
@@ -185,22 +188,17 @@ class Encoder:
         return b"".join(parts)
 
 
-_pack_structured = wire.STRUCTURED_DATA.pack_into
 _pack_extended = wire.EXTENDED_DATA.pack_into
 _pack_structured_chunk = wire.STRUCTURED_CHUNK.pack_into
 _pack_chunk = wire.EXTENDED_CHUNK.pack_into
 _pack_simple = wire.SIMPLE_REPLY.pack_into
 
 
-def _structured_read(memory: Any, start: int, cookie: int, offset: int, length: int) -> None:
-    _pack_structured(memory, start, 0x668E33EF, 1, 1, cookie, length + 8, offset)
+def _extended_read(memory: Any, start: int, _start: bytes, cookie: int, length: int, offset: int) -> None:
+    _pack_extended(memory, start, 0x6E8A278C, 1, 1, cookie, offset, length, offset)
 
 
-def _extended_read(memory: Any, start: int, cookie: int, offset: int, length: int) -> None:
-    _pack_extended(memory, start, 0x6E8A278C, 1, 1, cookie, offset, length + 8, offset)
-
-
-def _simple_read(memory: Any, start: int, cookie: int, _offset: int, _length: int) -> None:
+def _simple_read(memory: Any, start: int, _start: bytes, cookie: int, _length: int, _offset: int) -> None:
     _pack_simple(memory, start, 0x67446698, 0, cookie)
 
 

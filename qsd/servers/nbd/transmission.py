@@ -244,12 +244,10 @@ class Transmission:
         request_magic = encoder.request_magic
         write_flags = encoder.plain_write_flags
         size = encoder.size
-        writable = encoder.writable
-        base_flags = encoder.base_flags
+        writable, base_flags = encoder.writable, encoder.base_flags
         read_head = encoder.read_head
-        pack_read = encoder.pack_read
-        pack_done = encoder.pack_done
-        done_size = encoder.done_size
+        pack_read, read_start = encoder.pack_read, encoder.read_start
+        pack_done, done_size = encoder.pack_done, encoder.done_size
         alignment = self._alignment
         replies = self._replies
         incoming = self._in
@@ -288,7 +286,7 @@ class Transmission:
                         slab_size, slab_memory, slab_view = slab.size, slab.memory, slab.view
                         data = -(-read_head // alignment) * alignment
                     start, used = data - read_head, data + length
-                    pack_read(slab_memory, start, cookie, offset, length)
+                    pack_read(slab_memory, start, read_start, cookie, length + 8, offset)
                     if find is not None and length < LEND_MIN:
                         place = find(offset, length)
                         if place is not None:
@@ -433,7 +431,9 @@ class Transmission:
             data = -(-(slab.used + head) // self._alignment) * self._alignment
         start, stop = data - head, data + room
         if is_read and header.length:
-            encoder.pack_read(slab.memory, start, header.cookie, header.offset, header.length)
+            encoder.pack_read(
+                slab.memory, start, encoder.read_start, header.cookie, header.length + 8, header.offset
+            )
         elif is_read:
             encoder.pack_empty(slab.memory, start, header.cookie, header.offset)
         else:
