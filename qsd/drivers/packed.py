@@ -84,6 +84,8 @@ class Cluster:
 
     def fill(self) -> None:
         """Copy the bytes to where they are wanted, as far as that has not been done."""
+        if self.filled == len(self.waiting):
+            return
         assert self.data is not None
         data = memoryview(self.data)
         for skip, view, gather, position in self.waiting[self.filled :]:
@@ -329,8 +331,7 @@ class Unpacker:
         assert cluster.packed is not None
         try:
             cluster.data = self._unpack(cluster.where, cluster.packed)
-            if cluster.waiting:
-                cluster.fill()
+            cluster.fill()
         except OSError as error:
             cluster.error = error.errno or errno.EIO
 
@@ -342,8 +343,7 @@ class Unpacker:
         if not fetch.left:
             self._pool.give_back(fetch.item)
         if data is not None:
-            if cluster.filled < len(cluster.waiting):
-                cluster.fill()
+            cluster.fill()
             for skip, request in cluster.takers:
                 cluster.is_used_up |= _lend(data, skip, request)
         if self._clusters.get(cluster.where) is cluster:
@@ -371,7 +371,7 @@ def _lend(data: bytes | bytearray, skip: int, request: Request) -> bool:
     length = request.length
     view = memoryview(data)
     is_all = length == len(data)
-    if 2 * length >= len(data):
+    if _is_most(length, data):
         request.result = Pieces([view if is_all else view[skip : skip + length]])
     else:
         assert request.buffer is not None
@@ -379,11 +379,15 @@ def _lend(data: bytes | bytearray, skip: int, request: Request) -> bool:
     return is_all
 
 
+def _is_most(length: int, data: bytes | bytearray | memoryview) -> bool:
+    """Whether so much of a cluster is worth lending: what is lent keeps all of it in memory."""
+    return 2 * length >= len(data)
+
+
 def _fill(data: memoryview, skip: int, view: memoryview, gather: Gather, position: int) -> None:
     length = len(view)
     part = data if length == len(data) else data[skip : skip + length]
-    # What is lent keeps all of the cluster in memory.
-    if isinstance(gather, Lending) and 2 * length >= len(data):
+    if isinstance(gather, Lending) and _is_most(length, data):
         gather.lent.append((position, part))
     else:
         view[:] = part

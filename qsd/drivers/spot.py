@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
+
+if TYPE_CHECKING:
+    from qsd.drivers.base import Child
 
 # Descriptor, offset in it, flags for preadv2; None when the usual way has to be taken. The range asked for lies
 # within the node's length.
@@ -51,17 +54,6 @@ class Spotted(Protocol):
         """How reads are found on the spot until the epoch ends."""
 
 
-class Served(Spotted, Protocol):
-    """A way to a node that counts what is read."""
-
-    @property
-    def length(self) -> int:
-        """Bytes of the node."""
-
-    def served(self, count: int, size: int) -> None:
-        """So many reads of ``size`` bytes together have been served on the spot."""
-
-
 class Finder:
     """Keeps what ``target`` says for as long as it holds."""
 
@@ -81,10 +73,10 @@ class Finder:
         return self._find
 
 
-def read_now(target: Served, find: Find | None, offset: int, buffer: memoryview) -> bool:
-    """Fill ``buffer`` with what ``target`` holds at ``offset``; False: ask for that the usual way."""
+def read_now(child: Child, find: Find | None, offset: int, buffer: memoryview) -> bool:
+    """Fill ``buffer`` with what ``child`` holds at ``offset``; False: ask for that the usual way."""
     size = len(buffer)
-    place = find(offset, size) if find is not None and offset + size <= target.length else None
+    place = find(offset, size) if find is not None and offset + size <= child.length else None
     if place is None:
         return False
     fd, where, flags = place
@@ -94,5 +86,5 @@ def read_now(target: Served, find: Find | None, offset: int, buffer: memoryview)
     except OSError:
         # Not in the page cache, as a rule.
         return False
-    target.served(1, size)
+    child.served(1, size)
     return True

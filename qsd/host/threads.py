@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,10 +21,6 @@ Done = Callable[[int], None]
 
 MAX_THREADS = 16
 IDLE_SECONDS = 10.0
-# How long a thread waits for the interpreter's lock until it asks for it. With Python's 5 ms one waits for a chance
-# that lasts: the loop lets go of the lock for a moment with every system call, and has it back before a thread
-# that slept is awake. Clusters of 64 KiB unpacked by the loop and one thread: 8.5 k/s and 8.75.
-SWITCH_SECONDS = 50e-6
 
 _RWF_DSYNC = getattr(os, "RWF_DSYNC", 2)
 
@@ -34,7 +29,6 @@ class ThreadPool:
     """Runs blocking functions; ``fileno`` becomes readable when results wait, ``reap`` delivers them."""
 
     def __init__(self, limit: int = MAX_THREADS) -> None:
-        sys.setswitchinterval(SWITCH_SECONDS)
         self._limit = limit
         self._work: queue.SimpleQueue[tuple[Callable[[], int], Done] | None] = queue.SimpleQueue()
         # Callbacks of functions that have ended, and what else is to run in the next round.

@@ -6,7 +6,6 @@ import contextlib
 import os
 import resource
 import select
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,9 +101,6 @@ pread) exec dd if=$file skip=$4 count=$3 iflag=count_bytes,skip_bytes bs=64k 2>/
 pwrite) exec dd of=$file seek=$4 conv=notrunc oflag=seek_bytes bs=64k 2>/dev/null ;;
 esac
 """
-needs_nbdfuse = pytest.mark.skipif(
-    not (shutil.which("nbdfuse") and shutil.which("nbdkit")), reason="nbdfuse or nbdkit is not installed"
-)
 
 
 @contextlib.contextmanager
@@ -152,7 +148,6 @@ def places(data: bytes, header: Header) -> dict[str, int]:
 
 
 @needs_fuse
-@needs_nbdfuse
 def test_what_cannot_be_read_is_told_as_the_other_tells_it(
     tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +172,6 @@ def test_what_cannot_be_read_is_told_as_the_other_tells_it(
 
 
 @needs_fuse
-@needs_nbdfuse
 def test_what_is_behind_a_broken_sector_is_not_taken_for_zeroes(tmp_path: Path) -> None:
     """A read that comes to it ends before it. The repair then gave back what the table led to."""
     image = make(tmp_path, "plain")
@@ -193,7 +187,6 @@ def test_what_is_behind_a_broken_sector_is_not_taken_for_zeroes(tmp_path: Path) 
 
 
 @needs_fuse
-@needs_nbdfuse
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     image = make(tmp_path, "plain")
     data = bytearray(image.read_bytes())

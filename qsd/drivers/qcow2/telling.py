@@ -46,8 +46,7 @@ class TellingDriver(MappedDriver):
     def asks_data(self) -> bool:
         """True where much of the file is a hole: metadata was preallocated, and reads as zeroes.
 
-        Room that the file has ahead is none of that. Counted in whole clusters, as the reference
-        does.
+        Room that the file has ahead is none of that. Counted in whole clusters, as the reference does.
         """
         if self._is_sparse is None:
             image = self.image

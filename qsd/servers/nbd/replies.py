@@ -76,7 +76,7 @@ class Encoder:
             self.pack_read, self.pack_done = _extended_read, _extended_done
             self.empty_size, self.pack_empty = self.done_size, self.pack_done
         elif self.structured:
-            self.read_head, self.done_size = wire.STRUCTURED_DATA.size, wire.SIMPLE_REPLY.size
+            self.read_head, self.done_size = wire.STRUCTURED_READ.size, wire.SIMPLE_REPLY.size
             # Without a call of Python: most answers are this.
             self.pack_read, self.pack_done = wire.STRUCTURED_READ.pack_into, _simple_done
             # A read is answered with chunks, also one of nothing.

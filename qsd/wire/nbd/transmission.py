@@ -19,8 +19,7 @@ EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
 SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 STRUCTURED_CHUNK = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length
 EXTENDED_CHUNK = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
-STRUCTURED_DATA = struct.Struct(">IHHQIQ")  # a chunk header and OFFSET_DATA's offset
-# The same; in the answer to a read the first bytes are always these.
+# A chunk header and OFFSET_DATA's offset. In the answer to a read the first bytes are always these.
 STRUCTURED_READ = struct.Struct(">8sQIQ")
 STRUCTURED_READ_START = struct.pack(">IHH", c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_TYPE_OFFSET_DATA)
 EXTENDED_DATA = struct.Struct(">IHHQQQQ")
