@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import attrs
 import trio
+import trio.testing
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
@@ -129,6 +130,33 @@ class MemoryFile(SlowPath):
             self.log.append(size)
         del self.data[size:]
         self.grow(size)
+
+
+class SlowFile(MemoryFile):
+    """A file whose requests wait in ``waiting`` when they are of a kind that is ``slow``."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data)
+        self.slow: frozenset[Op] = frozenset()
+        self.waiting: list[Request] = []
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if request.op in self.slow:
+                self.waiting.append(request)
+            else:
+                super().submit([request])
+
+    def end_one(self) -> None:
+        """Let the one that waits longest end."""
+        super().submit([self.waiting.pop(0)])
+
+    async def end_all(self) -> None:
+        """Let all that waits end, and what comes of that."""
+        await trio.testing.wait_all_tasks_blocked()
+        while self.waiting:
+            self.end_one()
+            await trio.testing.wait_all_tasks_blocked()
 
 
 def cut(before: bytes, log: list[tuple[int, bytes] | int | None]) -> Iterator[bytes]:

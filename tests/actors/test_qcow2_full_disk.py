@@ -7,7 +7,7 @@ import random
 
 import attrs
 import pytest
-from qcow2_fakes import MemoryFile, check, new_image, opened_on, read, write
+from qcow2_fakes import MemoryFile, SlowFile, check, new_image, opened_on, read, write
 
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.layout import EXTENDED_L2, Header
@@ -79,22 +79,6 @@ async def test_full_disk_fails_writes_and_no_flush(name: str, seed: int) -> None
         await driver.close()
 
 
-class SlowFile(MemoryFile):
-    """A file whose writes wait in ``waiting`` while ``is_slow``."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.is_slow = False
-        self.waiting: list[Request] = []
-
-    def submit(self, batch: list[Request]) -> None:
-        for request in batch:
-            if self.is_slow and request.op == Op.WRITE:
-                self.waiting.append(request)
-            else:
-                super().submit([request])
-
-
 async def test_room_made_for_a_refcount_block_is_not_taken_before_it_is_there() -> None:
     file = SlowFile(new_image(Header(size=1 << 20, cluster_bits=9, refcount_order=6)))
     async with opened_on(file) as driver:
@@ -107,13 +91,12 @@ async def test_room_made_for_a_refcount_block_is_not_taken_before_it_is_there() 
         assert isinstance(first.value.key, tuple)
         kind, cluster = first.value.key
         assert kind == "room"
-        file.is_slow = True
+        file.slow = frozenset({Op.WRITE})
         driver.wait_for(first.value, lambda error: None)
         assert [request.offset for request in file.waiting] == [cluster * 512]
         with pytest.raises(Cold) as second:
             refs.allocate_contiguous(8)
         assert second.value.key == first.value.key
-        file.is_slow = False
-        file.submit(file.waiting)
+        await file.end_all()
         row = refs.allocate_contiguous(8)
         assert row <= cluster < row + 8 or refs.block_offset(cluster >> refs.block_bits) == cluster * 512

@@ -331,7 +331,7 @@ class Qcow2Driver(TellingDriver):
             if image.needs_repair:
                 log.warning("%s stays marked as dirty: opening it to be written repairs it", self.node_name)
             else:
-                await image.change_header(**unmarking(image.header))
+                await image.header_changes.change(unmarking)
         if image.has_grown and image.file.length > image.virgin:
             await image.file.truncate(image.virgin, exact=False)
             image.has_grown = False
@@ -360,7 +360,7 @@ class Qcow2Driver(TellingDriver):
         image = self.image
         try:
             if image.header.version >= 3:
-                await image.change_header(incompatible=image.header.incompatible | CORRUPT)
+                await image.set_incompatible(CORRUPT)
         except OSError as error:
             log.error("marking %s as corrupt: %s", self.node_name, error)
         finally:

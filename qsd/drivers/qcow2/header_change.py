@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
 
 
+# What is to be different in a header.
+Revision = Callable[[Header], dict[str, Any]]
+
+
 class HeaderChanges:
     """See the module. ``is_certain``: the file has the header that the image goes on with, on stable storage."""
 
@@ -32,12 +37,16 @@ class HeaderChanges:
         self._lock = trio.Lock()
         self.is_certain = True
 
-    async def change(self, changes: dict[str, Any]) -> None:
-        """Let the header have other values, on stable storage. Raises OSError, and all is as before."""
+    async def change(self, revise: Revision) -> None:
+        """Let the header have other values, on stable storage. Raises OSError, and all is as before.
+
+        ``revise`` is asked when it is the turn of this change: the one before may have set another bit.
+        """
         image = self._image
         # Half of a change is none: who is cancelled waits for it.
         with trio.CancelScope(shield=True):
             async with self._lock:
+                changes = revise(image.header)
                 header = _placed(attrs.evolve(image.header, **changes), image.header)
                 has_name = header.backing_offset == image.header.backing_offset and "backing_file" not in changes
                 _parts(header)

@@ -251,7 +251,7 @@ class Image:
         async def set_dirty() -> None:
             error = 0
             try:
-                await self.change_header(incompatible=self.header.incompatible | DIRTY)
+                await self.set_incompatible(DIRTY)
             except OSError as problem:
                 error = problem.errno or errno.EIO
             done(error)
@@ -469,4 +469,8 @@ class Image:
 
     async def change_header(self, **changes: Any) -> None:
         """Let the header have other values: see ``HeaderChanges``. Raises OSError."""
-        await self.header_changes.change(changes)
+        await self.header_changes.change(lambda _header: changes)
+
+    async def set_incompatible(self, bit: int) -> None:
+        """Set an incompatible feature bit, whatever else becomes of the header meanwhile. Raises OSError."""
+        await self.header_changes.change(lambda header: {"incompatible": header.incompatible | bit})

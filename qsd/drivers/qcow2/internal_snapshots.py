@@ -358,6 +358,6 @@ async def _unmark(driver: Qcow2Driver, *, needed_repair: bool) -> None:
     image.needs_repair = needed_repair
     if image.header.incompatible & DIRTY and not image.settings.lazy_refcounts and not image.needs_repair:
         try:
-            await image.change_header(**unmarking(image.header))
+            await image.header_changes.change(unmarking)
         except OSError as error:
             log.warning("%s stays marked as dirty: %s", driver.node_name, error)

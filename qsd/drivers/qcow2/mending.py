@@ -42,7 +42,7 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
         if found.corruptions:
             log.warning("%s is damaged beyond repair: %s", driver.node_name, "; ".join(found.problems))
         else:
-            await image.change_header(**unmarking(image.header))
+            await image.header_changes.change(unmarking)
             log.info("%s: repaired %d leaks, %d corruptions", driver.node_name, fixed.leaks, fixed.corruptions)
         l1 = await read_table(image.file, header.l1_offset, header.l1_size, "Could not read L1 table")
         image.map.l1[:] = l1

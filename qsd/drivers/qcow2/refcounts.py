@@ -253,6 +253,11 @@ class Refcounts:
         self.tail = offset + size
         return offset
 
+    def seal(self, first: int, count: int) -> None:
+        """Let nothing more be packed into clusters that are about to be given up."""
+        if first <= self.tail >> self._cluster_bits < first + count:
+            self.tail = 0
+
     def _is_free(self, cluster: int) -> bool:
         """Whether a cluster can be taken; not where that needs a new refcount block. Raises Cold, OSError."""
         block = self.block(cluster >> self.block_bits)
@@ -334,10 +339,9 @@ class Refcounts:
             self._mark_full(index, is_full=False)
         if freed:
             self.first_free = min(self.first_free, freed[0][0])
-            last = self.tail >> self._cluster_bits
-            if any(cluster <= last < cluster + length for cluster, length in freed):
+            for run in freed:
                 # Somebody else's before long.
-                self.tail = 0
+                self.seal(*run)
         return freed
 
 

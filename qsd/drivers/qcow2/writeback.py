@@ -196,6 +196,8 @@ class WriteBack:
         image = self._image
         await self._refuse_metadata(first, count)
         if image.passes_discard(why):
+            # Packed behind what was there, it would be discarded along with it.
+            image.refs.seal(first, count)
             cluster = first
             while cluster < first + count:
                 is_last = await self._driver.settled(image.refs.get, cluster) == 1
