@@ -27,13 +27,14 @@ class Damage:
         self.step = 16 if header.has_extended_l2 else 8
 
     def word(self, place: int) -> int:
-        """The entry that stands there."""
-        (entry,) = struct.unpack_from(">Q", self.data, place)
+        """The entry that stands there; behind the file's end it is zeroes."""
+        (entry,) = struct.unpack(">Q", self.data[place : place + 8].ljust(8, b"\0"))
         return int(entry)
 
     def set_word(self, place: int, entry: int) -> None:
-        """Let an entry be another."""
-        struct.pack_into(">Q", self.data, place, entry)
+        """Let an entry be another, unless an earlier damage has it behind the file's end."""
+        if place + 8 <= len(self.data):
+            struct.pack_into(">Q", self.data, place, entry)
 
     def tables(self) -> Iterator[tuple[int, int]]:
         """Where the entries of the active L1 table stand that lead to a table, and where to."""
@@ -166,7 +167,8 @@ class Damage:
         ]
         for _ in range(rng.randrange(1, 6)):
             at = rng.choice(places) + rng.randrange(128)
-            self.data[at] ^= 1 << rng.randrange(8)
+            if at < len(self.data):
+                self.data[at] ^= 1 << rng.randrange(8)
 
     def snapshot(self) -> None:
         """A snapshot's table leads elsewhere, or is longer."""
