@@ -305,11 +305,8 @@ class FileIo:
         self._driver.finished()
         if result in _RETRY:
             result = 0
-        elif result < 0:
-            request.complete(-result)
-            return
-        elif result == 0:
-            request.complete(errno.ENOSPC)
+        elif result <= 0:
+            self._write_failed(request, result)
             return
         have = before + result
         if have < request.length:
@@ -319,7 +316,17 @@ class FileIo:
         self._generation += 1
         request.complete(0)
 
+    def _write_failed(self, request: Request, result: int) -> None:
+        if request.flags & self.fua and result == -errno.EIO:
+            # The kernel tells of a page that was lost only once, whichever page it was.
+            self._lose_cache()
+        request.complete(-result or errno.ENOSPC)
+
     # -- the rest ---------------------------------------------------------------------------------------------
+
+    def _lose_cache(self) -> None:
+        """Something could not be brought to the disk."""
+        self._cache_lost = self._cache_lost or not self.direct
 
     def _flush(self, request: Request) -> bool:
         if self._cache_lost:
@@ -334,7 +341,7 @@ class FileIo:
         def done(result: int) -> None:
             self._driver.finished()
             if result < 0:
-                self._cache_lost = self._cache_lost or not self.direct
+                self._lose_cache()
                 request.complete(-result)
                 return
             self._flushed = max(self._flushed, generation)
@@ -408,12 +415,15 @@ class FileIo:
 
         def ended(result: int) -> None:
             self._driver.finished()
-            if result <= 0:
-                request.complete(-result or errno.ENOSPC)
-            elif done + result < request.length:
-                self._write_zero_bytes(request, done + result)
+            written = 0 if result in _RETRY else result
+            if result <= 0 and result not in _RETRY:
+                self._write_failed(request, result)
+            elif done + written < request.length:
+                self._write_zero_bytes(request, done + written)
                 self._aio.flush()
             else:
+                # A flush that has ended meanwhile began before the last of them was written.
+                self._generation += 1
                 request.complete(0)
 
         dsync = bool(request.flags & self.fua)
@@ -424,6 +434,8 @@ class FileIo:
 
         def done(result: int) -> None:
             self._driver.finished()
+            if result < 0:
+                self._lose_cache()
             request.complete(-result if result < 0 else 0)
 
         self._aio.fsync(self.fd, done)

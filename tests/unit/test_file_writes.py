@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,9 +20,10 @@ SIZE = 512
 
 
 class Engine:
-    """An aio engine that ends nothing until it is told to."""
+    """An aio engine that ends nothing until it is told to. ``error``, if not 0, is how its writes and syncs end."""
 
     def __init__(self) -> None:
+        self.error = self.syncs = 0
         self.under_way: list[Callable[[], None]] = []
 
     def transfer(self, fd: int, requests: list[Request], places: Any, ended: Callable[[Any], None]) -> None:
@@ -34,8 +36,25 @@ class Engine:
         ended([(request, os.pwrite(fd, request.buffer, request.offset))])
 
     def write(self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None], *, dsync: bool) -> None:
-        assert dsync
-        self.under_way.append(lambda: done(os.pwrite(fd, buffer, offset)))
+        self.under_way.append(lambda: done(self.error or os.pwrite(fd, buffer, offset)))
+
+    def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
+        self.under_way.append(partial(self._call, function, done))
+
+    @staticmethod
+    def _call(function: Callable[[], int], done: Callable[[int], None]) -> None:
+        try:
+            result = function()
+        except OSError as error:
+            result = -(error.errno or errno.EIO)
+        done(result)
+
+    def fsync(self, fd: int, done: Callable[[int], None]) -> None:
+        self.syncs += 1
+        self.under_way.append(lambda: done(self.error))
+
+    def end_one(self) -> None:
+        self.under_way.pop(0)()
 
     def end_all(self) -> None:
         under_way, self.under_way = self.under_way, []
@@ -81,6 +100,19 @@ class File:
         self.io.submit(batch)
         return batch
 
+    def request(self, op: Op, length: int = 0, flags: int = 0) -> Request:
+        """One of another kind, from the start of the file on."""
+        request = Request(op.value, 0, length, None, self.replies, flags)
+        self.io.submit([request])
+        return request
+
+    def flush(self) -> int:
+        """The error of a flush."""
+        request = self.request(Op.FLUSH)
+        self.engine.end_all()
+        assert request in self.replies.ready
+        return request.error
+
     def holds(self, *places: int) -> bool:
         content = self.path.read_bytes()
         return all(content[place * SIZE : (place + 1) * SIZE] == bytes([place]) * SIZE for place in places)
@@ -120,3 +152,76 @@ def test_a_single_processor_gains_nothing_from_that(file: File, monkeypatch: pyt
     file.write(1, flags=Flag.FUA.value)
     second = file.write(2)
     assert file.replies.ready == second
+
+
+# -- reaching the disk --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_zeroing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot zero a range: zero bytes are written."""
+
+    def refuse(*_args: object, **_options: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no such thing here")
+
+    monkeypatch.setattr(file_io.files, "zero_range", refuse)
+
+
+@pytest.mark.usefixtures("no_zeroing")
+def test_zero_bytes_that_a_flush_has_overtaken_reach_the_disk_with_the_next(file: File) -> None:
+    zeroes = file.request(Op.WRITE_ZEROES, 4 * SIZE)
+    file.engine.end_one()
+    assert len(file.engine.under_way) == 1, "zero bytes are on their way"
+    flush = file.request(Op.FLUSH)
+    file.engine.under_way.reverse()
+    file.engine.end_all()
+    assert file.replies.ready == [flush, zeroes]
+    assert file.flush() == 0
+    assert file.engine.syncs == 2
+
+
+@pytest.mark.usefixtures("no_zeroing")
+def test_zero_bytes_that_were_interrupted_are_written_again(file: File) -> None:
+    file.write(1)
+    zeroes = file.request(Op.WRITE_ZEROES, 4 * SIZE)
+    file.engine.end_one()
+    file.engine.error = -errno.EINTR
+    file.engine.end_one()
+    file.engine.error = 0
+    file.engine.end_all()
+    assert zeroes in file.replies.ready
+    assert not zeroes.error
+    assert file.path.read_bytes() == bytes(65536)
+
+
+def _write(file: File) -> Request:
+    return file.write(1, flags=Flag.FUA.value)[0]
+
+
+def _zero(file: File) -> Request:
+    return file.request(Op.WRITE_ZEROES, SIZE, Flag.FUA.value)
+
+
+@pytest.mark.parametrize("change", [_write, _zero])
+def test_no_flush_claims_success_once_something_was_lost_on_the_way_to_the_disk(
+    file: File, change: Callable[[File], Request]
+) -> None:
+    """The kernel tells of it once, and not whose page it was."""
+    file.write(2)
+    file.engine.error = -errno.EIO
+    request = change(file)
+    while file.engine.under_way:
+        file.engine.end_one()
+    assert request.error == errno.EIO
+    file.engine.error = 0
+    assert file.flush() == errno.EIO
+
+
+def test_full_disk_loses_nothing(file: File) -> None:
+    file.engine.error = -errno.ENOSPC
+    request = _write(file)
+    file.engine.end_all()
+    assert request.error == errno.ENOSPC
+    file.engine.error = 0
+    file.write(2)
+    assert file.flush() == 0
