@@ -334,6 +334,8 @@ class Unpacker:
             cluster.fill()
         except OSError as error:
             cluster.error = error.errno or errno.EIO
+        except MemoryError:
+            cluster.error = errno.ENOMEM
 
     def _ended(self, cluster: Cluster) -> None:
         self._moves += 1

@@ -7,6 +7,8 @@ wake-up. Threads start when they are needed and end after they were idle for a w
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import queue
 import threading
@@ -16,6 +18,8 @@ from functools import partial
 from typing import Protocol
 
 from qsd.messages import Op, Request
+
+log = logging.getLogger("qsd.threads")
 
 Done = Callable[[int], None]
 
@@ -58,7 +62,10 @@ class ThreadPool:
         return self._pending
 
     def call(self, function: Callable[[], int], done: Done) -> None:
-        """Run ``function`` on a thread; its result, or minus the errno of its OSError, goes to ``done``."""
+        """Run ``function`` on a thread; its result, or minus the errno of its OSError, goes to ``done``.
+
+        Another exception is told in the log, and -EIO to ``done``.
+        """
         self._pending += 1
         self._work.put((function, done))
         with self._lock:
@@ -84,7 +91,10 @@ class ThreadPool:
             try:
                 result = function()
             except OSError as error:
-                result = -(error.errno or 5)
+                result = -(error.errno or errno.EIO)
+            except Exception as error:  # noqa: BLE001  # somebody waits for the reply
+                log.error("work on a thread failed: %r", error)
+                result = -errno.EIO
             self._results.append((done, result))
             self._wake()
 

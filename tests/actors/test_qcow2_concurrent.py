@@ -10,11 +10,14 @@ from typing import Any, Final
 import attrs
 import pytest
 import trio
+from guest import GuestOp
 from qcow2_variants import VARIANTS, make_world
 from qcow2_world import Habits, World, check, make_driver, run_seeded
 from watching import noted
 
+from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
+from qsd.messages import Flag, Op
 
 # More of everything when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -107,6 +110,35 @@ def test_disk_that_is_full_goes_on_when_it_has_room_again(name: str) -> None:
             world.fails_writing_only = True
             run_seeded(seed, use, world, VARIANTS[name].options)
             judge(world)
+
+
+def test_clusters_that_cannot_be_packed_fail_with_those_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several that one thread packs."""
+    calls = 0
+
+    def deflate(*args: Any) -> bytes | None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOMEM, "as arranged")
+        return original(*args)
+
+    async def pack(world: World) -> GuestOp:
+        async with trio.open_nursery() as nursery:
+            driver = make_driver(world, nursery)
+            await world.finish(driver.open)
+            op = world.request(driver, Op.WRITE, 0, 4 * world.packing, int(Flag.COMPRESSED))
+            await world.run(driver)
+            await world.finish(driver.close)
+            assert not driver.in_flight
+            nursery.cancel_scope.cancel()
+        return op
+
+    original = compressed.deflate
+    monkeypatch.setattr(compressed, "deflate", deflate)
+    world, _built = make_world(VARIANTS["packed-512"], random.Random(0), attrs.evolve(FEW, requests=0))
+    assert run_seeded(0, pack, world).has_failed
+    judge(world)
 
 
 @pytest.mark.parametrize("name", ["plain", "cluster-512-snapshot", "extended"])

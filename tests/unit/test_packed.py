@@ -75,6 +75,8 @@ class Driver:
     def unpack(self, _where: int, data: memoryview) -> bytes:
         if data[0] == 0xFF:
             raise OSError(errno.EIO, "broken")
+        if data[0] == 0xFE:
+            raise MemoryError
         return bytes(data) * 10
 
     def read(self, where: int, skip: int = 0, length: int = PART) -> Request:
@@ -229,11 +231,12 @@ def test_cluster_forgotten_on_its_way_is_not_kept(driver: Driver, moment: str) -
     assert again.buffer == bytes([70]) * PART, "what came first was not kept"
 
 
-def test_broken_cluster_fails_alone(driver: Driver) -> None:
-    driver.content[4] = bytes([0xFF]) * 100
+@pytest.mark.parametrize(("first", "error"), [(0xFF, errno.EIO), (0xFE, errno.ENOMEM)])
+def test_broken_cluster_fails_alone(driver: Driver, first: int, error: int) -> None:
+    driver.content[4] = bytes([first]) * 100
     requests = [driver.read(where) for where in (3, 4, 5)]
     driver.end_all()
-    assert [request.error for request in requests] == [0, errno.EIO, 0]
+    assert [request.error for request in requests] == [0, error, 0]
     assert is_done(driver.read(5))
     assert not is_done(driver.read(4)), "an error is not kept"
 

@@ -90,7 +90,7 @@ class Packer(EntryChanger):
         results: list[bytes | None] = []
 
         def work() -> int:
-            results.extend(self._deflated(part.buffer) for part in parts)
+            results.extend([self._deflated(part.buffer) for part in parts])
             return 0
 
         def done(error: int) -> None:
