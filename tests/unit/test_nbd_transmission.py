@@ -231,7 +231,9 @@ def cookies_answered(sent: bytes, reads: dict[int, tuple[int, int]]) -> list[int
     return found
 
 
-kinds = st.tuples(st.booleans(), st.sampled_from((512, 4096, 65536, 262144, 1 << 20)), st.booleans(), st.booleans())
+kinds = st.tuples(
+    st.booleans(), st.sampled_from((512, 4096, 20000, 65536, 262144, 1 << 20)), st.booleans(), st.booleans()
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -308,6 +310,17 @@ def test_what_is_read_on_the_spot_is_sent_with_its_neighbours_and_nobody_else_he
         cookies_answered(bytes(world.sock.sent), {n: (place, 4096) for n, place in enumerate(places)})
     ) == [*range(5)]
     assert (world.node.on_the_spot, world.node.bytes_on_the_spot) == (3, 3 * 4096)
+
+
+def test_run_of_reads_longer_than_a_slab_is_on_the_spot_to_its_end() -> None:
+    reads = {n: ((2 << 20) + 512 * n, 31 << 10) for n in range(80)}
+    arrived = b"".join(read(n, *place) for n, place in reads.items())
+    world = World(arrived[:-5], [0, 100, 0, 600_000, 0], lambda _request: False)
+    world.run([0])
+    world.sock.inbox = arrived[-5:]
+    world.run([0])
+    assert cookies_answered(bytes(world.sock.sent), reads) == [*range(80)]
+    assert world.node.on_the_spot == 80
 
 
 def test_after_a_read_that_would_block_the_rest_of_what_arrived_takes_the_usual_way() -> None:

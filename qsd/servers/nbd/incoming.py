@@ -38,6 +38,9 @@ class Incoming:
         """Where to receive, with room for the message that is being received."""
         buffer = self.buffer
         have = self.end - self.position
+        if not have and not buffer.lent and self.wanted <= EXACT:
+            self.position = self.end = 0
+            return buffer.view
         wanted = max(self.wanted, have + 1)
         if not have and not buffer.lent:
             self.position = self.end = 0

@@ -19,44 +19,40 @@ COPY = 256 << 10
 
 
 class Outgoing:
-    """The output queue. ``requests`` have been parsed and their reply has not been sent whole; ``reply_bytes`` are
-    laid out or queued and not sent. ``slab`` is the one that replies are laid out in now.
+    """The output ``queue``. ``requests`` have been parsed and their reply has not been sent whole; ``reply_bytes``
+    are laid out or queued and not sent. ``slab`` is the one that replies are laid out in now.
     """
 
-    __slots__ = ("_pool", "_queue", "_sock", "bytes_sent", "reply_bytes", "requests", "slab")
+    __slots__ = ("_pool", "_sock", "bytes_sent", "queue", "reply_bytes", "requests", "slab")
 
     def __init__(self, sock: socket.socket, pool: Pool) -> None:
         self._sock = sock
         self._pool = pool
-        self._queue: deque[tuple[memoryview | Loan, Slab | None, int]] = deque()
+        self.queue: deque[tuple[memoryview | Loan, Slab | None, int]] = deque()
         self.requests = 0
         self.reply_bytes = 0
         self.bytes_sent = 0
         self.slab: Slab | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._queue)
-
     def add(self, view: memoryview, slab: Slab | None, slots: int) -> None:
         """Queue ``slots`` replies that lie one behind the other in ``view``."""
-        self._queue.append((view, slab, slots))
+        self.queue.append((view, slab, slots))
 
     def add_laid(self, slab: Slab, first: int, end: int, slots: int) -> None:
-        """Queue and count ``slots`` replies, or none, laid out in the slab from ``first`` to ``end``."""
-        if not slots:
-            return
+        """Queue and count ``slots`` replies laid out in the slab from ``first`` to ``end``."""
+        self.requests += slots
         slab.outstanding += slots
         self.reply_bytes += end - first
-        self._queue.append((slab.view[first:end], slab, slots))
+        self.queue.append((slab.view[first:end], slab, slots))
 
     def add_loan(self, head: memoryview, loan: Loan, slab: Slab) -> None:
         """Queue a reply whose data is lent: its header, then the loan in place of the room behind it."""
-        self._queue.append((head, slab, 0))
-        self._queue.append((loan, slab, 1))
+        self.queue.append((head, slab, 0))
+        self.queue.append((loan, slab, 1))
 
     def add_pieces(self, head: memoryview, pieces: Pieces, slab: Slab) -> None:
         """Queue a reply whose data is in pieces: its header, then these in place of the room behind it."""
-        queue = self._queue
+        queue = self.queue
         for view in (head, *pieces.views[:-1]):
             queue.append((view, slab, 0))
         queue.append((pieces.views[-1], slab, 1))
@@ -64,7 +60,7 @@ class Outgoing:
     def add_bytes(self, data: bytes) -> None:
         """Queue one reply that was not laid out in a slab."""
         self.reply_bytes += len(data)
-        self._queue.append((memoryview(data), None, 1))
+        self.queue.append((memoryview(data), None, 1))
 
     def fresh_slab(self, size: int) -> Slab:
         """Another slab for the replies to come; the one before goes back when its last reply has been sent."""
@@ -90,8 +86,8 @@ class Outgoing:
 
     def drop(self) -> None:
         """Forget everything: the client has gone."""
-        while self._queue:
-            piece, slab, slots = self._queue.popleft()
+        while self.queue:
+            piece, slab, slots = self.queue.popleft()
             self.reply_bytes -= len(piece)
             self._sent(slab, slots)
             if isinstance(piece, Loan):
@@ -99,7 +95,7 @@ class Outgoing:
 
     def send(self) -> None:
         """Send until the socket is full or all is sent; raises OSError when the client has gone."""
-        queue = self._queue
+        queue = self.queue
         while queue:
             try:
                 first = queue[0][0]
@@ -124,7 +120,7 @@ class Outgoing:
     def _views(self) -> tuple[list[memoryview], int]:
         """The pieces in memory up to the next loan, and how to send them."""
         views: list[memoryview] = []
-        for piece, _slab, _slots in itertools.islice(self._queue, MAX_SEGMENTS):
+        for piece, _slab, _slots in itertools.islice(self.queue, MAX_SEGMENTS):
             if isinstance(piece, Loan):
                 # Its first bytes fit into the packet of the header.
                 return views, socket.MSG_MORE
@@ -146,7 +142,7 @@ class Outgoing:
 
     def _account(self, count: int) -> None:
         self.reply_bytes -= count
-        queue = self._queue
+        queue = self.queue
         while count:
             piece, slab, slots = queue[0]
             length = len(piece)

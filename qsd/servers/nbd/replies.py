@@ -64,7 +64,10 @@ class Encoder:
         layout = wire.EXTENDED_REQUEST if self.extended else wire.REQUEST
         self.request_size = layout.size
         self.unpack_request: Callable[[Any, int], tuple[int, ...]] = layout.unpack_from
+        # The same with magic, flags and kind as one number, and that number of a plain read.
+        self.run_layout = wire.EXTENDED_RUN if self.extended else wire.RUN
         self.request_magic = c.EXTENDED_REQUEST_MAGIC if self.extended else c.REQUEST_MAGIC
+        self.plain_read = self.request_magic << 32 | c.CMD_READ
         self.plain_write_flags = c.CMD_FLAG_PAYLOAD_LEN if self.extended else 0
         # Memory, start, ``read_start``, cookie, length with the offset before the data, offset.
         self.pack_read: Callable[[Any, int, bytes, int, int, int], None]

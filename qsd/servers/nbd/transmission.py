@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
-
-import attrs
 
 from qsd.drivers.lending import LEND_MIN
-from qsd.drivers.spot import Finder, Spot
 from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SLICE_NS, Reactor, Registration
 from qsd.messages import Flag, Loan, Op, ReplyQueue, Request
 from qsd.servers.nbd.buffers import Pool, Receive, Slab
 from qsd.servers.nbd.incoming import Incoming
 from qsd.servers.nbd.outgoing import Outgoing
 from qsd.servers.nbd.replies import Encoder
+from qsd.servers.nbd.spot_reads import SpotReads, Target, TransmissionStatistics
 from qsd.wire.nbd import constants as c
 from qsd.wire.nbd import transmission as wire
 
@@ -47,28 +43,6 @@ BATCH_BYTES = 1 << 20
 # Cookie; slab, start and end of the prepared reply (start -1: none is prepared); the receive buffer of a write's
 # payload; offset and length as the client sent them; the command type; the block status contexts wanted.
 Tag = tuple[int, Slab | None, int, int, Receive | None, int, int, int, tuple[int, ...]]
-
-
-class Target(Protocol):
-    """What the connection serves: an export's edge to its node."""
-
-    def submit(self, batch: list[Request]) -> None:
-        """Pass requests on."""
-
-    def spot(self) -> Spot | None:
-        """How reads are found on the spot, for this epoch."""
-
-    def served(self, count: int, size: int) -> None:
-        """So many reads, of ``size`` bytes together, have been served on the spot."""
-
-
-@attrs.define
-class TransmissionStatistics:
-    """What one client asked for."""
-
-    requests: int = 0
-    refused: int = 0
-    bytes_received: int = 0
 
 
 class Transmission:
@@ -98,7 +72,7 @@ class Transmission:
         self._replies = ReplyQueue(self._notified)
         self._in = Incoming(pool, leftover, encoder.request_size)
         self._out = Outgoing(sock, pool)
-        self._finder = Finder(target)
+        self._spot_reads = SpotReads(target, encoder, self._out, self.stats)
         self._submitted = 0  # parsed, not completed
         self._payload_bytes = 0  # of writes not completed
         self._closing = ""  # why no more is read; the connection ends when the answers are out
@@ -184,13 +158,14 @@ class Transmission:
         replies = self._replies
         replies.armed = False
         incoming, out = self._in, self._out
+        queue = out.queue
         clock = time.perf_counter_ns
         end = clock() + SLICE_NS
         goes_on = False
         while True:
             batch = None
             is_whole = incoming.end - incoming.position >= incoming.wanted
-            if is_whole and not self._closing and not (out and out.reply_bytes >= BATCH_BYTES):
+            if is_whole and not self._closing and not (queue and out.reply_bytes >= BATCH_BYTES):
                 batch = self._parse()
                 if batch:
                     count = len(batch)
@@ -200,9 +175,9 @@ class Transmission:
                     self._target.submit(batch)
             if replies.ready:
                 self._collect()
-            elif not batch and not out:
+            elif not batch and not queue:
                 break
-            if out:
+            if queue:
                 owed = out.requests, out.reply_bytes
                 self._send()
                 # What has left makes room for requests that have arrived already, which no event would announce.
@@ -215,15 +190,13 @@ class Transmission:
         if self._gone:
             self._finish_if_idle()
             return
-        if not self._out.requests:
+        if not out.requests:
             if self._closing:
                 self.disconnect(self._closing)
                 return
             out.rest()
-        if self._gone:
-            return
         # Being able to send is an event that comes at once, when everybody else has had a turn.
-        events = EPOLLOUT if out or goes_on else 0
+        events = EPOLLOUT if queue or goes_on else 0
         if not self._closing and not self._is_full():
             events |= EPOLLIN
         registration = self._registration
@@ -237,6 +210,30 @@ class Transmission:
 
     def _parse(self) -> list[Request]:
         """Turn what has arrived into a batch, at most about ``BATCH_BYTES`` of replies and payloads."""
+        incoming, out, spot_reads = self._in, self._out, self._spot_reads
+        if incoming.skip:
+            incoming.position = incoming.skipped(incoming.position)
+        header_size = incoming.wanted = self._encoder.request_size
+        room = MAX_REQUESTS - out.requests
+        budget = MAX_BYTES - out.reply_bytes - self._payload_bytes
+        if budget > BATCH_BYTES:
+            budget = BATCH_BYTES
+        elif not out.requests:
+            budget = 1
+        spot_reads.begin()
+        # Most of what arrives are plain reads and nothing else. The low byte of the type is 0 in those.
+        position = incoming.position
+        if budget > 0 and incoming.end - position >= header_size and not incoming.buffer.memory[position + 7]:
+            count, size = spot_reads.serve(incoming, room, budget)
+            room -= count
+            budget -= size
+        batch: list[Request] = []
+        if incoming.end - incoming.position >= header_size:
+            self._parse_usual(batch, room, budget)
+        return batch
+
+    def _parse_usual(self, batch: list[Request], room: int, budget: int) -> None:
+        """Parse at most ``room`` requests, until ``budget`` bytes are reached."""
         encoder = self._encoder
         out = self._out
         header_size = encoder.request_size
@@ -250,66 +247,37 @@ class Transmission:
         pack_done, done_size = encoder.pack_done, encoder.done_size
         alignment = self._alignment
         replies = self._replies
-        incoming = self._in
+        incoming, spot_reads = self._in, self._spot_reads
         receive = incoming.buffer
         view, memory = receive.view, receive.memory
-        end = incoming.end
-        position = incoming.position
-        if incoming.skip:
-            position = incoming.skipped(position)
-        find = self._finder.find()
-        preadv = os.preadv
-        count = served_bytes = 0  # reads served on the spot
-        head, tail, pieces = 0, -1, 0  # their answers that are one piece so far
-        batch: list[Request] = []
-        answers = slab = out.slab or out.fresh_slab(0)
+        position, end = incoming.position, incoming.end
+        slab = out.slab or out.fresh_slab(0)
         used, slab_size, slab_memory, slab_view = slab.used, slab.size, slab.memory, slab.view
-        room = MAX_REQUESTS - out.requests
-        budget = MAX_BYTES - out.reply_bytes - self._payload_bytes
-        if budget > BATCH_BYTES:
-            budget = BATCH_BYTES
-        elif not out.requests:
-            budget = 1
-        incoming.wanted = header_size
         while end - position >= header_size and room > 0 and budget > 0:
             magic, flags, kind, cookie, offset, length = unpack(memory, position)
             if magic == request_magic and 0 < length <= MAX_LENGTH and offset + length <= size:
                 if not kind and not flags:
+                    if spot_reads.find is not None and length < LEND_MIN:
+                        slab.used = used
+                        incoming.position = position
+                        count, read = spot_reads.serve(incoming, room, budget)
+                        slab = out.slab or slab
+                        used, slab_size, slab_memory, slab_view = slab.used, slab.size, slab.memory, slab.view
+                        if count:
+                            position = incoming.position
+                            budget -= read
+                            room -= count
+                            continue
                     data = used + read_head
                     if alignment > 1:
                         data = -(-data // alignment) * alignment
                     if data + length > slab_size:
                         slab.used = used
-                        out.add_laid(answers, head, tail, pieces)
-                        pieces, tail = 0, -1
                         slab = out.fresh_slab(length + read_head + alignment)
                         slab_size, slab_memory, slab_view = slab.size, slab.memory, slab.view
                         data = -(-read_head // alignment) * alignment
                     start, used = data - read_head, data + length
                     pack_read(slab_memory, start, read_start, cookie, length + 8, offset)
-                    if find is not None and length < LEND_MIN:
-                        place = find(offset, length)
-                        if place is not None:
-                            fd, where, how = place
-                            try:
-                                have = preadv(fd, (slab_view[data:used],), where, how)
-                            except OSError:
-                                # Not in the page cache, as a rule; then much else is not.
-                                find = None
-                                have = 0
-                            if have == length:
-                                served_bytes += length
-                                count += 1
-                                if start == tail:
-                                    pieces += 1
-                                else:
-                                    out.add_laid(answers, head, tail, pieces)
-                                    answers, head, pieces = slab, start, 1
-                                tail = used
-                                position += header_size
-                                budget -= length
-                                room -= 1
-                                continue
                     slab.outstanding += 1
                     out.reply_bytes += used - start
                     tag: Tag = (cookie, slab, start, used, None, offset, length, kind, ())
@@ -328,8 +296,6 @@ class Transmission:
                     used = start + done_size
                     if used > slab_size:
                         slab.used = start
-                        out.add_laid(answers, head, tail, pieces)
-                        pieces, tail = 0, -1
                         slab = out.fresh_slab(done_size)
                         slab_size, slab_memory, slab_view = slab.size, slab.memory, slab.view
                         start, used = 0, done_size
@@ -345,8 +311,6 @@ class Transmission:
                     room -= 1
                     continue
             slab.used = used
-            out.add_laid(answers, head, tail, pieces)
-            pieces, tail = 0, -1
             taken = self._uncommon(batch, position, end)
             slab = out.slab or slab
             used, slab_size, slab_memory, slab_view = slab.used, slab.size, slab.memory, slab.view
@@ -361,12 +325,6 @@ class Transmission:
             budget = min(budget, MAX_BYTES - out.reply_bytes - self._payload_bytes)
         slab.used = used
         incoming.position = position
-        out.add_laid(answers, head, tail, pieces)
-        if count:
-            out.requests += count
-            self.stats.requests += count
-            self._target.served(count, served_bytes)
-        return batch
 
     def _uncommon(self, batch: list[Request], position: int, end: int) -> int:
         """One request that is not a plain read or write: bytes taken, 0 when more must arrive first."""

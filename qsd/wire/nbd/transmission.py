@@ -16,6 +16,9 @@ from qsd.wire.nbd import constants as c
 
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+# The same for requests that lie one behind the other: magic, flags and type are one number.
+RUN = struct.Struct(">QQQI")
+EXTENDED_RUN = struct.Struct(">QQQQ")
 SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 STRUCTURED_CHUNK = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length
 EXTENDED_CHUNK = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
