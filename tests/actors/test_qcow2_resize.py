@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from array import array
 
+import attrs
 import pytest
 from qcow2_fakes import HEADERS, KIB, Bench, MemoryFile, check, cut, examine, read, write
 
 from qsd.drivers.calls import call
+from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.layout import Header, parse_header
 from qsd.errors import QmpError
 from qsd.messages import Op
@@ -129,6 +132,54 @@ async def test_refusals() -> None:
             await driver.truncate(512 * KIB)
         await old.compare(driver)
         await driver.close()
+
+
+async def depths(driver: Qcow2Driver, offset: int, length: int) -> list[tuple[int, int]]:
+    """Runs of bytes, and the layer that has them."""
+    extents = (await call(driver, Op.BLOCK_STATUS, offset, length, extents=100)).result
+    return [(extent.length, extent.depth) for extent in extents]
+
+
+async def test_growth_past_a_longer_backing_file_hides_all_that_is_new() -> None:
+    # Should the backing file become longer yet, nothing of it is to be seen.
+    bench = Bench(HEADERS["plain"], random.Random(1), MemoryFile(b"b" * 300 * KIB))
+    async with bench.open() as driver:
+        await bench.resize(driver, 900 * KIB)
+        assert await depths(driver, 256 * KIB, 644 * KIB) == [(644 * KIB, 1)]
+        assert bench.backing is not None
+        bench.backing.data.extend(b"b" * 700 * KIB)
+        await bench.compare(driver)
+        await driver.close()
+    assert check(bench.file) == (0, 0)
+
+
+async def test_growth_marks_nothing_where_nothing_shows() -> None:
+    bench = Bench(attrs.evolve(HEADERS["plain"], size=256 * KIB + 512), random.Random(1), MemoryFile(b"b" * KIB))
+    async with bench.open() as driver:
+        await bench.resize(driver, 900 * KIB)
+        assert await depths(driver, 4 * KIB, 896 * KIB) == [(896 * KIB, 2)]
+        await bench.compare(driver)
+        await driver.close()
+
+
+async def test_growth_over_much_takes_no_more_memory_than_the_cache_may() -> None:
+    header = Header(size=64 * KIB, cluster_bits=9)
+    bench = Bench(header, random.Random(1), MemoryFile(bytes(128 * KIB)))
+    async with bench.open(l2_cache_size=32 * KIB) as driver:
+        cache, most = driver.image.cache, 0
+        insert = cache.insert
+
+        def watched(number: int, table: array[int]) -> None:
+            nonlocal most
+            insert(number, table)
+            most = max(most, cache.size)
+
+        cache.insert = watched  # type: ignore[method-assign]
+        await driver.truncate(16 << 20)
+        assert 0 < most <= 32 * KIB
+        assert not driver.image.expected_size
+        await driver.close()
+    assert check(bench.file) == (0, 0)
 
 
 async def test_failed_growth_leaves_the_image_as_it_was() -> None:

@@ -90,6 +90,8 @@ class Image:
         self.cache = SliceCache(geometry.slice_bytes, settings.l2_cache, self.dirty.is_pinned)
         self.map = ClusterMap(geometry, l1, self.cache, file, driver.fetch, driver.corrupt)
         self.metadata = MetadataMap(geometry.cluster_bits, checks_of(options.overlap_check))
+        # Bytes of the disk that is being grown to that; 0 when none is.
+        self.expected_size = 0
         self.snapshots: tuple[StoredSnapshot, ...] = ()
         # What their table takes.
         self.snapshot_clusters = 0
@@ -387,7 +389,7 @@ class Image:
     def _holds_all(self) -> bool:
         """Whether there is room for every slice: then none has to be written for another's sake."""
         reach = self.cache.limit << self.geometry.cluster_bits + self.geometry.slice_bits
-        return self.header.size <= reach
+        return max(self.header.size, self.expected_size) <= reach
 
     def _own_table(self, index: int, number: int) -> None:
         """Make the L2 table of L1 entry ``index``: a new one, or a copy of one that is shared."""

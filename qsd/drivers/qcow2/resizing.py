@@ -31,13 +31,14 @@ from qsd.messages import Flag, Op
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.driver import Qcow2Driver
-    from qsd.drivers.qcow2.guarding import require_distinct
-from qsd.drivers.qcow2.image import Image
+    from qsd.drivers.qcow2.image import Image
 
 log = logging.getLogger("qsd.qcow2")
 
 SECTOR: Final = 512
 MAY_UNMAP: Final = Flag.MAY_UNMAP.value
+# How many clusters are marked as zeroes beyond the end of a longer backing file: 8 MiB of tables.
+MAX_MARKED: Final = 1 << 20
 
 
 async def resize(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
@@ -68,10 +69,13 @@ def _failing(text: str) -> Iterator[None]:
 async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
     image, old = driver.image, driver.length
     geometry = image.geometry
-    bits, cluster = geometry.cluster_bits, geometry.cluster_size
+    bits = geometry.cluster_bits
     first, last = -(-old >> bits), -(-size >> bits)
     backing = driver.backing
-    hidden = first if backing is None else max(first, min(last, -(-backing.length >> bits)))
+    hidden = first
+    if backing is not None and backing.length > old:
+        # To the end, as in the reference, where that is little: the backing file may become longer yet.
+        hidden = max(first, min(last, max(-(-backing.length >> bits), first + MAX_MARKED)))
     entries = attrs.evolve(image.header, size=size).l1_needed
     if entries * 8 > MAX_L1_BYTES:
         raise QmpError("Failed to grow the L1 table: File too large")
@@ -81,10 +85,12 @@ async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
         await grow_l1_table(image, entries)
     if geometry.has_data_file:
         await driver.children["data-file"].truncate(size, exact=exact)
-    with _failing("Failed to zero out new clusters"):
-        if old % cluster:
-            await call(driver, Op.WRITE_ZEROES, old, min(size, first << bits) - old)
+    with _expecting(driver, size), _failing("Failed to zero out new clusters"):
         zeroer = driver.zeroer
+        end = min(size, first << bits)
+        if not await driver.settled(zeroer.reads_zero, old, end):
+            # The rest of the last cluster: what was there before the disk was made smaller, or is below.
+            await call(driver, Op.WRITE_ZEROES, old, end - old)
         if image.header.is_data_file_raw and not image.is_encrypted:
             await zeroer.walk(first, last, partial(_map_raw, image), skips_unmapped=False)
         else:
@@ -92,6 +98,18 @@ async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
             await zeroer.walk(first, hidden, hide, skips_unmapped=False)
             await zeroer.walk(hidden, last, partial(zeroer.discard_clusters, uncovers=True))
     await _take_size(driver, size)
+
+
+@contextmanager
+def _expecting(driver: Qcow2Driver, size: int) -> Iterator[None]:
+    """Let the caches have what a disk of ``size`` bytes may take, though it has another size yet."""
+    driver.image.expected_size = size
+    _limit_caches(driver, size)
+    try:
+        yield
+    finally:
+        driver.image.expected_size = 0
+        _limit_caches(driver, driver.image.header.size)
 
 
 def _map_raw(image: Image, first: int, last: int) -> None:
@@ -204,7 +222,13 @@ async def _take_size(driver: Qcow2Driver, size: int) -> None:
     with _failing("Failed to update the image size"):
         await image.change_header(size=size)
     driver.length = size
-    # How much the caches may take depends on the size.
-    image.settings = settings_of(driver.options, image.header, discard_unmap=driver.mode.discard_unmap)
+    _limit_caches(driver, size)
+
+
+def _limit_caches(driver: Qcow2Driver, size: int) -> None:
+    """Let the caches take what they may for a disk of ``size`` bytes."""
+    image = driver.image
+    header = attrs.evolve(image.header, size=size)
+    image.settings = settings_of(driver.options, header, discard_unmap=driver.mode.discard_unmap)
     image.cache.set_limit(image.settings.l2_cache)
     image.refs.cache.set_limit(image.settings.refcount_cache)

@@ -121,7 +121,8 @@ class Zeroer(EntryChanger):
     def _zero_one(self, cluster: int, flags: int) -> None:
         self.zero_clusters(cluster, cluster + 1, flags)
 
-    def _reads_zero(self, start: int, end: int) -> bool:
+    def reads_zero(self, start: int, end: int) -> bool:
+        """Whether nothing is stored there, in this image or below. Raises Cold."""
         backing = self._image.driver.backing
         while start < end:
             kind, run, _where, _child = self._image.map.lookup(start, end - start)
@@ -148,7 +149,7 @@ class Zeroer(EntryChanger):
         try:
             while offset < end:
                 stop = min(end, (offset // self._size + 1) * self._size, offset + len(ZERO_BYTES))
-                if not await self._driver.settled(self._reads_zero, offset, stop):
+                if not await self._driver.settled(self.reads_zero, offset, stop):
                     await call(self._driver, Op.WRITE, offset, stop - offset, ZERO_BYTES[: stop - offset])
                 offset = stop
                 await trio.lowlevel.checkpoint()
