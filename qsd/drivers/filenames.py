@@ -14,6 +14,12 @@ from qsd.wire.qmp_json_writer import dumps
 # Drivers whose name is a path, whatever it looks like.
 PATHS: Final = ("file", "host_device")
 
+# The order in which the reference names options: who compares names as texts finds the same.
+_ORDER: Final = (
+    *("offset", "read-zeroes", "data-file", "backing", "encrypt.key-secret", "header"),
+    *("driver", "size", "file", "filename", "key-secret"),
+)
+
 # What drivers have answered in this ``names_kept``.
 _kept: dict[Any, str] | None = None
 
@@ -69,9 +75,9 @@ def tree_text(driver: Any) -> str:
 
 
 def object_text(driver_name: str, options: Mapping[str, str]) -> str:
-    """Options, whose values are JSON, as JSON: the driver's name first."""
+    """Options of a driver, whose values are JSON, as JSON."""
     members = {"driver": dumps(driver_name), **options}
-    return "{" + ", ".join(f'"{key}": {value}' for key, value in members.items()) + "}"
+    return "{" + ", ".join(f'"{key}": {members[key]}' for key in sorted(members, key=_ORDER.index)) + "}"
 
 
 def _children_of(driver: Any) -> dict[str, str]:

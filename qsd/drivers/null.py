@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import trio
 
 from qsd.drivers.base import SECTOR, Driver, Limits
+from qsd.drivers.filenames import object_text
 from qsd.errors import QmpError, errno_text
 from qsd.messages import BlockState, Extent, Op, Request
 
@@ -72,12 +73,12 @@ class NullDriver(Driver):
 
     def filename(self) -> str:
         """``null-co://`` unless options must be named."""
-        shown: dict[str, Any] = {"driver": self.name}
+        shown: dict[str, str] = {}
         if self.options.size is not None:
-            shown["size"] = self.options.size
+            shown["size"] = json.dumps(self.options.size)
         if self.options.read_zeroes is not None:
-            shown["read-zeroes"] = self.options.read_zeroes
-        return f"{self.name}://" if len(shown) == 1 else "json:" + json.dumps(shown)
+            shown["read-zeroes"] = json.dumps(self.options.read_zeroes)
+        return "json:" + object_text(self.name, shown) if shown else f"{self.name}://"
 
 
 class NullAioDriver(NullDriver):

@@ -85,6 +85,37 @@ def test_name_tells_another_backing_file_only(qmp: Qmp, tmp_path: Path) -> None:
     }
 
 
+def test_options_are_named_in_the_order_of_the_reference(daemon: Start, reference_qmp: Qmp, tmp_path: Path) -> None:
+    """Who compares names as texts finds the same ones."""
+    place = tmp_path / "ours"
+    place.mkdir()
+    qmp = daemon(place=place).qmp()
+    (tmp_path / "base.raw").write_bytes(bytes(3 * MIB))
+    secret = ("--object", "secret,id=s,data=x")
+    img("create", "-q", "-f", "luks", *secret, "-o", "key-secret=s,iter-time=10", tmp_path / "luks", MIB)
+    of_qcow2 = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,data_file={tmp_path / 'data'}"
+    img("create", "-q", "-f", "qcow2", *secret, "-o", of_qcow2, tmp_path / "all.qcow2", MIB)
+    window = {"driver": "raw", "offset": 512, "size": 4096, "file": file_of(tmp_path / "base.raw")}
+    nothing = {"driver": "null-co", "size": MIB, "read-zeroes": True}
+    whole = {
+        "driver": "qcow2",
+        "file": file_of(tmp_path / "all.qcow2"),
+        "data-file": file_of(tmp_path / "data"),
+        "backing": window,
+        "encrypt": {"format": "luks", "key-secret": "s"},
+    }
+    detached = {"driver": "luks", "file": window["file"], "header": file_of(tmp_path / "luks"), "key-secret": "s"}
+    for monitor in (qmp, reference_qmp):
+        monitor.execute_raw("object-add", {"qom-type": "secret", "id": "s", "data": "x"})
+    for options in (window, nothing, whole, detached, {"driver": "compress", "file": whole}):
+        names = []
+        for monitor in (qmp, reference_qmp):
+            monitor.execute_raw("blockdev-add", {"node-name": "n", "read-only": True, **options})
+            names.append(shown(monitor)["file"])
+            monitor.execute("blockdev-del", node_name="n")
+        assert names[0] == names[1]
+
+
 def test_empty_name_instead_of_null_is_warned_about(running: RunningDaemon, qmp: Qmp, tmp_path: Path) -> None:
     running.expected_stderr.append("deprecated")
     assert "backing" in name_of(qmp, tmp_path, file=file_of(tmp_path / "top.qcow2"), backing="")
