@@ -311,7 +311,8 @@ def test_creation_is_refused_in_the_references_words(volume: Volume, options: di
 def test_preallocation(volume: Volume, preallocation: str) -> None:
     qmp, place = volume
     image = place / preallocation
-    image.write_bytes(b"x" * (8 << 20))
+    # What stood there; it is cut off where no space has to be taken.
+    image.write_bytes(b"x" * (1 << 20 if preallocation in ("falloc", "full") else 8 << 20))
     qmp.execute("blockdev-add", driver="file", node_name="f", filename=str(image))
     options = {"size": SIZE, "key-secret": "s", "preallocation": preallocation, "cipher-alg": "aes-128", **FAST}
     assert create(qmp, driver="luks", file="f", **options) is None
@@ -326,6 +327,30 @@ def test_preallocation(volume: Volume, preallocation: str) -> None:
     qmp.execute("blockdev-del", node_name="f")
     is_allocated = fresh.stat().st_blocks * 512 >= SIZE
     assert is_allocated == (preallocation in ("falloc", "full"))
+
+
+@pytest.mark.parametrize("preallocation", ["falloc", "full"])
+def test_preallocation_takes_space_for_what_is_new(volume: Volume, tmp_path: Path, preallocation: str) -> None:
+    """Data beside a detached header is there already, maybe; and there is nothing to take where a file shrinks."""
+    qmp, _place = volume
+    options = {"driver": "luks", "key-secret": "s", "preallocation": preallocation, **FAST}
+    data, header = tmp_path / "d", tmp_path / "h"
+    data.write_bytes(b"x" * 4096)
+    header.touch()
+    for name, path in (("d", data), ("h", header)):
+        qmp.execute("blockdev-add", driver="file", node_name=name, filename=str(path))
+    text = create(qmp, file="d", header="h", size=512, **options)
+    assert (text, header.stat().st_size) == ("Operation not supported", 0)
+    assert create(qmp, file="d", header="h", size=SIZE, **options) is None
+    assert data.read_bytes() == b"x" * 4096 + bytes(SIZE - 4096)
+    assert data.stat().st_blocks * 512 >= SIZE
+    qmp.execute("blockdev-del", node_name="d")
+    data.write_bytes(b"x" * 4 * SIZE)
+    qmp.execute("blockdev-add", driver="file", node_name="d", filename=str(data))
+    assert create(qmp, file="d", size=512, **options) == "Cannot use preallocation for shrinking files"
+    assert data.read_bytes()[:4096] == b"x" * 4096
+    for name in ("d", "h"):
+        qmp.execute("blockdev-del", node_name=name)
 
 
 def test_key_slots(volume: Volume, theirs: dict[str, bytes], tmp_path: Path) -> None:

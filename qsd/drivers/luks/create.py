@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = (1 << 63) - 1
 TOO_LARGE = "The requested file size is too large"
+# Preallocation that takes space. ``metadata`` is nothing in a volume that is one with its header.
+ALLOCATING = ("falloc", "full")
 # How much is preallocated between two looks at whether the job was cancelled.
 PIECE = 1 << 20
 
@@ -39,22 +41,25 @@ async def _create(host: CreateHost, options: BlockdevCreateOptionsLUKS, prealloc
     if options.file is None:
         async with host.node(options.header) as header:
             formatted = await _format(host, options, is_detached=True)
-            await _write(header, formatted, 0)
+            await _resize(host, header, formatted.header.area_bytes, "off")
+            await formatted.write(ChildArea(header))
     elif options.header is None:
         async with host.node(options.file) as file:
             formatted = await _format(host, options, is_detached=False)
-            start = formatted.header.payload_offset
-            await _write(file, formatted, options.size)
-            await _allocate(host, file, start, options.size, preallocation)
+            size = formatted.header.area_bytes + options.size
+            if preallocation in ALLOCATING and file.length > size:
+                raise QmpError("Cannot use preallocation for shrinking files")
+            await _resize(host, file, size, preallocation)
+            await formatted.write(ChildArea(file))
     else:
         async with host.node(options.file) as file, host.node(options.header) as header:
             formatted = await _format(host, options, is_detached=True)
-            await _write(header, formatted, 0)
-            if preallocation == "metadata":
-                # The file's word: it has no metadata that could be written beforehand.
+            if preallocation == "metadata" or (preallocation in ALLOCATING and file.length > options.size):
+                # It has no metadata that could be written beforehand, and needs no space for what it loses.
                 raise QmpError(errno_text(errno.EOPNOTSUPP))
-            await file.truncate(options.size)
-            await _allocate(host, file, 0, options.size, preallocation)
+            await _resize(host, file, options.size, preallocation)
+            await _resize(host, header, formatted.header.area_bytes, "off")
+            await formatted.write(ChildArea(header))
 
 
 async def _format(host: CreateHost, options: BlockdevCreateOptionsLUKS, *, is_detached: bool) -> Formatted:
@@ -67,25 +72,26 @@ async def _format(host: CreateHost, options: BlockdevCreateOptionsLUKS, *, is_de
     return await format_volume(wanted, password, is_detached=is_detached)
 
 
-async def _write(node: Child, formatted: Formatted, payload: int) -> None:
+async def _resize(host: CreateHost, node: Child, size: int, preallocation: str) -> None:
+    """Let a node have ``size`` bytes; what it holds within stays, space is taken for what is new."""
+    old = node.length
     try:
-        await node.truncate(formatted.header.area_bytes + payload)
+        await node.truncate(size)
     except QmpError as error:
         if errno_text(errno.EFBIG) in error.desc:
             raise QmpError(TOO_LARGE) from None
         raise
-    await formatted.write(ChildArea(node))
+    if preallocation in ALLOCATING:
+        await _allocate(host, node, old, size - old, is_full=preallocation == "full")
 
 
-async def _allocate(host: CreateHost, node: Child, start: int, length: int, preallocation: str) -> None:
-    """Take space for the payload: reserved (falloc), or written (full). ``metadata`` is nothing here."""
-    if preallocation not in ("falloc", "full"):
-        return
+async def _allocate(host: CreateHost, node: Child, start: int, length: int, *, is_full: bool) -> None:
+    """Reserve space, or write zero bytes all over it (``is_full``)."""
     zeroes = bytes(PIECE)
     for done in range(0, length, PIECE):
         host.progress(done, length)
         size = min(PIECE, length - done)
-        if preallocation == "full":
+        if is_full:
             await node.write(start + done, zeroes[:size])
         else:
             await node.write_zeroes(start + done, size)
