@@ -136,6 +136,7 @@ def places(data: bytes, header: Header) -> dict[str, int]:
     assert bitmaps is not None
     return {
         "header": 0,
+        "beside the header": PAGE,
         "refcount table": header.refcount_table_offset,
         "refcount block": word(data, header.refcount_table_offset),
         "L1": header.l1_offset,

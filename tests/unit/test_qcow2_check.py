@@ -18,7 +18,7 @@ from qsd.drivers.qcow2.counts import Counts
 from qsd.drivers.qcow2.examining import Repairs
 from qsd.drivers.qcow2.extensions import BitmapsExtension
 from qsd.drivers.qcow2.layout import Header
-from qsd.drivers.qcow2.new_image import COPIED
+from qsd.drivers.qcow2.new_image import COPIED, header_cluster
 from qsd.drivers.qcow2.room import Room
 from qsd.drivers.qcow2.snapshot_table import ENTRY as ENTRY_OF_SNAPSHOT
 
@@ -556,3 +556,22 @@ def test_block_that_two_refcount_table_entries_lead_to_is_the_first_ones() -> No
     assert "ERROR refcount block 1 refcount=2" in found.problems
     assert not any("refcount block 0 " in each for each in found.problems)
     assert image.repair().corruptions == 0
+
+
+@pytest.mark.parametrize(("start", "matters"), [(0, True), (512, True), (1536, False), (SIZE - 512, False)])
+def test_broken_sector_beside_the_header_matters_where_it_is_needed(start: int, matters: bool) -> None:
+    image = Image()
+    image.write(0, header_cluster(attrs.evolve(image.header, backing_file=b"n" * 700)))
+
+    class Broken(Image):
+        def read(self, offset: int, length: int) -> bytes:
+            if offset < start + 512 and start < offset + length:
+                raise OSError(errno.EIO, "broken")
+            return super().read(offset, length)
+
+    image.__class__ = Broken
+    if matters:
+        with pytest.raises(OSError, match="broken"):
+            image.examine(Repairs.NONE)
+    else:
+        assert image.examine(Repairs.NONE).found.corruptions == 0
