@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("qsd.qcow2")
 
 Done = Callable[[int], None]
-# Runs of clusters given up between two chances for others to run (0.5 ms).
-RUNS: Final = 64
+# Clusters given up between two chances for others to run, or to ask for the next cycle (10 ms). A run is as much work
+# as so many.
+CLUSTERS: Final = 8192
+RUN: Final = 128
 
 
 class WriteBack:
@@ -52,6 +54,7 @@ class WriteBack:
         self._is_running = False
         # How often freed clusters could not be given up.
         self._failures = 0
+        self._is_idle = trio.Event()
 
     @property
     def is_clean(self) -> bool:
@@ -90,6 +93,8 @@ class WriteBack:
         failures = self._failures
         while not self.is_clean:
             await self.settle()
+            # Whoever asked again would interrupt what is given up.
+            await self._is_idle.wait()
             # What has failed is tried once more.
             if self._failures > failures + 1:
                 raise OSError(errno.EIO, "clusters could not be given up")
@@ -99,6 +104,7 @@ class WriteBack:
         self._is_wanted = True
         if not self._is_running:
             self._is_running = True
+            self._is_idle = trio.Event()
             self._driver.started()
             self._driver.host.spawn(self._run, name="write back metadata")
 
@@ -116,6 +122,7 @@ class WriteBack:
                     await self._give_up(freed)
         finally:
             self._is_running = False
+            self._is_idle.set()
             driver.finished()
             for done in self._waiting:  # only after a crash
                 done(errno.EIO)
@@ -173,10 +180,18 @@ class WriteBack:
         for child in {image.file, image.map.data}:
             await child.quiesce()
         refused: list[OSError] = []
+        freed = list(_pieces(freed))
+        work = 0
         for number, (first, count, why) in enumerate(freed):
-            if not number % RUNS:
-                # Thousands may have been given up at once: others run meanwhile.
+            if work >= CLUSTERS:
+                # All of a disk may have been discarded, which takes seconds.
+                work = 0
                 await trio.lowlevel.checkpoint()
+                if self._waiting:
+                    # The rest comes after the next cycle.
+                    image.pending[:0] = freed[number:]
+                    break
+            work += count + RUN
             try:
                 await self._give_up_run(first, count, why)
             except OSError as error:
@@ -236,3 +251,10 @@ class WriteBack:
             if count > PIECE:
                 # All of a disk may have been discarded: others run meanwhile.
                 await trio.lowlevel.checkpoint()
+
+
+def _pieces(freed: list[Freed]) -> Iterator[Freed]:
+    """Long runs in pieces, with not many more counts in memory at once than there is room for."""
+    for first, count, why in freed:
+        for start in range(first, first + count, CLUSTERS):
+            yield Freed(start, min(CLUSTERS, first + count - start), why)
