@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("qsd.qcow2")
 
 Done = Callable[[int], None]
-# Clusters given up between two chances for others to run, or to ask for the next cycle (10 ms). A run is as much work
-# as so many.
+# Clusters given up between two chances for others to run, or to ask for the next cycle (10 ms). A run is as much
+# work as so many.
 CLUSTERS: Final = 8192
 RUN: Final = 128
 
