@@ -40,7 +40,9 @@ class ThreadPool:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._threads = 0
+        # Threads that wait for work, and work that no thread has taken: what both say is compared under the lock.
         self._idle = 0
+        self._untaken = 0
         self._pending = 0
         self._is_reaping = False
         self._deferred: list[Callable[[], None]] = []
@@ -67,12 +69,28 @@ class ThreadPool:
         Another exception is told in the log, and -EIO to ``done``.
         """
         self._pending += 1
-        self._work.put((function, done))
         with self._lock:
-            if self._idle >= self._work.qsize() or self._threads >= self._limit:
-                return
-            self._threads += 1
-        threading.Thread(target=self._serve, name="qsd-io", daemon=True).start()
+            self._untaken += 1
+            is_short = self._idle < self._untaken and self._threads < self._limit
+            self._threads += is_short
+        self._work.put((function, done))
+        if is_short:
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        try:
+            threading.Thread(target=self._serve, name="qsd-io", daemon=True).start()
+        except RuntimeError as error:
+            with self._lock:
+                self._threads -= 1
+                is_alone = not self._threads
+                self._untaken -= is_alone
+            log.error("no thread for file I/O: %s", error)
+            if is_alone:
+                # Nobody else would ever do it: better that the loop waits than that the request does.
+                item = self._work.get_nowait()
+                assert item is not None
+                self._do(*item)
 
     def _serve(self) -> None:
         while True:
@@ -84,19 +102,25 @@ class ThreadPool:
                 item = None
             with self._lock:
                 self._idle -= 1
-                if item is None:
+                if item is not None:
+                    self._untaken -= 1
+                elif self._closed or not self._untaken:
                     self._threads -= 1
                     return
-            function, done = item
-            try:
-                result = function()
-            except OSError as error:
-                result = -(error.errno or errno.EIO)
-            except Exception as error:  # noqa: BLE001  # somebody waits for the reply
-                log.error("work on a thread failed: %r", error)
-                result = -errno.EIO
-            self._results.append((done, result))
-            self._wake()
+            # Without: work came when the time was up, and counts on this thread.
+            if item is not None:
+                self._do(*item)
+
+    def _do(self, function: Callable[[], int], done: Done) -> None:
+        try:
+            result = function()
+        except OSError as error:
+            result = -(error.errno or errno.EIO)
+        except Exception as error:  # noqa: BLE001  # somebody waits for the reply
+            log.error("work on a thread failed: %r", error)
+            result = -errno.EIO
+        self._results.append((done, result))
+        self._wake()
 
     def _wake(self) -> None:
         if self.is_watched:
