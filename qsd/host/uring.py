@@ -220,7 +220,10 @@ class Uring:
                 error = ctypes.get_errno()
                 if error in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                     # EBUSY: completions must be taken first; EAGAIN: the kernel is short of memory for now.
-                    self.reap()
+                    if self._is_reaping:
+                        self._take()
+                    else:
+                        self.reap()
                     continue
                 raise OSError(error, os.strerror(error))
             self._queued -= count
@@ -266,12 +269,13 @@ class Uring:
         slots = self._slots
         transfers: Transfers = []
         owner: Callable[[Transfers], None] | None = None
-        head = words[self._cq_head]
-        stop = (head + TAKE) & 0xFFFFFFFF
-        while head != stop and head != words[self._cq_tail]:
+        for _ in range(TAKE):
+            # Read anew: who is told of one may have had to take others.
+            head = words[self._cq_head]
+            if head == words[self._cq_tail]:
+                break
             token, result, _flags = unpack(cqes, base + (head & mask) * 16)
-            head = (head + 1) & 0xFFFFFFFF
-            words[self._cq_head] = head
+            words[self._cq_head] = (head + 1) & 0xFFFFFFFF
             done, request, context = slots.pop(token)
             if done is not None:
                 done(result)

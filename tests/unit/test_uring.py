@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qsd.host import uring
 from qsd.host.threads import ThreadPool
 from qsd.host.uring import Uring
 
@@ -75,3 +78,50 @@ def test_a_long_backlog_ends_and_is_looked_at_once(
     assert deepest < depth() + 20
     data = (tmp_path / "file").read_bytes()
     assert all(int.from_bytes(data[at * BLOCK : (at + 1) * BLOCK], "little") == at for at in range(MANY))
+
+
+def test_kernel_short_of_memory_while_completions_are_told_loses_none(
+    ring: Uring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking completions to make room, from within taking them, told the same ones twice."""
+    refusals = [errno.EAGAIN]
+    original: Callable[..., int] = uring._syscall
+
+    def enter(number: int, *rest: object) -> int:
+        if not ring._is_reaping or not refusals:
+            return original(number, *rest)
+        ctypes.set_errno(refusals.pop())
+        return -1
+
+    monkeypatch.setattr(uring, "_syscall", enter)
+    results: list[int] = []
+    told: list[int] = []
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    block = memoryview(bytes(BLOCK))
+
+    def done(result: int) -> None:
+        results.append(result)
+        if len(results) == 1:
+            ring.defer(lambda: told.append(len(results)))
+            ring.write(fd, block, 0, results.append)
+            ring.flush()
+
+    try:
+        for number in range(4):
+            ring.write(fd, block, number * BLOCK, done)
+        monkeypatch.setattr(ring, "_is_reaping", True)  # so that they pile up
+        refusals.clear()
+        ring.flush()
+        ring._is_reaping = False
+        while ring._words[ring._cq_tail] != 4:
+            pass
+        refusals.append(errno.EAGAIN)
+        ring.reap()
+        while ring.in_flight:
+            ring.reap()
+    finally:
+        os.close(fd)
+    assert results == [BLOCK] * 5
+    assert not refusals
+    assert len(told) == 1
+    assert told[0] >= 4, "deferred until all that had ended were told"
