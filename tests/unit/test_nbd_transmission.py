@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ from qsd.drivers.spot import Spot, end_epoch
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
 from qsd.messages import Loan, Op, Pieces, Request
 from qsd.servers.nbd import transmission
-from qsd.servers.nbd.buffers import Pool
+from qsd.servers.nbd.buffers import RECEIVE_SIZES, Pool
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
 from qsd.wire.nbd import constants as c
@@ -52,7 +52,7 @@ def fake_preadv(fd: int, buffers: tuple[memoryview], offset: int, _flags: int) -
 class FakeSocket:
     """A socket whose client has sent ``inbox``; each sending call takes as many bytes as ``windows`` says next."""
 
-    def __init__(self, inbox: bytes, windows: list[int]) -> None:
+    def __init__(self, inbox: bytes, windows: Iterable[int]) -> None:
         self.inbox = inbox
         self._windows = iter(windows)
         self.sent = bytearray()
@@ -166,7 +166,7 @@ class FakeNode:
 class World:
     """One connection with everything around it."""
 
-    def __init__(self, inbox: bytes, windows: list[int], is_late: Callable[[Request], bool]) -> None:
+    def __init__(self, inbox: bytes, windows: Iterable[int], is_late: Callable[[Request], bool]) -> None:
         self.sock = FakeSocket(inbox, windows)
         self.reactor = FakeReactor()
         self.node = FakeNode(is_late)
@@ -275,6 +275,21 @@ def test_socket_that_empties_at_once_leaves_nothing_unparsed() -> None:
         world.run([0])
         reads = {cookie: (cookie << 18, 256 << 10) for cookie in range(count)}
         assert cookies_answered(bytes(world.sock.sent), reads) == list(range(count))
+
+
+def test_client_that_asks_on_and_takes_no_answer_is_not_read_for_ever() -> None:
+    """What had arrived grew by a byte an event, with a system call and a copy of all of it for each."""
+    asked = read(1, 0, 1 << 20) * 2 + read(2, 0, 4096) * 20000
+    world = World(asked, itertools.repeat(0), lambda _request: False)
+    events = 0
+    while world.reactor.registration.events & EPOLLIN and world.sock.inbox and events < 1000:
+        world.reactor.registration.ready(EPOLLIN)
+        events += 1
+    assert events < 10
+    assert world.transmission.stats.bytes_received <= RECEIVE_SIZES[0]
+    assert world.reactor.registration.events & EPOLLOUT
+    world.transmission.disconnect("gone")
+    assert world.ended == ["gone"]
 
 
 def test_client_that_leaves_gives_its_loans_back() -> None:

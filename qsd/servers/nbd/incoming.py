@@ -49,7 +49,7 @@ class Incoming:
         elif self.position + wanted > buffer.size - MIN_ROOM and not buffer.lent:
             buffer.view[:have] = buffer.view[self.position : self.end]
             self.position, self.end = 0, have
-        limit = self.position + wanted if wanted > EXACT else self.buffer.size
+        limit = self.position + wanted if self.wanted > EXACT else self.buffer.size
         return self.buffer.view[self.end : limit]
 
     def _change_buffer(self, wanted: int, have: int) -> None:

@@ -197,7 +197,8 @@ class Transmission:
             out.rest()
         # Being able to send is an event that comes at once, when everybody else has had a turn.
         events = EPOLLOUT if queue or goes_on else 0
-        if not self._closing and not self._is_full():
+        # Nothing is added to what could not be parsed yet: that would grow for as long as the client sends.
+        if incoming.end - incoming.position < incoming.wanted and not self._closing and not self._is_full():
             events |= EPOLLIN
         registration = self._registration
         if registration is not None and events != registration.events:
