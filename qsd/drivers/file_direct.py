@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qsd.drivers.base import Aio
+from qsd.drivers.base import Aio, Driver
+from qsd.drivers.gather import Callback
 from qsd.host.memory import AlignedPool, address_of
 from qsd.messages import Op, Request
 
@@ -27,6 +28,8 @@ class DirectIo:
         self._ended = ended
         self._pool = AlignedPool(POOL_BYTES)
         self._bounced: dict[Request, tuple[memoryview, int]] = {}
+        # Where the rests of short reads end: the last one ends the whole.
+        self._rests = Callback(lambda rest: rest.tag.complete(rest.error))
 
     def transfer(self, fd: int, requests: list[Request], alignment: int) -> None:
         """Queue requests, all READ or all WRITE without FUA. ``alignment`` is that of buffers' addresses."""
@@ -55,9 +58,24 @@ class DirectIo:
                     self._pool.give_back(bounce)
         self._ended(transfers)
 
+    def rest(self, request: Request, have: int) -> Request:
+        """What is left to read of a request, or of the rest of one, when ``have`` bytes of it are there."""
+        assert request.buffer is not None
+        whole = request.tag if request.reply is self._rests else request
+        length, buffer = request.length - have, request.buffer[have:]
+        return Request(request.op, request.offset + have, length, buffer, self._rests, 0, whole)
+
     def let_go(self) -> None:
         """Free the buffers that are kept."""
         self._pool.clear()
+
+
+def is_end(driver: Driver, position: int) -> bool:
+    """Whether a read that ended at ``position`` met the end of the file, which may have been cut off meanwhile.
+
+    Anywhere else there is more: before Linux 6.0 io_uring ended reads where an extent does (btrfs).
+    """
+    return position >= driver.length or position % driver.limits.request_alignment != 0
 
 
 def aligned(buffer: memoryview, alignment: int) -> memoryview:

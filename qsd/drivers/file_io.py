@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 from qsd.drivers.base import Driver
-from qsd.drivers.file_direct import DirectIo, aligned
+from qsd.drivers.file_direct import DirectIo, aligned, is_end
 from qsd.drivers.lending import Lender
 from qsd.drivers.spot import end_epoch
 from qsd.host import files
@@ -234,7 +234,7 @@ class FileIo:
         have = before + result
         if have >= request.length:
             request.complete(0)
-        elif result and not self.direct:
+        elif result and not (self.direct and is_end(self._driver, request.offset + have)):
             self._read_on(request, have)
         else:
             assert request.buffer is not None
@@ -244,7 +244,7 @@ class FileIo:
 
     def _read_on(self, request: Request, have: int) -> None:
         if self.direct:
-            self._transfer_direct([request])
+            self._transfer_direct([self._direct.rest(request, have) if have else request])
         else:
             self._start_read(request, have)
         self._aio.flush()
