@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -533,6 +534,52 @@ async def test_closing_does_not_cut_off_a_key() -> None:
         await driver.amend(SimpleNamespace(encrypt=ADD), force=False)
     async with opened(disk, secret="t") as (driver, _host):
         assert await read(driver, 0, len(DATA)) == DATA
+
+
+class _HoldingDisk(Disk):
+    """Keeps the first write waiting."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data)
+        self.held: list[Request] = []
+        self.has_begun = trio.Event()
+        self.holds = False
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if self.holds and request.op == Op.WRITE:
+                self.held.append(request)
+                self.has_begun.set()
+            else:
+                super().submit([request])
+
+    def go_on(self) -> None:
+        self.holds = False
+        held, self.held = self.held, []
+        self.submit(held)
+
+
+@pytest.mark.usefixtures("_little_work")
+async def test_a_reopened_image_knows_of_the_key_that_was_being_added() -> None:
+    """The next key took the same slot, and the password before it opened nothing any more."""
+    made = await encrypted()
+    disk = _HoldingDisk(made.image)
+    async with opened(disk) as (driver, _host):
+        disk.holds = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(driver.amend, SimpleNamespace(encrypt=ADD), force=False))
+            await disk.has_begun.wait()
+            await driver.prepare_reopen(driver.options, driver.mode)
+            driver.commit_reopen(driver.options, driver.mode)
+            disk.go_on()
+        facts: Any = driver.format_specific()
+        slots = facts["data"]["encrypt"]["slots"]
+        assert [slot["active"] for slot in slots[:3]] == [True, True, False]
+        another = amendment(state="active", new_secret="u", iter_time=0)
+        await driver.amend(SimpleNamespace(encrypt=another), force=False)
+    for secret in "stu":
+        async with opened(Disk(disk.data), secret) as (driver, _host):
+            assert await read(driver, 0, len(DATA)) == DATA
 
 
 async def test_of_two_pointers_the_last_counts() -> None:

@@ -115,10 +115,17 @@ async def unlock_luks(driver: Driver, header: Header, options: Any, known: Encry
 
 
 async def _look_again(known: Encryption, header: Header, file: Child) -> Encryption | None:
-    if known.volume is None:
+    volume = known.volume
+    if volume is None:
         return known
-    volume = await read_again(known.volume, crypto_area(header, file))
-    return None if volume is None else attrs.evolve(known, volume=volume)
+    before = volume.header
+    found = await read_again(volume, crypto_area(header, file))
+    if found is None:
+        return None
+    # The volume stays the same one: an amendment may be at work on its slots, and knows better what they are.
+    if volume.header is before:
+        volume.header = found.header
+    return attrs.evolve(known)
 
 
 async def unlock_aes(driver: Driver, options: Any) -> Encryption:
@@ -156,4 +163,6 @@ async def amend_encryption(
     if encryption.overlap is not None:
         driver.image.overlap(*encryption.overlap)
     opened_with = _secret_name(driver.options)
+    # The file may be another node since the volume was opened.
+    encryption.volume.area = crypto_area(driver.image.header, driver.image.file)
     await amend_volume(encryption.volume, options, force=force, secret=driver.host.secret, opened_with=opened_with)
