@@ -93,6 +93,11 @@ class MappedDriver(Driver):
         return False
 
     @property
+    def lends(self) -> bool:
+        """Whether reads may be answered with pages of the data's child: what is there never becomes another's."""
+        return True
+
+    @property
     def backing(self) -> Child | None:
         """The layer below."""
         return self.children.get("backing")
@@ -171,6 +176,13 @@ class MappedDriver(Driver):
     def resume(self, go_on: Callable[[], None]) -> None:
         """Let ``send`` call ``go_on``; whoever says this outside of a submit sees to ``send``."""
         self._resumed.append(go_on)
+
+    async def caught_up(self) -> None:
+        """Return when all that can go on now has gone on, and what it asks of children has been sent."""
+        done = trio.Event()
+        self.resume(done.set)
+        self.send()
+        await done.wait()
 
     # -- cold metadata ----------------------------------------------------------------------------------------
 
@@ -266,6 +278,8 @@ class MappedDriver(Driver):
                 child = run[3]
                 assert child is not None
                 if run[2] + length <= child.length:
+                    if request.flags and not self.lends:
+                        request.flags = 0
                     request.offset = run[2]
                     self.post(child, request)
                     return

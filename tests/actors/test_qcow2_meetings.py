@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from qcow2_fakes import SlowFile, new_image, opened_on
+from qcow2_fakes import CLUSTER, MemoryFile, SlowFile, new_image, opened_on, read, write
 
+from qsd.drivers import mapped
 from qsd.drivers.calls import call
-from qsd.drivers.qcow2 import writeback
+from qsd.drivers.gather import Callback
+from qsd.drivers.qcow2 import internal_snapshots, writeback
 from qsd.drivers.qcow2.image import Freeing, Image
 from qsd.drivers.qcow2.layout import CORRUPT, DIRTY, LAZY_REFCOUNTS, Header, parse_header
-from qsd.messages import Op
+from qsd.messages import Flag, Op, Request
 
 
 async def test_nothing_is_packed_into_a_cluster_that_is_being_discarded() -> None:
@@ -41,7 +43,14 @@ def _mark_corrupt(image: Image) -> None:
     image.driver.corrupt("found broken")
 
 
-@pytest.mark.parametrize("marks", [(_mark_dirty, _mark_corrupt), (_mark_corrupt, _mark_dirty)])
+def _mark_for_snapshot(image: Image) -> None:
+    image.driver.host.spawn(internal_snapshots._mark, image, name="mark")
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [(_mark_dirty, _mark_corrupt), (_mark_corrupt, _mark_dirty), (_mark_corrupt, _mark_for_snapshot)],
+)
 async def test_marks_that_are_set_at_the_same_time_are_both_set(
     marks: tuple[Callable[[Image], None], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,3 +92,80 @@ async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: 
         await file.end_all()
         assert not image.pending
         assert [refs.get(first) for first in gone] == [0, 1, 0, 1, 0]
+
+
+class _LendingFile(MemoryFile):
+    """Notes which reads might have been answered with a loan."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.asked: list[bool] = []
+
+    def submit(self, batch: list[Request]) -> None:
+        self.asked += [bool(request.flags & Flag.MAY_LEND) for request in batch if request.op == Op.READ]
+        super().submit(batch)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3])
+async def test_nothing_is_lent_once_clusters_change_their_owners(clusters: int) -> None:
+    """What is lent leaves when the client takes it: the cluster may be somebody else's by then."""
+    file = _LendingFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file) as driver:
+
+        def lending_read() -> None:
+            length = clusters * CLUSTER
+            buffer = memoryview(bytearray(length))
+            reply = Callback(lambda _request: None)
+            driver.submit([Request(Op.READ.value, 0, length, buffer, reply, Flag.MAY_LEND.value)])
+
+        await write(driver, 0, b"x" * 4 * CLUSTER)
+        file.asked.clear()
+        lending_read()
+        assert file.asked == [True]
+        await call(driver, Op.DISCARD, 3 * CLUSTER, CLUSTER)
+        await call(driver, Op.FLUSH, 0, 0)
+        await driver.wait_idle()
+        file.asked.clear()
+        lending_read()
+        assert file.asked == [False]
+
+
+async def test_a_packed_cluster_is_fetched_before_its_place_is_somebody_elses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where much goes on, the fetch waits for its turn. Meanwhile the cluster was discarded, to the end."""
+    monkeypatch.setattr(mapped, "MANY_ROUNDS", 1)
+    monkeypatch.setattr(mapped, "SLICE_NS", -1)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver:
+        host: Any = driver.host
+        host.aio = _Threads()
+        content = b"content " * (CLUSTER // 8)
+        await call(driver, Op.WRITE, 0, CLUSTER, memoryview(bytearray(content)), Flag.COMPRESSED.value)
+        await call(driver, Op.FLUSH, 0, 0)
+        for _ in range(50 * mapped.AT_ONCE):
+            driver.resume(lambda: None)
+        answers: list[Request] = []
+        buffer = memoryview(bytearray(CLUSTER))
+        reply = Callback(answers.append)
+        driver.submit(
+            [
+                Request(Op.READ.value, 0, CLUSTER, buffer, reply),
+                Request(Op.DISCARD.value, 0, CLUSTER, None, reply),
+                Request(Op.FLUSH.value, 0, 0, None, reply),
+            ]
+        )
+        await driver.wait_idle()
+        assert [request.error for request in answers] == [0, 0, 0]
+        assert bytes(buffer) == content
+        assert await read(driver, 0, CLUSTER) == bytes(CLUSTER)
+
+
+class _Threads:
+    """Work that is done at once."""
+
+    def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
+        done(function())
+
+    def soon(self, function: Callable[[], None]) -> None:
+        function()

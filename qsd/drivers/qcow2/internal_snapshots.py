@@ -346,8 +346,8 @@ async def _flagged(driver: Qcow2Driver, entry: int) -> int:
 
 async def _mark(image: Image) -> bool:
     """Counts and flags may not agree from now on; whether they did not before. Raises OSError."""
-    if not image.header.incompatible & DIRTY and (changes := marking(image.header)):
-        await image.change_header(**changes)
+    if not image.header.incompatible & DIRTY and marking(image.header):
+        await image.header_changes.change(marking)
     needed_repair, image.needs_repair = image.needs_repair, True
     return needed_repair
 

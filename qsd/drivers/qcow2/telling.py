@@ -43,6 +43,11 @@ class TellingDriver(MappedDriver):
         return self.image.map.status(offset, length)
 
     @property
+    def lends(self) -> bool:
+        """Until clusters change their owners."""
+        return self.image.lends
+
+    @property
     def asks_data(self) -> bool:
         """True where much of the file is a hole: metadata was preallocated, and reads as zeroes.
 

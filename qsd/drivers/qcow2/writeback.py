@@ -176,7 +176,9 @@ class WriteBack:
     async def _give_up(self, freed: list[Freed]) -> None:
         image = self._image
         image.lends = False
-        # Requests that were sent to these clusters when they were still in use must not meet a new owner.
+        # Requests that were sent to these clusters when they were still in use must not meet a new owner, nor those
+        # that are still to be sent: packed clusters are fetched when it is their turn.
+        await self._driver.caught_up()
         for child in {image.file, image.map.data}:
             await child.quiesce()
         refused: list[OSError] = []
