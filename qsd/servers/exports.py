@@ -42,7 +42,7 @@ class Export(Protocol):
 
 @attrs.define(eq=False)
 class Entry:
-    """One export in the table. Until it ``is_up`` it holds its id and nothing more."""
+    """One export in the table. Until it ``is_up`` nobody finds it."""
 
     id: str
     export: Export
@@ -75,6 +75,8 @@ class Exports:
         self._objects = objects
         self._events = events
         self._entries: dict[str, Entry] = {}
+        # The ids of exports that are being added.
+        self._coming: set[str] = set()
         self._forgotten = RepeatedEvent()
         self.kinds: dict[str, Kind] = {}
 
@@ -92,7 +94,7 @@ class Exports:
         name = options.id
         if not is_well_formed(name):
             raise QmpError("Invalid block export id")
-        if name in self._entries:
+        if name in self._entries or name in self._coming:
             raise QmpError(f"Block export id '{name}' is already in use")
         kind = self.kinds[options.type.value]
         node = self._graph.find(options.node_name)
@@ -108,20 +110,22 @@ class Exports:
             on_resize=lambda: self._resized(name),
             on_swap=lambda: self._resized(name),
         )
-        edge = await self._graph.attach(node.name, use)
+        # Others may add or delete exports whenever this waits: the id is taken before the first time.
+        self._coming.add(name)
         try:
-            # The table may have changed while the graph was at work.
-            if name in self._entries:
-                raise QmpError(f"Block export id '{name}' is already in use")
-            kind.check(options)
-            export = await kind.make(name, options, edge)
-            entry = self._entries[name] = Entry(name, export, export, edge)
-            await self._supervisor.start(export, Floor.EXPORTS)
-            entry.is_up = True
-        except BaseException:
-            self._entries.pop(name, None)
-            await edge.detach()
-            raise
+            edge = await self._graph.attach(node.name, use)
+            try:
+                kind.check(options)
+                export = await kind.make(name, options, edge)
+                entry = self._entries[name] = Entry(name, export, export, edge)
+                await self._supervisor.start(export, Floor.EXPORTS)
+                entry.is_up = True
+            except BaseException:
+                self._entries.pop(name, None)
+                await edge.detach()
+                raise
+        finally:
+            self._coming.discard(name)
 
     def bitmaps_of(self, options: Any, edge: Edge) -> list[NamedBitmap]:
         """The dirty bitmaps an export names. Raises QmpError unless all of them can be shown as they are now."""
@@ -189,8 +193,9 @@ class Exports:
         self._supervisor.stop_soon(entry.actor)
 
     async def _forget(self, entry: Entry) -> None:
+        await entry.edge.detach()
+        # A command and the daemon's end may both have come here, and waited.
         if self._entries.get(entry.id) is entry:
-            await entry.edge.detach()
             del self._entries[entry.id]
             self._forgotten.set()
             self._events.emit("BLOCK_EXPORT_DELETED", {"id": entry.id})

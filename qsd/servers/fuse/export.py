@@ -70,6 +70,7 @@ class FuseExport(Actor):
         )
         self._session: Session | None = None
         self._mounted: mount.Mounted | None = None
+        self._closing = trio.Lock()
         self._is_ready = AsyncBool(False)
         self._drained = RepeatedEvent()
 
@@ -160,6 +161,11 @@ class FuseExport(Actor):
 
     async def close(self) -> None:
         """Unmount; return when no call is in flight. Files that are open still answer ENOTCONN then."""
+        # The daemon's end waits for a deletion that is under way: there may be calls left.
+        async with self._closing:
+            await self._close()
+
+    async def _close(self) -> None:
         self._service.forget(self)
         mounted, self._mounted = self._mounted, None
         if mounted is None:

@@ -1,0 +1,83 @@
+"""The table of exports where two commands meet, or a command and the daemon's end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from whole_daemon import Whole, whole_daemon
+
+from qsd.errors import QmpError
+
+
+async def prepare(whole: Whole) -> None:
+    await whole.run("blockdev-add", driver="null-co", node_name="n", size=1 << 20)
+    await whole.run("nbd-server-start", addr={"type": "unix", "data": {"path": str(whole.place / "nbd")}})
+
+
+async def add(whole: Whole) -> None:
+    await whole.run("block-export-add", type="nbd", id="e", node_name="n")
+
+
+def deletions(whole: Whole) -> int:
+    return sum(event["event"] == "BLOCK_EXPORT_DELETED" for event in whole.events)
+
+
+async def test_of_two_exports_with_one_id_the_first_stays(tmp_path: Path) -> None:
+    """Who came second took the first out of the table: it lived on, and nobody could delete it."""
+    refused: list[str] = []
+
+    async def try_to_add(whole: Whole) -> None:
+        try:
+            await add(whole)
+        except QmpError as error:
+            refused.append(error.desc)
+
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(try_to_add, whole)
+            nursery.start_soon(try_to_add, whole)
+        assert refused == ["Block export id 'e' is already in use"]
+        assert [entry["id"] for entry in await whole.run("query-block-exports")] == ["e"]
+        await whole.run("block-export-del", id="e")
+        await trio.testing.wait_all_tasks_blocked()
+        await whole.run("blockdev-del", node_name="n")
+
+
+async def test_the_id_of_an_export_that_cannot_be_is_free(tmp_path: Path) -> None:
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        with pytest.raises(QmpError, match="is not found"):
+            await whole.run("block-export-add", type="nbd", id="e", node_name="n", bitmaps=["none"])
+        await add(whole)
+
+
+@pytest.mark.parametrize("first", ["command", "end"])
+async def test_deletion_that_meets_the_end_is_told_once(
+    first: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        await add(whole)
+        actor = whole.actor("export")
+        async with trio.open_nursery() as nursery:
+            # Both wait for the graph then.
+            async with whole.daemon.services.graph.topology.lock:
+                if first == "end":
+                    nursery.start_soon(whole.supervisor.stop, actor)
+                    await trio.testing.wait_all_tasks_blocked()
+                    with pytest.raises(QmpError, match="already shutting down"):
+                        await whole.run("block-export-del", id="e")
+                else:
+                    await whole.run("block-export-del", id="e")
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(whole.supervisor.stop, actor)
+                    await trio.testing.wait_all_tasks_blocked()
+        assert deletions(whole) == 1
+        await add(whole)
+        await whole.run("block-export-del", id="e")
+    assert deletions(whole) == 2
+    assert "crashed" not in caplog.text
