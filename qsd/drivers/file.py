@@ -174,10 +174,17 @@ class FileDriver(Driver):
     async def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
         """Lock what the parents use and do not share; get a writable descriptor when they write."""
         self._wanted = (perm, shared)
-        mode = self._next_mode or self.mode
         if self._locks is not None:
             self._before = set(self._locks.held)
             self._locks.acquire(self.io.fd, perm, shared)
+        try:
+            self._prepare_descriptor(perm)
+        except BaseException:
+            self.abort_permissions()
+            raise
+
+    def _prepare_descriptor(self, perm: Perm) -> None:
+        mode = self._next_mode or self.mode
         writable = self._next_writable if self._next_fd >= 0 else self.io.writable
         if perm & _WRITING and not writable and not mode.read_only:
             fd = self._open_fd(writable=True, direct=mode.cache_direct)
@@ -202,7 +209,11 @@ class FileDriver(Driver):
         except QmpError:
             return  # the file may be gone from the path: a writable descriptor serves readers as well
         if self._locks is not None:
-            self._locks.copy(fd)
+            try:
+                self._locks.copy(fd)
+            except QmpError:
+                os.close(fd)
+                return
         self._next_fd, self._next_writable, self._next_direct = fd, False, self.io.direct
 
     def _switch(self) -> None:
@@ -225,11 +236,11 @@ class FileDriver(Driver):
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
         """Open a second descriptor when access or caching changes."""
-        self._next_mode = mode
         writable = not mode.read_only and (not mode.auto_read_only or self.io.writable)
         if writable != self.io.writable or mode.cache_direct != self.io.direct:
             self._next_fd = self._open_fd(writable=writable, direct=mode.cache_direct)
             self._next_writable, self._next_direct = writable, mode.cache_direct
+        self._next_mode = mode
 
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """Take the options; the descriptor follows in ``commit_permissions``."""

@@ -37,6 +37,13 @@ def _set(fd: int, kind: int, byte: int) -> None:
     fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
+def _place(fd: int, byte: int) -> None:
+    try:
+        _set(fd, fcntl.F_RDLCK, byte)
+    except OSError as error:
+        raise QmpError(f"Failed to lock byte {byte}: {errno_text(error.errno or 0)}") from None
+
+
 def _is_locked_elsewhere(fd: int, byte: int) -> bool:
     answer = fcntl.fcntl(fd, F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -64,10 +71,7 @@ class ByteLocks:
         added: list[int] = []
         try:
             for byte in sorted(wanted - self.held):
-                try:
-                    _set(fd, fcntl.F_RDLCK, byte)
-                except OSError as error:
-                    raise QmpError(f"Failed to lock byte {byte}: {errno_text(error.errno or 0)}") from None
+                _place(fd, byte)
                 added.append(byte)
             self._check(fd, perm, shared)
         except QmpError:
@@ -95,9 +99,9 @@ class ByteLocks:
         self.held &= wanted
 
     def copy(self, fd: int) -> None:
-        """Place the same bytes on another descriptor of the file, which will take over."""
+        """Place the same bytes on another descriptor of the file, which will take over. Raises QmpError."""
         for byte in sorted(self.held):
-            _set(fd, fcntl.F_RDLCK, byte)
+            _place(fd, byte)
 
     def restore(self, fd: int, held: set[int]) -> None:
         """Go back to an earlier, smaller set."""

@@ -63,19 +63,18 @@ async def test_deletion_that_meets_the_end_is_told_once(
         await prepare(whole)
         await add(whole)
         actor = whole.actor("export")
-        async with trio.open_nursery() as nursery:
-            # Both wait for the graph then.
-            async with whole.daemon.services.graph.topology.lock:
-                if first == "end":
-                    nursery.start_soon(whole.supervisor.stop, actor)
-                    await trio.testing.wait_all_tasks_blocked()
-                    with pytest.raises(QmpError, match="already shutting down"):
-                        await whole.run("block-export-del", id="e")
-                else:
+        # Both wait for the graph.
+        async with trio.open_nursery() as nursery, whole.daemon.services.graph.topology.lock:
+            if first == "end":
+                nursery.start_soon(whole.supervisor.stop, actor)
+                await trio.testing.wait_all_tasks_blocked()
+                with pytest.raises(QmpError, match="already shutting down"):
                     await whole.run("block-export-del", id="e")
-                    await trio.testing.wait_all_tasks_blocked()
-                    nursery.start_soon(whole.supervisor.stop, actor)
-                    await trio.testing.wait_all_tasks_blocked()
+            else:
+                await whole.run("block-export-del", id="e")
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(whole.supervisor.stop, actor)
+                await trio.testing.wait_all_tasks_blocked()
         assert deletions(whole) == 1
         await add(whole)
         await whole.run("block-export-del", id="e")
