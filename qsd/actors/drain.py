@@ -62,3 +62,24 @@ async def drained(topology: Topology, nodes: Iterable[Node]) -> AsyncIterator[No
     finally:
         for scope in reversed(scopes):
             scope.end()
+
+
+@asynccontextmanager
+async def drained_alone(node: Node) -> AsyncIterator[None]:
+    """Keep ``node`` drained inside a scope that no other meets: who holds it and who resizes it take turns.
+
+    Raises OSError when the node breaks down.
+    """
+    scope = Drained(node)
+    while True:
+        await node.wait_released()
+        await scope.begin()
+        if node.is_held_once:
+            break
+        # Another scope began while this one waited for requests to end: it is that one's turn.
+        scope.end()
+    try:
+        with node.counted():
+            yield
+    finally:
+        scope.end()

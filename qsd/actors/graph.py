@@ -9,7 +9,6 @@ away is finished all the same.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from trio_util import RepeatedEvent
 from qsd.actors.activation import set_active
 from qsd.actors.change import Change, Firmness
 from qsd.actors.core import Actor, Promise, receives
-from qsd.actors.drain import Drained
+from qsd.actors.drain import drained_alone
 from qsd.actors.edges import (
     Detach,
     NodeInfo,
@@ -377,23 +376,24 @@ class Graph(Actor):
     async def _truncate(self, node: Node, size: int, *, exact: bool = True) -> None:
         if size > MAX_LENGTH:
             raise QmpError(f"offset({size}) exceeds maximum({MAX_LENGTH})")
-        if info_of(node).state is NodeState.BROKEN:
-            raise QmpError(errno_text(errno.EIO))
-        if node.mode.read_only:
-            raise QmpError("Image is read-only")
-        if not node.driver.can_truncate:
-            raise QmpError("Image format driver does not support resize")
-        for bitmap in node.bitmaps.persistent:
-            bitmap.check(Bar.ANY)
         # The node alone: a request that comes from above may be what grows it.
-        scope = Drained(node)
-        await scope.begin()
         try:
-            await node.driver.truncate(size, exact=exact)
-            node.refresh()
-        finally:
-            scope.end()
+            async with drained_alone(node):
+                _check_resizable(node)
+                await node.driver.truncate(size, exact=exact)
+                node.refresh()
+        except OSError as error:
+            raise QmpError(errno_text(error.errno or 0)) from None
         length_changed(node)
+
+
+def _check_resizable(node: Node) -> None:
+    if node.mode.read_only:
+        raise QmpError("Image is read-only")
+    if not node.driver.can_truncate:
+        raise QmpError("Image format driver does not support resize")
+    for bitmap in node.bitmaps.persistent:
+        bitmap.check(Bar.ANY)
 
 
 def _check_deletable(node: Node, info: NodeInfo) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import attrs
@@ -108,6 +108,11 @@ class Node(Actor, SlowPath):
     def is_held(self) -> bool:
         """True inside a drained scope."""
         return self._holds > 0
+
+    @property
+    def is_held_once(self) -> bool:
+        """True inside one drained scope and no other."""
+        return self._holds == 1
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts and the node's."""
@@ -331,14 +336,26 @@ class Node(Actor, SlowPath):
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Do something past the funnel, which drained scopes wait for, and which waits for them."""
-        while self._holds:
-            await self._released.wait()
+        """Do something past the funnel, which drained scopes wait for, and which waits for them. Raises OSError."""
+        await self.wait_released()
+        with self.counted():
+            yield
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Let drained scopes that begin meanwhile wait for the end of this one."""
         self._tasks.value += 1
         try:
             yield
         finally:
             self._tasks.value -= 1
+
+    async def wait_released(self) -> None:
+        """Return when the node is in no drained scope. Raises OSError when it is broken, and stays in one."""
+        while self._holds:
+            if self._broken:
+                raise OSError(errno.EIO, "the node is broken")
+            await self._released.wait()
 
     def release(self) -> None:
         """End one ``hold``; the last one lets go of what was kept back."""

@@ -231,6 +231,7 @@ class Raw(_Fake):
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         if self.options.size is not None:
             raise QmpError("Cannot resize fixed-size raw disks")
+        await self.world.pass_point("truncate", self.node_name)
         await self.children["file"].truncate(size + (self.options.offset or 0))
         self.refresh_length()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, check_plan, running_graph, state_of
 from watching import note_calls
 
@@ -222,6 +223,35 @@ async def chain(graph: Graph) -> None:
     await graph.add(disk("s"))
     await graph.add(raw("p", "s"))
     await graph.add(raw("q", "s"))
+
+
+@pytest.mark.parametrize("what", ["reopen", "truncate"])
+async def test_resizing_waits_for_what_else_changes_a_node_and_the_other_way_round(bench: Bench, what: str) -> None:
+    """A driver that is reopened reads its image anew: what it reads must not be half way to another size."""
+    graph, world = bench
+    await graph.add(raw("r", disk("f")))
+    edge = await graph.attach("r", RootOptions(Perm.CONSISTENT_READ | Perm.RESIZE))
+    reached, go = world.gate(what, "r")
+    world.log.clear()
+
+    async def reopen() -> None:
+        await graph.reopen((raw("r", "f"),))
+
+    async def resize() -> None:
+        await edge.truncate(8192)
+
+    first, second = (reopen, resize) if what == "reopen" else (resize, reopen)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first)
+        await reached.wait()
+        nursery.start_soon(second)
+        await trio.testing.wait_all_tasks_blocked()
+        steps = {line.split()[0] for line in world.log} & {"reopen", "truncate"}
+        assert steps == {what}
+        go.set()
+    assert {line.split()[0] for line in world.log} >= {"reopen", "truncate"}
+    assert graph.find("r").length == 8192
+    await edge.detach()
 
 
 async def test_inactivation_spares_what_an_active_node_needs(bench: Bench) -> None:
