@@ -125,7 +125,7 @@ class StartWriting(Action):
     """
 
     node: Node
-    failures: list[tuple[Node, QmpError]]
+    failures: list[tuple[Node, Exception]]
     is_activation: bool = attrs.field(kw_only=True)
     _was_committed: bool = attrs.field(default=False, init=False)
 
@@ -139,8 +139,9 @@ class StartWriting(Action):
             return
         try:
             await self._start()
-        except QmpError as error:
-            self.failures.append((self.node, error))
+        except (QmpError, OSError, MemoryError) as error:
+            told = QmpError(errno_text(error.errno or 0)) if isinstance(error, OSError) else error
+            self.failures.append((self.node, told))
             await self.node.hold()
 
     async def _start(self) -> None:

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import attrs
 
 from qsd.actors import transaction
 from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
+from qsd.actors.change_steps import Activity, Firm, Firmness, FlushBelow, Hold, Permissions, Reopen, Swap
 from qsd.actors.depth import new_heights
-from qsd.actors.drain import Drained
-from qsd.actors.edges import Edge, NodeState, RootEdge, disown, info_of, length_changed, owners_of
+from qsd.actors.edges import Edge, NodeState, RootEdge, disown, info_of, length_changed
 from qsd.actors.topology import NewMode, Topology, edge_facts, pretending, rights_of
 from qsd.actors.transaction import Action
 from qsd.block.graph import NodeFacts
 from qsd.block.permissions import Perm
-from qsd.block.plan import WRITING, Plan, Rights, plan_permissions
-from qsd.drivers.calls import call
-from qsd.errors import QmpError, errno_text
-from qsd.messages import Op
+from qsd.block.plan import Plan, Rights, plan_permissions
+from qsd.errors import QmpError
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
@@ -35,13 +32,6 @@ log = logging.getLogger("qsd.graph")
 
 # How many levels a near change goes down one by one, before it looks at all that is below.
 _LEVELS = 4
-
-
-class Firmness(Enum):
-    """Whether a driver may refuse. Letting go of something cannot fail: who has left does not come back."""
-
-    MAY_FAIL = "may fail"
-    MUST_SUCCEED = "must succeed"
 
 
 class Change:
@@ -75,7 +65,7 @@ class Change:
         self._modes: dict[int, NewMode] = {}
         self._activity: dict[int, bool] = {}
         self._wanted: dict[RootEdge, Rights] = {}
-        self._failures: list[tuple[Node, QmpError]] = []
+        self._failures: list[tuple[Node, Exception]] = []
         self._heights: dict[Node, int] = {}
         # Nodes whose children are looked at in any case: a driver may want something else of them.
         self._asked = frozenset(self._before.nodes) if is_near else frozenset()
@@ -191,8 +181,8 @@ class Change:
         self._heights = self._new_heights()
         plan = self._plan_all()
         for edge, child in self._swaps.get(None, ()):
-            yield _Hold(edge.node)
-            yield _Swap(edge, child)
+            yield Hold(edge.node)
+            yield Swap(edge, child)
         for key in self._before.order_towards(self.snapshot):
             yield from self._actions(self._topology.living[key], plan)
         yield _Edges(self._topology, self, plan)
@@ -264,16 +254,16 @@ class Change:
         if not is_new and plan.nodes[key] == info.rights:
             return []
         if info.state is NodeState.BROKEN:
-            return [_Swap(edge, child) for edge, child in self._swaps.get(key, ())]
-        actions: list[Action] = [_Hold(node), *self._writing(node)]
+            return [Swap(edge, child) for edge, child in self._swaps.get(key, ())]
+        actions: list[Action] = [Hold(node), *self._writing(node)]
         if self._activity.get(key) is False or key in self._modes:
-            actions.append(_FlushBelow(node))
-        actions.extend(_Swap(edge, child) for edge, child in self._swaps.get(key, ()))
+            actions.append(self._as_firm(FlushBelow(node)))
+        actions.extend(Swap(edge, child) for edge, child in self._swaps.get(key, ()))
         if key in self._modes:
-            actions.append(_Reopen(node, self._modes[key]))
-        actions.append(_Permissions(node, plan.nodes[key], self._firmness))
+            actions.append(Reopen(node, self._modes[key]))
+        actions.append(Permissions(node, plan.nodes[key], self._firmness))
         if key in self._activity:
-            actions.append(_Activity(node, active=self._activity[key]))
+            actions.append(Activity(node, active=self._activity[key]))
         return actions
 
     def _writing(self, node: Node) -> Iterator[Action]:
@@ -282,11 +272,14 @@ class Change:
         active = self._activity.get(key, node.active)
         read_only = self._modes[key].mode.read_only if key in self._modes else node.mode.read_only
         if is_storing(node) and (read_only or not active):
-            yield StopWriting(node, is_inactivation=not active)
+            yield self._as_firm(StopWriting(node, is_inactivation=not active))
         if active and not node.active:
             yield StartWriting(node, self._failures, is_activation=True)
         elif active and node.mode.read_only and not read_only:
             yield StartWriting(node, self._failures, is_activation=False)
+
+    def _as_firm(self, action: Action) -> Action:
+        return action if self._firmness is Firmness.MAY_FAIL else Firm(action)
 
     def apply(self, plan: Plan) -> None:
         """Write the outcome into the live graph. Part of the commit."""
@@ -357,132 +350,6 @@ def _unlink(topology: Topology, edge: Edge) -> None:
         info_of(parent).children.pop(edge.name, None)
         parent.driver.children.pop(edge.name, None)
         disown(parent, edge.node)
-
-
-class _Hold(Action):
-    """A drained scope for one node."""
-
-    def __init__(self, node: Node) -> None:
-        self._scope = Drained(node)
-
-    async def prepare(self) -> None:
-        await self._scope.begin()
-
-    async def clean(self) -> None:
-        self._scope.end()
-
-
-@attrs.define(eq=False)
-class _FlushBelow(Action):
-    """Everything written so far reaches the disk, past the funnel that holds the node, and the image is complete.
-
-    Before its node is inactive, or has other options and perhaps other children.
-    """
-
-    node: Node
-
-    async def prepare(self) -> None:
-        node = self.node
-        if not node.active or node.mode.read_only or (node.mode.cache_no_flush and not node.driver.children):
-            return
-        try:
-            await call(node.driver, Op.FLUSH, 0, 0)
-        except OSError as error:
-            raise QmpError(errno_text(error.errno or 0)) from None
-        await node.driver.inactivate()
-
-
-@attrs.define(eq=False)
-class _Swap(Action):
-    """An edge leads elsewhere already while its parent prepares, as the parent has to look at its new child."""
-
-    edge: Edge
-    child: Node
-    before: Node = attrs.field(init=False)
-
-    def commit(self) -> None:
-        """What lived for a node further up, or for one in between, lives for the node it is now below."""
-        parent = self.edge.parent
-        if parent is not None:
-            is_heir = parent in owners_of(self.child)
-            disown(parent, self.before)
-            if is_heir:
-                info_of(self.child).inline_parent = parent
-
-    async def prepare(self) -> None:
-        self.before = self.edge.node
-        self._move(self.before, self.child)
-
-    def abort(self) -> None:
-        self._move(self.child, self.before)
-
-    def _move(self, source: Node, target: Node) -> None:
-        info_of(source).parents.remove(self.edge)
-        self.edge.bind(target)
-        info_of(target).parents.append(self.edge)
-        info_of(target).parents.sort(key=lambda edge: edge.key)
-
-
-@attrs.define(eq=False)
-class _Reopen(Action):
-    """New options for one node's driver."""
-
-    node: Node
-    new: NewMode
-
-    async def prepare(self) -> None:
-        await self.node.driver.prepare_reopen(self.new.options, self.new.mode)
-
-    def commit(self) -> None:
-        self.node.driver.commit_reopen(self.new.options, self.new.mode)
-        info_of(self.node).options = self.new.options
-
-    def abort(self) -> None:
-        self.node.driver.abort_reopen()
-
-
-@attrs.define(eq=False)
-class _Permissions(Action):
-    """What the users of one node need together, told to its driver."""
-
-    node: Node
-    rights: Rights
-    firmness: Firmness
-    is_refused: bool = False
-
-    async def prepare(self) -> None:
-        try:
-            await self.node.driver.prepare_permissions(self.rights.perm, self.rights.shared)
-        except QmpError as error:
-            if self.firmness is Firmness.MAY_FAIL:
-                raise
-            log.warning("%s keeps permissions nobody uses: %s", self.node.name, error.desc)
-            self.is_refused = True
-
-    def commit(self) -> None:
-        if not self.is_refused:
-            self.node.driver.commit_permissions()
-        # Also takes over what the driver's new descriptor has changed.
-        self.node.set_writable(writable=bool(self.rights.perm & WRITING))
-
-    def abort(self) -> None:
-        if not self.is_refused:
-            self.node.driver.abort_permissions()
-
-
-@attrs.define(eq=False)
-class _Activity(Action):
-    """A node begins or ends to take part. What it is may have been changed by another owner meanwhile."""
-
-    node: Node
-    active: bool = attrs.field(kw_only=True)
-
-    def commit(self) -> None:
-        driver = self.node.driver
-        driver.mode = attrs.evolve(driver.mode, active=self.active)
-        if self.active:
-            driver.refresh_length()
-        self.node.set_active(active=self.active)
 
 
 @attrs.define(eq=False)

@@ -19,7 +19,8 @@ import trio
 from trio_util import RepeatedEvent
 
 from qsd.actors.activation import set_active
-from qsd.actors.change import Change, Firmness
+from qsd.actors.change import Change
+from qsd.actors.change_steps import Firmness
 from qsd.actors.core import Actor, Promise, receives
 from qsd.actors.drain import drained_alone
 from qsd.actors.edges import (

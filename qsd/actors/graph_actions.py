@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from qsd.actors import transaction
-from qsd.actors.change import Change, Firmness
+from qsd.actors.change import Change
+from qsd.actors.change_steps import Firmness
 from qsd.actors.drain import drained
 from qsd.actors.opening import shielded
-from qsd.actors.transaction import Action
+from qsd.actors.transaction import Action, Wrapper
 
 if TYPE_CHECKING:
     from qsd.actors.edges import Edge, RootEdge, RootOptions, Truncate
@@ -84,7 +85,7 @@ class GraphAction(Action):
 
 
 @attrs.define(eq=False)
-class _Step(Action):
+class _Step(Wrapper):
     """An action, after it has described itself."""
 
     action: GraphAction
@@ -92,16 +93,7 @@ class _Step(Action):
 
     async def prepare(self) -> None:
         self.action.describe(self.change)
-        await self.action.prepare()
-
-    def commit(self) -> None:
-        self.action.commit()
-
-    def abort(self) -> None:
-        self.action.abort()
-
-    async def clean(self) -> None:
-        await self.action.clean()
+        await super().prepare()
 
 
 def _change(topology: Topology, actions: Sequence[GraphAction]) -> Change:

@@ -429,19 +429,24 @@ class Node(Actor, SlowPath):
         await self.hold()
         if self.is_open:
             self.is_open = False
-            if not self._broken:
-                await store_at_close(self)
-            if self.active and not self.mode.read_only and not self.mode.cache_no_flush and not self._broken:
-                try:
-                    await call(self.driver, Op.FLUSH, 0, 0)
-                except OSError as error:
-                    log.error("flushing node %s while closing: %s", self.name, error)
-            await self.driver.close()
+            try:
+                await self._store()
+            finally:
+                await self.driver.close()
             if self.bitmaps:
                 # They may be large, and the node lives until Python looks for circles.
                 self.bitmaps = BitmapSet()
                 give_back_memory()
         self.break_down()
+
+    async def _store(self) -> None:
+        if not self._broken:
+            await store_at_close(self)
+        if self.active and not self.mode.read_only and not self.mode.cache_no_flush and not self._broken:
+            try:
+                await call(self.driver, Op.FLUSH, 0, 0)
+            except OSError as error:
+                log.error("flushing node %s while closing: %s", self.name, error)
 
 
 def _is_zero(buffer: memoryview) -> bool:

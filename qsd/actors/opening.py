@@ -17,7 +17,8 @@ import outcome
 import trio
 
 from qsd.actors.bitmap_keeping import load as load_bitmaps
-from qsd.actors.change import Change, Firmness
+from qsd.actors.change import Change
+from qsd.actors.change_steps import Firmness
 from qsd.actors.edges import Edge, NodeInfo, NodeState, Truncate, info_of
 from qsd.actors.node import Node
 from qsd.actors.node_options import check_mode, resolve_mode

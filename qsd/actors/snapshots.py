@@ -103,8 +103,8 @@ class _OverlayAction(GraphAction):
         assert self._node is not None
         try:
             await set_read_only(self.tools.topology, self._node, read_only=True)
-        except QmpError as error:
-            log.info("%s stays writable: %s", self._node.name, error.desc)
+        except (QmpError, OSError, MemoryError) as error:
+            log.info("%s stays writable: %s", self._node.name, error)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -264,8 +264,8 @@ class InternalSnapshotAction(GraphAction):
         assert self._node is not None
         try:
             await self._node.driver.delete_snapshot(self._made)
-        except QmpError as error:
-            log.warning("snapshot '%s' on '%s' stays: %s", self.name, self.device, error.desc)
+        except (QmpError, OSError, MemoryError) as error:
+            log.warning("snapshot '%s' on '%s' stays: %s", self.name, self.device, error)
 
 
 class AbortAction(GraphAction):

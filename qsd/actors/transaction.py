@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import attrs
 import trio
 
 
@@ -25,6 +26,29 @@ class Action:
 
     async def clean(self) -> None:
         """Let go of what was only needed until now. Must not raise."""
+
+
+@attrs.define(eq=False)
+class Wrapper(Action):
+    """Another action; a subclass does a step of it otherwise."""
+
+    action: Action
+
+    async def prepare(self) -> None:
+        """As the other."""
+        await self.action.prepare()
+
+    def commit(self) -> None:
+        """As the other."""
+        self.action.commit()
+
+    def abort(self) -> None:
+        """As the other."""
+        self.action.abort()
+
+    async def clean(self) -> None:
+        """As the other."""
+        await self.action.clean()
 
 
 class CommitFailed(Exception):
@@ -60,9 +84,17 @@ class Group(Action):
         _abort(self._prepared)
 
     async def clean(self) -> None:
-        """Clean all, in reverse."""
+        """Clean all, in reverse: one that cannot be must not leave the others' nodes held."""
+        failure: CommitFailed | None = None
         while self._prepared:
-            await self._prepared.pop().clean()
+            action = self._prepared.pop()
+            try:
+                await action.clean()
+            except Exception as error:  # noqa: BLE001  # raised below
+                failure = CommitFailed(f"{action!r} could not be cleaned up after")
+                failure.__cause__ = error
+        if failure is not None:
+            raise failure
 
 
 async def run(actions: Iterable[Action]) -> None:

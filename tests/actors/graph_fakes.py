@@ -310,9 +310,9 @@ class NoAio:
 
 
 @asynccontextmanager
-async def running_graph() -> AsyncIterator[tuple[Graph, World]]:
+async def running_graph(world: World | None = None) -> AsyncIterator[tuple[Graph, World]]:
     """A graph with the fakes on a supervisor; at the end everything must have been closed."""
-    world = World()
+    world = world or World()
     kinds = {kind.name: type(kind.__name__, (kind,), {"world": world}) for kind in (Disk, Raw, Format)}
 
     async def find(name: str) -> type[Driver]:

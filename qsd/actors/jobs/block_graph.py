@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from qsd.actors.change import Firmness
+from qsd.actors.change_steps import Firmness
 from qsd.actors.graph_actions import GraphAction
 from qsd.errors import QmpError
 
