@@ -149,6 +149,10 @@ WIDTHS = "Refcount width must be a power of two and may not exceed 64 bits"
             {"data_file": "d", "data_file_raw": True, "backing_file": "b", "backing_fmt": "raw"},
             "Backing file and data-file-raw cannot be used at the same time",
         ),
+        # Of two the one that the reference names.
+        ({"file": "x", "cluster_size": 1000}, "Cannot find device='x' nor node-name='x'"),
+        ({"backing_fmt": "raw", "refcount_bits": 3}, "Backing format cannot be used without backing file"),
+        ({"backing_fmt": "raw", "cluster_size": 1000}, SIZES),
     ],
     ids=str,
 )

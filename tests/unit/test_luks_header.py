@@ -147,6 +147,7 @@ def test_what_follows_the_header_is_not_looked_at() -> None:
         (number(108, 0), "Algorithm 'aes' with key size 0 bytes not supported"),
         (number(108, 48), None),
         (number(108, 63), "Algorithm 'aes' with key size 31 bytes not supported"),
+        (number(108, 33), "XTS cipher key length should be a multiple of 2"),
         (number(108, 65), "Keyslots 0 and 1 are overlapping in the header"),
         (number(108, 0xFFFFFFFF), "Keyslot 0 is overlapping with the encrypted payload"),
         (number(164, 0), "LUKS key iteration count is zero"),

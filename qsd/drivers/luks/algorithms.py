@@ -125,13 +125,15 @@ def parse_cipher(header: Header) -> CipherSpec:
         raise QmpError(f"Cipher mode '{mode}' not supported")
     key_bytes = header.key_bytes // (2 if mode == "xts" else 1)
     algorithm = _IN_HEADERS.get((header.cipher_name, key_bytes))
-    if algorithm is None or (mode == "xts" and header.key_bytes % 2):
+    if algorithm is None:
         raise QmpError(f"Algorithm '{header.cipher_name}' with key size {key_bytes} bytes not supported")
     check_hash(header.hash_name)
     if generator not in IV_GENERATORS:
         raise QmpError(f"IV generator '{generator}' not supported")
     if generator == "essiv" and not colon:
         raise QmpError("Missing IV generator hash specification")
+    if mode == "xts" and header.key_bytes % 2:
+        raise QmpError("XTS cipher key length should be a multiple of 2")
     spec = CipherSpec(algorithm, mode, generator, iv_hash if colon else None)
     check_spec(spec)
     return spec

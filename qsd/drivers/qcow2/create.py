@@ -37,9 +37,9 @@ _NEEDS_3: Final = "compatibility level 1.1 or above (use version=v3 or greater)"
 
 async def create_qcow2(host: CreateHost, options: BlockdevCreateOptionsQcow2) -> None:
     """Write a new image. Raises QmpError in the reference's words."""
-    image = plan(options)
     async with AsyncExitStack() as stack:
         file = await stack.enter_async_context(host.node(options.file))
+        image = plan(options)
         data = None
         if options.data_file is not None:
             data = await stack.enter_async_context(host.node(options.data_file))
@@ -69,6 +69,8 @@ def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
     preallocation = options.preallocation.value if options.preallocation is not None else "off"
     if preallocation != "off" and options.backing_file and not options.extended_l2:
         raise QmpError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
+    if options.backing_fmt is not None and options.backing_file is None:
+        raise QmpError("Backing format cannot be used without backing file")
     if is_v2 and options.lazy_refcounts:
         raise QmpError(f"Lazy refcounts only supported {_NEWER}")
     order = _refcount_order(options, is_v2=is_v2)
@@ -76,8 +78,6 @@ def plan(options: BlockdevCreateOptionsQcow2) -> NewImage:
     zstd = options.compression_type is not None and options.compression_type.value == "zstd"
     if is_v2 and zstd:
         raise QmpError(f"Non-zlib compression type is only supported {_NEWER}")
-    if options.backing_fmt is not None and options.backing_file is None:
-        raise QmpError("Backing format cannot be used without backing file")
     has_data_file = options.data_file is not None
     incompatible = (
         (layout.DATA_FILE if has_data_file else 0)
