@@ -277,6 +277,7 @@ class FileDriver(Driver):
             # An image's table may lead anywhere.
             raise OSError(errno.EFBIG, "no file is that long")
         os.ftruncate(self.io.fd, size)
+        self.io.resized()
 
     async def activate(self) -> None:
         """Forget what the page cache holds: the image's last owner may have written it on another host.

@@ -85,7 +85,7 @@ class FileIo:
         self._slow_until = 0
         self._write_ns = 0  # moving average of small writes done on the spot
         self._offload = 0  # batches that still go through the engine
-        # Set by a completed write, cleared when a flush that came after it succeeds.
+        # Counts what a flush brings to the disk: completed writes, new lengths; and how far a flush has done so.
         self._generation = 0
         self._flushed = 0
         # A failed fdatasync of the page cache leaves pages marked clean that never reached the disk: no later flush
@@ -95,6 +95,10 @@ class FileIo:
         self.discard_ok = 0
         self.discard_failed = 0
         self.discard_bytes_ok = 0
+
+    def resized(self) -> None:
+        """The file has another length, which a flush brings to the disk as well."""
+        self._generation += 1
 
     def let_go(self) -> None:
         """The file is going to be closed: free the buffers, and lend no more of it."""

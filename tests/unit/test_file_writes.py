@@ -11,8 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
 from qsd.drivers import file_io
+from qsd.drivers.base import Mode
+from qsd.drivers.file import FileDriver
 from qsd.drivers.file_io import FileIo
 from qsd.messages import Flag, Op, ReplyQueue, Request
 
@@ -192,6 +195,32 @@ def test_zero_bytes_that_were_interrupted_are_written_again(file: File) -> None:
     assert zeroes in file.replies.ready
     assert not zeroes.error
     assert file.path.read_bytes() == bytes(65536)
+
+
+def test_new_length_reaches_the_disk_with_the_next_flush(tmp_path: Path) -> None:
+    """A flush had nothing to do after it: cut off, the file had its old length, of which a client had been told."""
+    engine = Engine()
+    host: Any = SimpleNamespace(aio=engine)
+    driver = FileDriver("file", None, Mode(), host)
+    driver.io.fd = os.open(tmp_path / "img", os.O_RDWR | os.O_CREAT)
+    replies = ReplyQueue(lambda: None)
+
+    def syncs() -> int:
+        driver.submit([Request(Op.FLUSH.value, 0, 0, None, replies)])
+        engine.end_all()
+        assert not replies.ready.pop().error
+        return engine.syncs
+
+    try:
+        assert syncs() == 0
+        assert driver.grow(4096)
+        assert syncs() == 1
+        assert driver.grow(512)
+        assert syncs() == 1
+        trio.run(driver.truncate, 1024)
+        assert syncs() == 2
+    finally:
+        os.close(driver.io.fd)
 
 
 def _write(file: File) -> Request:
