@@ -59,7 +59,7 @@ class Sealer:
         self._pool = AlignedPool(POOL_BYTES)
         # Work for a slow cipher: one piece at a time on a thread.
         self._crypting = False
-        self._waiting: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
+        self._waiting: deque[tuple[Callable[[], None], Callable[[], None], list[Request]]] = deque()
 
     def submit(self, child: Child, start: int, shift: int, batch: list[Request]) -> None:
         """Serve what is asked of ``child`` from its byte ``start`` on; sectors count from ``shift`` bytes."""
@@ -115,7 +115,7 @@ class Sealer:
             if ended:
                 self._finish(ended)
             if reads:
-                self._crypt(partial(self._cipher.decrypt, runs), partial(self._finish, reads))
+                self._crypt(partial(self._cipher.decrypt, runs), partial(self._finish, reads), reads)
         replies.armed = True
 
     def _finish(self, inners: list[Request]) -> None:
@@ -145,7 +145,7 @@ class Sealer:
             runs.append(((offset + shift) // SECTOR, buffer, target))
             flags = request.flags & _FUA
             down.append(Request(WRITE, offset + start, length, target, replies, flags, (request, bounce)))
-        self._crypt(partial(self._cipher.encrypt, runs), partial(child.submit, down))
+        self._crypt(partial(self._cipher.encrypt, runs), partial(child.submit, down), down)
 
     def _write_zeroes(self, child: Child, start: int, shift: int, request: Request) -> None:
         if request.flags & _NO_FALLBACK:
@@ -172,29 +172,41 @@ class Sealer:
 
     # -- the cipher -------------------------------------------------------------------------------------------
 
-    def _crypt(self, work: Callable[[], None], then: Callable[[], None]) -> None:
-        """Do ``work``, here or on a thread, and ``then``."""
+    def _crypt(self, work: Callable[[], None], then: Callable[[], None], inners: list[Request]) -> None:
+        """Do ``work``, here or on a thread, and ``then``; when it fails, so do ``inners``, whose bytes it is about."""
         if self._cipher.is_fast:
-            work()
-            then()
+            try:
+                work()
+            except MemoryError:
+                self._fail(inners, errno.ENOMEM)
+            else:
+                then()
             return
-        self._waiting.append((work, then))
+        self._waiting.append((work, then, inners))
         if not self._crypting:
             self._crypt_next()
 
+    def _fail(self, inners: list[Request], error: int) -> None:
+        for inner in inners:
+            inner.error = error
+        self._finish(inners)
+
     def _crypt_next(self) -> None:
-        work, then = self._waiting.popleft()
+        work, then, inners = self._waiting.popleft()
         self._crypting = True
 
         def run() -> int:
             work()
             return 0
 
-        def done(_result: int) -> None:
+        def done(result: int) -> None:
             self._crypting = False
             if self._waiting:
                 self._crypt_next()
-            then()
+            if result < 0:
+                self._fail(inners, -result)
+            else:
+                then()
 
         self._aio.call(run, done)
 
@@ -202,7 +214,7 @@ class Sealer:
         """Return when every write that came before has been passed on."""
         if self._crypting:
             done = trio.Event()
-            self._waiting.append((lambda: None, done.set))
+            self._waiting.append((lambda: None, done.set, []))
             await done.wait()
 
     def let_go(self) -> None:
