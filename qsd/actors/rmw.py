@@ -189,8 +189,9 @@ async def _discard(node: Node, request: Request) -> None:
     align = node.limits.request_alignment
     start = -(-request.offset // align) * align
     end = (request.offset + request.length) // align * align
-    if start < end:
-        await node.track_writes()
+    if start >= end:
+        return  # no whole block
+    await node.track_writes()
     async with node.serialiser.exclusive(start, end):
         await call(node.driver, Op.DISCARD, start, end - start)
 

@@ -107,6 +107,27 @@ async def test_neighbours_do_not_undo_each_other(seed: int) -> None:
                 assert bytes(request.buffer) == expected[request.offset : request.offset + request.length]
 
 
+@pytest.mark.parametrize(("start", "end", "blocks"), [(10, 500, 0), (10, 1000, 0), (10, 1024, 1), (512, 1700, 2)])
+async def test_discard_gives_up_whole_blocks_only(start: int, end: int, blocks: int) -> None:
+    """One within a block went on with a length below nothing."""
+    chance = random.Random(1)
+    disk = LateDisk(chance)
+    asked: list[int] = []
+    replies = ReplyQueue(lambda: None)
+    async with Supervisor() as supervisor:
+        node = Node("disk", disk)
+        await supervisor.start(node, Floor.NODES)
+        node.set_writable(writable=True)
+        node.submit([Request(Op.DISCARD.value, start, end - start, None, replies)])
+        while not replies.ready:
+            await trio.testing.wait_all_tasks_blocked()
+            while disk.pending:
+                asked.append(disk.pending[0].length)
+                disk.end_one(chance)
+    assert not replies.ready[0].error
+    assert asked == [blocks * ALIGNMENT] * bool(blocks)
+
+
 async def test_settle_waits_for_what_came_before_and_keeps_the_rest_back() -> None:
     chance = random.Random(1)
     disk = LateDisk(chance)
