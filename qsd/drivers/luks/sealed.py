@@ -173,7 +173,7 @@ class Sealer:
     # -- the cipher -------------------------------------------------------------------------------------------
 
     def _crypt(self, work: Callable[[], None], then: Callable[[], None], inners: list[Request]) -> None:
-        """Do ``work``, here or on a thread, and ``then``; when it fails, so do ``inners``, whose bytes it is about."""
+        """Do ``work``, here or on a thread, and ``then``; when it fails, so do ``inners``, which it is about."""
         if self._cipher.is_fast:
             try:
                 work()
