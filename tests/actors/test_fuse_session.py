@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -364,3 +365,23 @@ def test_no_message_upsets_a_session(messages: list[tuple[int, bytes]]) -> None:
         assert kernel.session.in_flight == 0
     finally:
         close(kernel)
+
+
+async def test_memory_of_a_write_nobody_waits_for_any_more_is_not_used_again(kernel: Kernel) -> None:
+    """An export that ends by a crash gave it to the next call of another one, and that was written instead."""
+    lent: list[memoryview] = []
+
+    async def write(_offset: int, data: memoryview, _flags: int = 0) -> None:
+        lent.append(data)
+        await trio.sleep_forever()
+
+    kernel.edge.write = write  # type: ignore[method-assign]
+    kernel.say(Opcode.WRITE, rw(SIZE - 512, 1024) + bytes(1024))
+    assert kernel.turn() == []
+    async with trio.open_nursery() as nursery:
+        ((function, args),) = kernel.spawned
+        nursery.start_soon(function, *args)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [error for _unique, error, _body in kernel.replies()] == [-errno.EIO]
+    assert lent[0].obj not in [slot.memory for slot in kernel.pool.free]

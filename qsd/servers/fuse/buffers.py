@@ -80,12 +80,15 @@ class Pool:
                 slot.memory.madvise(mmap.MADV_DONTNEED, DATA + LARGE, MAX_TRANSFER - LARGE)
         self.free.append(slot)
 
+    def forget(self, slot: Slot) -> None:
+        """Leave a slot to whoever still uses its memory, for good."""
+        self._large -= slot.is_large
+        self._all.discard(slot)
+
     def trim(self) -> None:
         """An export has ended: let go of what fewer need."""
         while len(self.free) > KEEP:
-            slot = self.free.pop()
-            self._large -= slot.is_large
-            self._all.discard(slot)
+            self.forget(self.free.pop())
 
     def find(self, owner: object, unique: int) -> Slot | None:
         """The slot in which ``owner`` serves the READ ``unique``."""

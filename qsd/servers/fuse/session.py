@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import attrs
+import trio
 
 from qsd import trace
 from qsd.host.reactor import EPOLLIN, Reactor, Registration
@@ -430,6 +431,12 @@ class Session:
         except OSError as error:
             self.stats.failed += 1
             reply = wire.error_reply(unique, error.errno or errno.EIO)
+        except trio.Cancelled:
+            if slot is not None:
+                # The write goes on, out of this memory.
+                self._pool.forget(slot)
+                slot = None
+            raise
         finally:
             self._tasks -= 1
             if slot is not None:
