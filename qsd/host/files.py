@@ -99,7 +99,8 @@ def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallbac
     if result == -errno.EOPNOTSUPP:
         result = _call(fd, FALLOC_FL_ZERO_RANGE, offset, length)
     if result == 0 and offset + length > os.fstat(fd).st_size:
-        os.ftruncate(fd, offset + length)
+        # Not ftruncate(2): others may have made the file longer since.
+        result = _call(fd, 0, offset + length - 1, 1)
     return result
 
 
