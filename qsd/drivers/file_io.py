@@ -448,10 +448,13 @@ class FileIo:
     def _block_status(self, request: Request) -> bool:
         """Answer on the spot: SEEK_DATA and SEEK_HOLE look at metadata that is in memory after the first time."""
         offset, end = request.offset, request.offset + request.length
-        file_end = self._driver.length
         extents: list[Extent] = []
         wanted = min(request.extents_wanted, MAX_EXTENTS)
         try:
+            if end > self._driver.length:
+                # Its last sector may have been written since, which makes a file longer that ended in it.
+                self._driver.refresh_length()
+            file_end = self._driver.length
             while offset < end and len(extents) < wanted:
                 if offset >= file_end:
                     extents.append(Extent(end - offset, BlockState.ZERO | BlockState.ALLOCATED))

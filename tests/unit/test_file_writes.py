@@ -17,7 +17,7 @@ from qsd.drivers import file_io
 from qsd.drivers.base import Mode
 from qsd.drivers.file import FileDriver
 from qsd.drivers.file_io import FileIo
-from qsd.messages import Flag, Op, ReplyQueue, Request
+from qsd.messages import BlockState, Flag, Op, ReplyQueue, Request
 
 SIZE = 512
 
@@ -219,6 +219,34 @@ def test_new_length_reaches_the_disk_with_the_next_flush(tmp_path: Path) -> None
         assert syncs() == 1
         trio.run(driver.truncate, 1024)
         assert syncs() == 2
+    finally:
+        os.close(driver.io.fd)
+
+
+def test_status_tells_of_data_in_the_last_sector_of_a_file_that_ended_in_it(tmp_path: Path) -> None:
+    """The sector was written whole, and still told as zeroes behind the old end: a copy left them out."""
+    path = tmp_path / "img"
+    path.write_bytes(b"x" * 600)
+    host: Any = SimpleNamespace(aio=Engine())
+    driver = FileDriver("file", None, Mode(), host)
+    driver.io.fd = os.open(path, os.O_RDWR)
+    driver.refresh_length()
+    replies = ReplyQueue(lambda: None)
+
+    def ask(op: Op, data: bytes = b"") -> Any:
+        request = Request(op.value, 512, 512, memoryview(data), replies)
+        request.extents_wanted = 5
+        driver.submit([request])
+        assert not replies.ready.pop().error
+        return request.result
+
+    try:
+        assert [(one.length, bool(one.state & BlockState.ZERO)) for one in ask(Op.BLOCK_STATUS)] == [
+            (88, False),
+            (424, True),
+        ]
+        ask(Op.WRITE, b"y" * 512)
+        assert [(one.length, bool(one.state & BlockState.ZERO)) for one in ask(Op.BLOCK_STATUS)] == [(512, False)]
     finally:
         os.close(driver.io.fd)
 
