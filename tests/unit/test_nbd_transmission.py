@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,6 +276,24 @@ def test_socket_that_empties_at_once_leaves_nothing_unparsed() -> None:
         world.run([0])
         reads = {cookie: (cookie << 18, 256 << 10) for cookie in range(count)}
         assert cookies_answered(bytes(world.sock.sent), reads) == list(range(count))
+
+
+@pytest.mark.parametrize("fails_at", [-1, 0, 1])
+def test_trim_with_fua_is_answered_when_it_has_reached_the_disk(fails_at: int) -> None:
+    """As the protocol and the reference have it; it was answered as soon as it was done."""
+    trim = REQUEST.pack(c.REQUEST_MAGIC, c.CMD_FLAG_FUA, c.CMD_TRIM, 5, 4096, 4096)
+    world = World(trim, [], lambda _request: True)
+    world.reactor.registration.ready(EPOLLIN)
+    for step, op in enumerate((Op.DISCARD, Op.FLUSH)[: 1 if fails_at == 0 else 2]):
+        assert not world.sock.sent
+        assert world.transmission.in_flight == 1
+        (request,) = world.node.waiting
+        world.node.waiting.clear()
+        assert request.op == op
+        request.complete(errno.EIO if step == fails_at else 0)
+    assert world.sock.sent == SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0 if fails_at < 0 else errno.EIO, 5)
+    assert world.transmission.in_flight == 0
+    assert not world.node.waiting
 
 
 def test_client_that_asks_on_and_takes_no_answer_is_not_read_for_ever() -> None:

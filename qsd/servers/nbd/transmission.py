@@ -15,7 +15,9 @@ import errno
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
+from qsd.drivers.gather import Callback
 from qsd.drivers.lending import LEND_MIN
 from qsd.host.reactor import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SLICE_NS, Reactor, Registration
 from qsd.messages import Flag, Loan, Op, ReplyQueue, Request
@@ -70,6 +72,7 @@ class Transmission:
         self._crashed = crashed
         self.stats = TransmissionStatistics()
         self._replies = ReplyQueue(self._notified)
+        self._durable_trims = Callback(self._trimmed)
         self._in = Incoming(pool, leftover, encoder.request_size)
         self._out = Outgoing(sock, pool)
         self._spot_reads = SpotReads(target, encoder, self._out, self.stats)
@@ -366,6 +369,8 @@ class Transmission:
             request = self._without_reply(op, header, contexts)
         else:
             request = self._with_reply(op, header, body if op is Op.WRITE else None, flags)
+        if op is Op.DISCARD and header.flags & c.CMD_FLAG_FUA:
+            request.reply = self._durable_trims
         batch.append(request)
         return encoder.request_size + payload
 
@@ -408,6 +413,14 @@ class Transmission:
         buffer = slab.view[data:stop] if is_read else body
         tag = (header.cookie, slab, start, stop, receive, header.offset, header.length, header.kind, ())
         return Request(op.value, header.offset, header.length, buffer, self._replies, flags, tag)
+
+    def _trimmed(self, request: Request) -> None:
+        """A TRIM with FUA has ended: it is answered when a flush has."""
+        if request.error:
+            self._replies.put(request)
+            return
+        flush = Request(Op.FLUSH.value, 0, 0, None, self._replies, 0, request.tag)
+        self._reactor.defer(partial(self._target.submit, [flush]), self._crashed)
 
     # -- answering --------------------------------------------------------------------------------------------
 
