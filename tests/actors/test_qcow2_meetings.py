@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from qcow2_fakes import CLUSTER, MemoryFile, SlowFile, new_image, opened_on, read, write
+from qcow2_fakes import CLUSTER, MemoryFile, SlowFile, cut, examine, new_image, opened_on, read, write
 
 from qsd.drivers import mapped
 from qsd.drivers.calls import call
@@ -92,6 +92,28 @@ async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: 
         await file.end_all()
         assert not image.pending
         assert [refs.get(first) for first in gone] == [0, 1, 0, 1, 0]
+
+
+async def test_table_that_is_cut_off_while_it_is_written_back() -> None:
+    """What a slice no longer led to was given up, though neither the slice nor the L1 table was on the disk."""
+    table = 64 << 9
+    file = SlowFile(new_image(Header(size=2 * table, cluster_bits=9)))
+    async with opened_on(file) as driver:
+        await write(driver, table, b"x" * 1024)
+        await call(driver, Op.FLUSH, 0, 0)
+        await call(driver, Op.DISCARD, table, 512)
+        before = bytes(file.data)
+        file.log.clear()
+        file.slow = frozenset({Op.FLUSH})
+        driver.writeback.start()
+        await trio.testing.wait_all_tasks_blocked()
+        assert file.waiting, "the first step of writing back is under way"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.truncate, table)
+            await file.end_all()
+        assert driver.length == table
+    for image in cut(before, file.log):
+        assert not examine(image).corruptions
 
 
 class _LendingFile(MemoryFile):

@@ -69,9 +69,9 @@ class DirtyTables:
         self.l1.add(index // L1_SECTOR)
 
     def drop(self, number: int) -> None:
-        """A slice is no longer part of the image."""
+        """A slice is no longer part of the image. It is not frozen."""
+        assert number not in self.frozen, "others rely on it being written"
         self.slices.pop(number, None)
-        self.frozen.pop(number, None)
 
     def freeze(self, l1: array[int], find: Callable[[int], array[int] | None]) -> None:
         """Take what is dirty out to be written."""

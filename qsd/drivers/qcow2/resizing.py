@@ -158,18 +158,20 @@ async def _drop_table(driver: Qcow2Driver, index: int) -> None:
     entries: array[int] = array("Q")
     for number in numbers:
         entries.extend((await driver.settled(image.map.slice_at, number))[:: geometry.words])
-    # From here on nothing waits: the entries and the table go together.
-    for entry in entries:
-        if entry:
-            image.release_entry(entry, Freeing.ALWAYS)
-    for number in numbers:
-        image.cache.drop(number)
-        image.dirty.drop(number)
-    table = image.map.l1[index] & OFFSET_MASK
-    image.map.l1[index] = 0
-    image.dirty.touch_l1(index)
-    image.metadata.remove(table, 1)
-    image.release(table, 1, Freeing.ALWAYS)
+    # A write-back that is under way gives up what slices do not lead to any more as soon as it has written them.
+    async with image.tables_lock:
+        # In here nothing waits: the entries and the table go together.
+        for entry in entries:
+            if entry:
+                image.release_entry(entry, Freeing.ALWAYS)
+        for number in numbers:
+            image.cache.drop(number)
+            image.dirty.drop(number)
+        table = image.map.l1[index] & OFFSET_MASK
+        image.map.l1[index] = 0
+        image.dirty.touch_l1(index)
+        image.metadata.remove(table, 1)
+        image.release(table, 1, Freeing.ALWAYS)
     if len(image.pending) >= MANY_FREED:
         await _settle(driver)
 
