@@ -354,6 +354,27 @@ async def test_reopening_changes_neither_key_nor_header() -> None:
         await house.driver.prepare_reopen(SimpleNamespace(key_secret="s", header=None), house.driver.mode)
 
 
+async def test_keys_that_another_owner_has_added_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lost their slot to the next key when the image came back."""
+    from qsd.drivers.luks import amend, keys
+    from qsd.drivers.luks.volume import open_volume
+
+    monkeypatch.setattr(keys, "_measure", lambda _name, _length: 1000)
+    async with Supervisor() as supervisor:
+        house = await open_house(supervisor)
+        theirs = Bytes(house.disk.data)
+        volume = await open_volume(theirs, PASSWORD)
+        await amend.amend_volume(volume, amendment(state="active", new_secret="r", iter_time=0), **FORCED)
+        await house.driver.activate()
+        add = amendment(state="active", new_secret="t", iter_time=0)
+        await amend.amend_volume(house.driver.volume, add, **FORCED)
+        assert await slots_of(house.disk.data, PASSWORDS) == AMENDED["add"]
+        # Made anew by its owner: what is read with the old key would be noise.
+        await (await formatted("aes-128")).write(theirs)
+        with pytest.raises(QmpError, match="another one now"):
+            await house.driver.activate()
+
+
 def amendment(**members: Any) -> Any:
     names = ("new_secret", "old_secret", "keyslot", "iter_time", "secret")
     state = SimpleNamespace(value=members.pop("state"))

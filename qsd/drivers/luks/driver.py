@@ -17,7 +17,7 @@ from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mod
 from qsd.drivers.filenames import object_text, tree_text
 from qsd.drivers.luks.amend import amend_volume
 from qsd.drivers.luks.sealed import SealedChild, Sealer
-from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, volume_info
+from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, read_again, volume_info
 from qsd.errors import QmpError, errno_text
 from qsd.messages import BlockState, Extent, Op, Request
 
@@ -94,6 +94,15 @@ class LuksDriver(Driver):
         """The header cannot move."""
         if isinstance(options.header, str) and options.header != self._header_name:
             raise QmpError("Cannot change the option 'header'")
+
+    async def activate(self) -> None:
+        """Another owner may have changed the key slots: the next key must not get a slot that is taken by now."""
+        volume = self._volume
+        found = await read_again(volume, volume.area)
+        if found is None or found.header.payload_offset != self._offset:
+            raise QmpError("The volume is another one now")
+        volume.header = found.header
+        self.refresh_length()
 
     # -- data -------------------------------------------------------------------------------------------------
 
