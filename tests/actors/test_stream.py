@@ -175,6 +175,27 @@ async def test_start_that_the_graph_refuses(house: House) -> None:
     await edge.detach()
 
 
+async def test_chain_that_changes_before_the_start_is_refused(house: House) -> None:
+    """The job would have named a base that the image does not have any more."""
+    edge = await chain(house)
+    options: Any = CowOptions
+    told: list[str] = []
+
+    async def stream() -> None:
+        told.append(await house.refusal("block-stream", job_id="j", device="top", base_node="base"))
+
+    async with trio.open_nursery() as nursery, house.graph.topology.lock:
+        # What came first has its turn first.
+        nursery.start_soon(house.graph.reopen, (options(node_name="top", image="top", backing=NULL),))
+        await settle()
+        nursery.start_soon(stream)
+        await settle()
+    assert told == ["The backing chain of 'top' has changed"]
+    assert not house.told
+    assert [node.name for node in house.graph.nodes] == ["base", "mid", "top"]
+    await edge.detach()
+
+
 async def test_frozen_links(house: House) -> None:
     edge = await chain(house)
     await house.execute("block-stream", job_id="j", device="top", base_node="base", speed=1)

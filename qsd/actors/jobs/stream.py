@@ -16,6 +16,7 @@ from qsd.actors.read_only import set_read_only
 from qsd.block.permissions import Perm
 from qsd.drivers.base import ChildRole
 from qsd.drivers.calls import call
+from qsd.errors import QmpError
 from qsd.messages import BlockState, Op
 from qsd.qapi.schema.block_jobs import BlockdevOnError, IoOperationType
 from qsd.qapi.schema.jobs import JobType
@@ -81,8 +82,22 @@ class StreamJob(BlockJob):
         """Open the filter; make the top writable, which it stays, as in the reference."""
         tools, top = self.graph.tools, self._task.top
         async with tools.topology.lock:
+            self._check_chain()
             await set_read_only(tools.topology, top, read_only=False)
-        self.filter = await open_filter(tools, FilterKind.STREAM, top, self.options.filter_name)
+            info_of(top).pins += 1
+        try:
+            self.filter = await open_filter(tools, FilterKind.STREAM, top, self.options.filter_name)
+        finally:
+            await tools.opener.unpin(top)
+
+    def _check_chain(self) -> None:
+        """Somebody else may have had a turn since the nodes were found. Raises QmpError."""
+        task = self._task
+        wanted = [task.top, *task.between, *([] if task.base is None else [task.base])]
+        chain = backing_chain(task.top)
+        is_open = self.graph.tools.topology.nodes.get(task.top.name) is task.top
+        if not is_open or chain[: len(wanted)] != wanted or (task.base is None and chain != wanted):
+            raise QmpError(f"The backing chain of '{task.top.name}' has changed")
 
     async def unstage(self) -> None:
         """Give up the caller's pin on the filter."""
@@ -94,6 +109,7 @@ class StreamJob(BlockJob):
         """The filter goes above the top; nobody resizes it or changes the nodes below."""
         task = self._task
         assert self.filter is not None
+        self._check_chain()
         check_not_in_job(task.top)
         put_in(change, task.top, self.filter)
         read, unchanged = Perm.CONSISTENT_READ, Perm.WRITE_UNCHANGED
