@@ -93,7 +93,7 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
     from qsd.actors.depth import RECURSION_LIMIT
     from qsd.actors.supervisor import Supervisor
     from qsd.daemon import build
-    from qsd.life import Process, run
+    from qsd.life import Process, deaf_in_the_end, run
 
     gc.freeze()
     gc.enable()
@@ -124,4 +124,5 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
         if background is not None:
             background.ready()
 
-    return trio.run(run, start, Process(pidfile, came_up, Report(prog).error))
+    with deaf_in_the_end() as went_down:
+        return trio.run(run, start, Process(pidfile, came_up, Report(prog).error, went_down))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import attrs
 import trio
@@ -27,15 +29,45 @@ class Process:
     """What surrounds the daemon.
 
     ``came_up`` runs when everything works, before that is announced: it detaches a background daemon. ``failed``
-    prints why the daemon cannot come up.
+    prints why the daemon cannot come up. ``went_down`` runs when all is closed, while signals still stop nothing.
     """
 
     pidfile: str | None
     came_up: Callable[[], None]
     failed: Callable[[QmpError], None]
+    went_down: Callable[[], None] = lambda: None
 
 
 Start = Callable[[Supervisor], Awaitable[int | None]]
+
+
+@contextmanager
+def deaf_in_the_end() -> Iterator[Callable[[], None]]:
+    """Around ``run``: ignore the signals that stop the daemon from the moment when what is yielded is called.
+
+    The second SIGTERM of somebody impatient would make of an orderly end a death by that signal. For the main
+    thread of a process that ends soon.
+    """
+    is_over = False
+
+    def went_down() -> None:
+        nonlocal is_over
+        is_over = True
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        # Before ``run`` listens to signals or after that.
+        if not is_over:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in _SIGNALS:
+        signal.signal(number, take)
+    try:
+        yield went_down
+    finally:
+        for number in _SIGNALS:
+            # Handlers that are functions go with the interpreter, this one stays.
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def run(start: Start, process: Process) -> int:
@@ -53,6 +85,7 @@ async def run(start: Start, process: Process) -> int:
                 async with supervisor:
                     code = await _live(supervisor, start, process, pidfile)
                     notify("STOPPING=1")
+                process.went_down()
                 nursery.cancel_scope.cancel()
     finally:
         for held in pidfile:

@@ -102,6 +102,15 @@ def test_signal_shuts_down_cleanly(daemon: Start, tmp_path: Path, number: signal
     assert list(tmp_path.iterdir()) == []
 
 
+def test_many_signals_are_as_one(daemon: Start, tmp_path: Path) -> None:
+    """One that came when all was closed killed the process: an orderly end looked like a crash."""
+    running = daemon("--pidfile", "qsd.pid")
+    while running.process.poll() is None:
+        running.process.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert not (tmp_path / "qsd.pid").exists()
+
+
 def test_signal_during_start_up(daemon: Start, tmp_path: Path) -> None:
     fifo = tmp_path / "secret"
     os.mkfifo(fifo)
