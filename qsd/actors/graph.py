@@ -341,14 +341,14 @@ class Graph(Actor):
 
     async def _set_rights(self, message: SetRights) -> None:
         async with self.topology.lock:
-            if not message.edge.is_attached:
-                raise QmpError("The node is not in use any more")
+            _check_attached(message.edge)
             change = Change(self.topology, [message.edge.node])
             change.want(message.edge, message.rights)
             await change.run()
 
     async def _move(self, edge: RootEdge, name: str) -> None:
         async with self.topology.lock:
+            _check_attached(edge)
             target = self.topology.find(name, UNKNOWN_DEVICE)
             change = Change(self.topology, [edge.node, target])
             change.swap(edge, target)
@@ -386,6 +386,11 @@ class Graph(Actor):
         except OSError as error:
             raise QmpError(errno_text(error.errno or 0)) from None
         length_changed(node)
+
+
+def _check_attached(edge: RootEdge) -> None:
+    if not edge.is_attached:
+        raise QmpError("The node is not in use any more")
 
 
 def _check_resizable(node: Node) -> None:

@@ -34,6 +34,9 @@ async def delete_snapshot(
     async with topology.lock:
         node = find_root(topology, device)
         snapshot = _find_snapshot(node, snapshot_id, name)
+        if not node.active:
+            # The image has another owner. The reference asserts.
+            raise QmpError(errno_text(errno.EPERM))
         async with drained(topology, [node]):
             await node.driver.delete_snapshot(snapshot.id)
         return snapshot
