@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import random
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import pytest
@@ -17,6 +17,9 @@ from qcow2_variants import VARIANTS, Variant
 from qcow2_world import Habits, check, make_driver, run_seeded
 from watching import noted
 
+from qsd.drivers import mapped
+from qsd.drivers.qcow2 import image as whole_image
+from qsd.drivers.qcow2 import internal_snapshots, resizing, storing, writeback, writing
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.errors import QmpError
 
@@ -85,6 +88,25 @@ def live_and_cut(variant: Variant, seed: int) -> Life:
 
 @pytest.mark.parametrize("name", LIVING)
 def test_life_survives_power_cuts(name: str) -> None:
+    for seed in range(FIRST, FIRST + EFFORT):
+        with noted(f"variant {name}, seed {seed}"):
+            live_and_cut(VARIANTS[name], seed)
+
+
+# Constants that decide how much is done at a time: with these, what takes thousands of clusters happens with a few.
+SMALL: Final[tuple[tuple[Any, str, int], ...]] = (
+    *((module, "MANY_FREED", 2) for module in (whole_image, internal_snapshots, resizing)),
+    (writeback, "CLUSTERS", 1),
+    (storing, "PIECES", 1),
+    *((writing, name, size) for name, size in (("ASSEMBLE", 4096), ("READ_THROUGH", 2048), ("ZERO_RANGE", 512))),
+    *((mapped, name, value) for name, value in (("MANY_ROUNDS", 1), ("SLICE_NS", -1), ("AT_ONCE", 1))),
+)
+
+
+@pytest.mark.parametrize("name", ["cluster-512", "v2", "extended-snapshot", "data-file", "packed-backing"])
+def test_life_in_which_little_is_done_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, constant, value in SMALL:
+        monkeypatch.setattr(module, constant, value)
     for seed in range(FIRST, FIRST + EFFORT):
         with noted(f"variant {name}, seed {seed}"):
             live_and_cut(VARIANTS[name], seed)
