@@ -57,6 +57,10 @@ class RawDriver(PassingDriver):
             )
         return offset, size
 
+    @property
+    def _is_window(self) -> bool:
+        return bool(self.options.offset) or self.options.size is not None
+
     def submit(self, batch: list[Request]) -> None:
         """Pass on, shifted."""
         if self.is_probed:
@@ -72,7 +76,7 @@ class RawDriver(PassingDriver):
 
     def spot(self) -> Spot | None:
         """The child's; a window is left to the usual way."""
-        return None if self._is_torn or self._offset else self.children["file"].spot()
+        return None if self._is_torn or self._is_window else self.children["file"].spot()
 
     def _reaches_over(self, request: Request) -> bool:
         """Serve a request that reaches over the child's end: there it reads as zeroes, and takes no data."""
@@ -115,8 +119,7 @@ class RawDriver(PassingDriver):
 
     def child_permissions(self, name: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What the parents need; a window must not be cut off under them."""
-        is_window = self.options.offset or self.options.size is not None
-        return perm, shared & ~Perm.RESIZE if is_window else shared
+        return perm, shared & ~Perm.RESIZE if self._is_window else shared
 
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Resize the child, unless the size is fixed by an option."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import RunningDaemon, write_half
+from nbd_reader import NbdError, NbdReader
 
 Start = Callable[..., RunningDaemon]
 
@@ -308,3 +309,19 @@ def test_export_life_over_qmp(daemon: Start, image: Path) -> None:
     assert image.stat().st_size == 2 * SIZE
     qmp.execute("blockdev-del", **{"node-name": "f0"})
     assert qmp.execute("query-named-block-nodes") == []
+
+
+def test_client_reads_nothing_outside_of_a_window_that_has_become_smaller(daemon: Start, image: Path) -> None:
+    """What is in the page cache was read all the same, without the node that would have refused it."""
+    window = {"driver": "raw", "node-name": "w", "file": "f0"}
+    running = export(daemon, image)
+    qmp = running.qmp()
+    qmp.execute_raw("blockdev-add", {**window, "size": 16384})
+    qmp.execute_raw("block-export-add", {"type": "nbd", "id": "e1", "node-name": "w", "name": "window"})
+    with NbdReader(image.parent / "nbd.sock", "window") as client:
+        assert client.read(8192, 4096) == image.read_bytes()[8192:12288]
+        qmp.execute_raw("blockdev-reopen", {"options": [{**window, "size": 8192}]})
+        assert client.read(4096, 4096) == image.read_bytes()[4096:8192]
+        for offset in (6144, 8192):
+            with pytest.raises(NbdError):
+                client.read(offset, 4096)
