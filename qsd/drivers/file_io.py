@@ -21,10 +21,11 @@ from functools import partial
 
 from qsd.drivers.base import Driver
 from qsd.drivers.file_direct import DirectIo, aligned, is_end
+from qsd.drivers.file_extents import answer_status
 from qsd.drivers.lending import Lender
 from qsd.drivers.spot import end_epoch
 from qsd.host import files
-from qsd.messages import BlockState, Extent, Flag, Op, Request
+from qsd.messages import Flag, Op, Request
 
 READ = Op.READ.value
 WRITE = Op.WRITE.value
@@ -60,8 +61,8 @@ ON_THE_SPOT = 2 << 20
 ZERO_CHUNK = 1 << 20
 # Results that say: the same again.
 _RETRY = (-errno.EINTR, -errno.EAGAIN)
-# Most extents one BLOCK_STATUS looks for, each of which is two lseek calls.
-MAX_EXTENTS = 4096
+# What a disk that is full says, or the user's share of it.
+_NO_ROOM = (-errno.ENOSPC, -errno.EDQUOT)
 
 _ZEROES = memoryview(mmap.mmap(-1, ZERO_CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -310,7 +311,7 @@ class FileIo:
         if result in _RETRY:
             result = 0
         elif result <= 0:
-            self._write_failed(request, result)
+            self._write_failed(request, result, buffer[before:], request.offset + before)
             return
         have = before + result
         if have < request.length:
@@ -320,11 +321,31 @@ class FileIo:
         self._generation += 1
         request.complete(0)
 
-    def _write_failed(self, request: Request, result: int) -> None:
-        if request.flags & self.fua and result == -errno.EIO:
-            # The kernel tells of a page that was lost only once, whichever page it was.
-            self._lose_cache()
+    def _write_failed(self, request: Request, result: int, data: memoryview, offset: int) -> None:
+        """``data`` could not be written. With FUA it may be that it could not be brought to the disk.
+
+        The kernel tells of a page that was lost only once, whichever page it was.
+        """
+        if request.flags & self.fua and not self.direct:
+            if result == -errno.EIO:
+                self._lose_cache()
+            elif result in _NO_ROOM:
+                self._try_without_fua(request, result, data, offset)
+                return
         request.complete(-result or errno.ENOSPC)
+
+    def _try_without_fua(self, request: Request, result: int, data: memoryview, offset: int) -> None:
+        """Find out whether there is no room for ``data``, or was none for what is in memory (a thin volume)."""
+        self._driver.started()
+
+        def done(again: int) -> None:
+            self._driver.finished()
+            if again > 0:
+                self._lose_cache()
+            request.complete(-result)
+
+        self._aio.write(self.fd, data, offset, done)
+        self._aio.flush()
 
     # -- the rest ---------------------------------------------------------------------------------------------
 
@@ -421,7 +442,7 @@ class FileIo:
             self._driver.finished()
             written = 0 if result in _RETRY else result
             if result <= 0 and result not in _RETRY:
-                self._write_failed(request, result)
+                self._write_failed(request, result, _ZEROES[:chunk], request.offset + done)
             elif done + written < request.length:
                 self._write_zero_bytes(request, done + written)
                 self._aio.flush()
@@ -446,28 +467,7 @@ class FileIo:
         self._aio.flush()
 
     def _block_status(self, request: Request) -> bool:
-        """Answer on the spot: SEEK_DATA and SEEK_HOLE look at metadata that is in memory after the first time."""
-        offset, end = request.offset, request.offset + request.length
-        extents: list[Extent] = []
-        wanted = min(request.extents_wanted, MAX_EXTENTS)
-        try:
-            if end > self._driver.length:
-                # Its last sector may have been written since, which makes a file longer that ended in it.
-                self._driver.refresh_length()
-            file_end = self._driver.length
-            while offset < end and len(extents) < wanted:
-                if offset >= file_end:
-                    extents.append(Extent(end - offset, BlockState.ZERO | BlockState.ALLOCATED))
-                    break
-                is_data, length = files.seek_extent(self.fd, offset, min(end, file_end))
-                state = BlockState.DATA if is_data else BlockState.ZERO
-                extents.append(Extent(length, state | BlockState.ALLOCATED))
-                offset += length
-        except OSError as error:
-            request.complete(error.errno or errno.EIO)
-            return False
-        request.result = extents
-        request.complete(0)
+        answer_status(self._driver, self.fd, request)
         return False
 
     def _cache(self, request: Request) -> bool:

@@ -38,7 +38,9 @@ class Engine:
         assert request.buffer is not None
         ended([(request, os.pwrite(fd, request.buffer, request.offset))])
 
-    def write(self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None], *, dsync: bool) -> None:
+    def write(
+        self, fd: int, buffer: memoryview, offset: int, done: Callable[[int], None], *, dsync: bool = False
+    ) -> None:
         self.under_way.append(lambda: done(self.error or os.pwrite(fd, buffer, offset)))
 
     def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
@@ -274,11 +276,23 @@ def test_no_flush_claims_success_once_something_was_lost_on_the_way_to_the_disk(
     assert file.flush() == errno.EIO
 
 
-def test_full_disk_loses_nothing(file: File) -> None:
+@pytest.mark.parametrize("change", [_write, _zero])
+@pytest.mark.parametrize(("second", "flush"), [(-errno.ENOSPC, 0), (0, errno.EIO)])
+@pytest.mark.usefixtures("no_zeroing")
+def test_full_disk_loses_nothing_unless_what_was_in_memory_found_no_room(
+    file: File, change: Callable[[File], Request], second: int, flush: int
+) -> None:
+    """A thin volume tells of that when pages are brought to it: once, and not whose they were."""
+    file.write(2)
+    request = change(file)
+    if request.op == Op.WRITE_ZEROES:
+        file.engine.end_one()
     file.engine.error = -errno.ENOSPC
-    request = _write(file)
+    file.engine.end_one()
+    file.engine.error = second
     file.engine.end_all()
     assert request.error == errno.ENOSPC
+    assert file.driver.in_flight == 0
     file.engine.error = 0
-    file.write(2)
-    assert file.flush() == 0
+    file.write(3)
+    assert file.flush() == flush
