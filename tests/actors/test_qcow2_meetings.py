@@ -10,12 +10,15 @@ import trio
 import trio.testing
 from qcow2_fakes import CLUSTER, MemoryFile, SlowFile, cut, examine, new_image, opened_on, read, write
 
+from qsd.block.bitmap import DirtyBitmap
+from qsd.block.dirty import NamedBitmap
 from qsd.drivers import mapped
 from qsd.drivers.calls import call
 from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2 import internal_snapshots, writeback
 from qsd.drivers.qcow2.image import Freeing, Image
 from qsd.drivers.qcow2.layout import CORRUPT, DIRTY, LAZY_REFCOUNTS, Header, parse_header
+from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
 
 
@@ -114,6 +117,24 @@ async def test_table_that_is_cut_off_while_it_is_written_back() -> None:
         assert driver.length == table
     for image in cut(before, file.log):
         assert not examine(image).corruptions
+
+
+async def test_no_bitmap_is_stored_in_an_image_that_was_found_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counts are not to be trusted: what they say is free may be the guest's."""
+    file = MemoryFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file) as driver:
+        monkeypatch.setattr(driver.host, "warn", lambda _text: None)
+        monkeypatch.setattr(driver.host, "emit", lambda *_event: None)
+        store = driver.bitmap_store
+        assert store is not None
+        await store.load(driver.length)
+        driver.corrupt("found broken")
+        await driver.wait_idle()
+        file.log.clear()
+        bits = DirtyBitmap(driver.length, 1 << 16)
+        with pytest.raises(QmpError, match="Input/output error"):
+            await store.store([NamedBitmap("b", bits, is_persistent=True)])
+        assert not file.log
 
 
 class _LendingFile(MemoryFile):

@@ -83,4 +83,6 @@ class DriverImage:
     def _writable(self) -> Image:
         if not self._driver.is_writable:
             raise OSError(errno.EROFS, "the image is read-only")
+        if self._driver.is_broken:
+            raise OSError(errno.EIO, "the image is corrupt")
         return self._driver.image

@@ -71,7 +71,7 @@ class Qcow2Driver(TellingDriver):
         self._cleaning = trio.CancelScope()
         self._amending = trio.Lock()
         # Found broken: nothing is served any more. And told once that something is wrong.
-        self._is_broken = False
+        self.is_broken = False
         self._has_told = False
 
     # -- opening ----------------------------------------------------------------------------------------------
@@ -218,10 +218,10 @@ class Qcow2Driver(TellingDriver):
         """Do what opening the image to write it would have done. Raises QmpError."""
         header = self.image.header
         if header.incompatible & DIRTY or header.autoclear & ~KNOWN_AUTOCLEAR:
-            self._is_broken = True
+            self.is_broken = True
             end_epoch()
             self._go_on_with(await self._read_again(self.options, self.mode))
-            self._is_broken = False
+            self.is_broken = False
             end_epoch()
 
     def abort_reopen(self) -> None:
@@ -233,26 +233,26 @@ class Qcow2Driver(TellingDriver):
 
     async def truncate(self, size: int, *, exact: bool = True) -> None:
         """Change the disk's length: see ``resizing``."""
-        if self._is_broken:
+        if self.is_broken:
             raise QmpError(errno_text(errno.EIO))
         await resize(self, size, exact=exact)
 
     async def create_snapshot(self, name: str, now_ns: int) -> str:
         """See ``internal_snapshots``. Raises OSError."""
-        if self._is_broken:
+        if self.is_broken:
             raise OSError(errno.EIO, "the image is corrupt")
         return await internal_snapshots.create(self, name, now_ns)
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """See ``internal_snapshots``. Raises QmpError."""
-        if self._is_broken or not self.is_writable:
-            raise QmpError(errno_text(errno.EIO if self._is_broken else errno.EROFS))
+        if self.is_broken or not self.is_writable:
+            raise QmpError(errno_text(errno.EIO if self.is_broken else errno.EROFS))
         await internal_snapshots.delete(self, snapshot_id)
 
     async def change_backing_file(self, name: str, kind: str) -> None:
         """See ``naming``. Raises OSError."""
-        if self._is_broken or not self.is_writable:
-            raise OSError(errno.EIO if self._is_broken else errno.EROFS, "the image cannot be written")
+        if self.is_broken or not self.is_writable:
+            raise OSError(errno.EIO if self.is_broken else errno.EROFS, "the image cannot be written")
         await naming.change_backing_file(self, name, kind)
 
     # -- amending ---------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ class Qcow2Driver(TellingDriver):
 
     async def close(self) -> None:
         """Bring the rest to the file and leave it as long as it has to be."""
-        if self.is_writable and not self._is_broken:
+        if self.is_writable and not self.is_broken:
             try:
                 await self._finish()
             except (OSError, QmpError) as error:
@@ -310,7 +310,7 @@ class Qcow2Driver(TellingDriver):
 
     async def inactivate(self) -> None:
         """The same, for another owner of the image; or for this one, when something else fails."""
-        if self.is_writable and not self._is_broken:
+        if self.is_writable and not self.is_broken:
             try:
                 await self._finish()
             except OSError as error:
@@ -341,7 +341,7 @@ class Qcow2Driver(TellingDriver):
     def corrupt(self, text: str, *, offset: int | None = None, size: int | None = None) -> None:
         """Something in the image is wrong. A writable image is marked and served no more."""
         is_fatal = self.is_writable and self.mode.active
-        if self._is_broken or (self._has_told and not is_fatal):
+        if self.is_broken or (self._has_told and not is_fatal):
             return
         self._has_told = True
         what = "Marking image as corrupt" if is_fatal else "Image is corrupt"
@@ -351,7 +351,7 @@ class Qcow2Driver(TellingDriver):
         event = {"device": "", "node-name": self.node_name, "msg": text, **place, "fatal": is_fatal}
         self.host.emit("BLOCK_IMAGE_CORRUPTED", event)
         if is_fatal:
-            self._is_broken = True
+            self.is_broken = True
             end_epoch()
             self.started()
             self.host.spawn(self._mark_corrupt, name="mark the image as corrupt")
@@ -372,7 +372,7 @@ class Qcow2Driver(TellingDriver):
         """Pass on what is one allocated cluster, or lies in the backing file; serve the rest the long way."""
         image = self.image
         geometry = image.geometry
-        if not image.is_hot or self._is_broken:
+        if not image.is_hot or self.is_broken:
             self._submit_slowly(batch)
             return
         bits = geometry.cluster_bits
@@ -449,12 +449,12 @@ class Qcow2Driver(TellingDriver):
     def spot(self) -> Spot | None:
         """Through the tables, and those of the images below; see ``spotting``."""
         image = self.image
-        if not image.is_hot or self._is_broken:
+        if not image.is_hot or self.is_broken:
             return None
         return spot_of(image.map, self.length, self.backing)
 
     def _submit_slowly(self, batch: list[Request]) -> None:
-        if self._is_broken:
+        if self.is_broken:
             for request in batch:
                 request.complete(errno.EIO)
         else:
