@@ -134,6 +134,8 @@ async def test_no_bitmap_is_stored_in_an_image_that_was_found_corrupt(monkeypatc
         bits = DirtyBitmap(driver.length, 1 << 16)
         with pytest.raises(QmpError, match="Input/output error"):
             await store.store([NamedBitmap("b", bits, is_persistent=True)])
+        # Nothing is no failure: most images have no bitmaps when they are closed.
+        await store.store([])
         assert not file.log
 
 

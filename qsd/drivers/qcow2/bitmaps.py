@@ -246,6 +246,8 @@ class Qcow2Bitmaps:
         if not self._is_loaded:
             return
         wanted = {bitmap.name: bitmap for bitmap in bitmaps}
+        if not wanted and not self._directory.count and not self._is_stale:
+            return
         kept = [entry for entry in self._entries if (b := wanted.get(entry.text)) is not None and b.is_inconsistent]
         entries: dict[str, DirectoryEntry | None] = {entry.text: None for entry in self._entries}
         entries |= {entry.text: entry for entry in kept}
