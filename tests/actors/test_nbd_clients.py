@@ -87,6 +87,28 @@ def service_of(whole: Whole) -> NbdService:
     return service
 
 
+@pytest.mark.parametrize("step", ["__init__", "start"])
+async def test_client_that_cannot_be_served_does_not_keep_the_export(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of memory, or of places in epoll. The export could not be deleted any more."""
+
+    def fail(*_args: object, **_more: object) -> None:
+        raise MemoryError
+
+    async with served(tmp_path) as whole:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.Transmission, step, fail)
+            client = await connect(tmp_path)
+            await client.go()
+            assert not await client.read(1)
+        await whole.run("block-export-del", id="e", mode="hard")
+        with trio.fail_after(5):
+            while await whole.run("query-block-exports"):
+                await trio.lowlevel.checkpoint()
+        assert any(event["event"] == "BLOCK_EXPORT_DELETED" for event in whole.events)
+
+
 async def test_slow_negotiation_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     async with served(tmp_path, handshake_max_seconds=1) as whole:
         service_of(whole).handshake_seconds = 0.05  # type: ignore[assignment]  # the test need not take a second

@@ -238,9 +238,7 @@ class NbdConnection(Actor):
         if export not in self._service.exports_alive():
             self._finish("export is going away")
             return
-        self._export = export
-        export.joined(self)
-        self._transmission = Transmission(
+        transmission = Transmission(
             self._sock,
             self._service.reactor,
             export.edge,
@@ -251,7 +249,10 @@ class NbdConnection(Actor):
             ended=self._finish,
             crashed=self._crashed,
         )
-        self._transmission.start()
+        # From here on it is the transmission that tells when the client is gone.
+        self._export, self._transmission = export, transmission
+        export.joined(self)
+        transmission.start()
 
     def _crashed(self, error: Exception) -> None:
         log.exception("%s crashed", self.name, exc_info=error)
