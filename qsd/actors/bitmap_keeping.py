@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import attrs
+import trio
 
 from qsd.actors.transaction import Action
 from qsd.block.dirty import Bar
@@ -94,6 +95,12 @@ class StopWriting(Action):
                 raise
             self.node.driver.host.warn(_lost(self.node, error))
             raise QmpError(errno_text(errno.EINVAL)) from None
+        except BaseException:
+            # Cut off somewhere, when the image may have them already.
+            self.abort()
+            with trio.CancelScope(shield=True):
+                await self.clean()
+            raise
 
     def commit(self) -> None:
         """Another owner may change them; or nobody."""
@@ -112,7 +119,7 @@ class StopWriting(Action):
         if self._was_aborted:
             try:
                 await self._store.mark_in_use()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 log.error("bitmaps of node '%s' pass for clean in its image: %s", self.node.name, error)
 
 

@@ -74,6 +74,8 @@ class FakeBitmapStore:
                 self.image[bitmap.name] = before[bitmap.name]
             else:
                 self.image[bitmap.name] = Stored(bitmap.bits.copy(), bitmap.is_recording)
+        # The old ones are given up.
+        await self._driver.world.pass_point("stored", self._driver.node_name)
 
     async def remove(self, name: str) -> None:
         if name in self.image:

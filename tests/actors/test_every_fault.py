@@ -183,6 +183,8 @@ async def test_an_error_anywhere_undoes_the_operation(
     for number, step in enumerate(steps):
         if step in _FINAL or name in _FINAL_OPERATIONS:
             continue
+        if (step, kind) == ("stored", "QmpError"):
+            continue  # that says that nothing was stored
         async with prepared(name) as (graph, world):
             before = state_of(graph, world), in_images(world)
             world.number, world.fault = number, partial(_raise, ERRORS[kind])
