@@ -196,6 +196,61 @@ async def test_chain_that_changes_before_the_start_is_refused(house: House) -> N
     await edge.detach()
 
 
+async def test_cancelled_before_it_begins(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known by its id before the graph has its turn. Starting it all the same was the end of the daemon."""
+    edge = await chain(house)
+    lock = house.graph.topology.lock
+    told: list[str] = []
+    created = trio.Event()
+    create = house.jobs.create
+
+    async def create_and_wait(*args: Any) -> None:
+        await create(*args)
+        created.set()
+        await settle()
+
+    async def stream() -> None:
+        told.append(await house.refusal("block-stream", job_id="j", device="top"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.jobs, "create", create_and_wait)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream)
+            await created.wait()
+            async with lock:
+                assert [job["status"] for job in await house.execute("query-jobs")] == ["created"]
+                with trio.fail_after(5):
+                    await house.execute("job-cancel", id="j")
+    assert told == ["Operation canceled"]
+    assert house.told == ["created", "aborting", "concluded", "null"]
+    assert [node.name for node in house.graph.nodes] == ["base", "mid", "top"]
+    await house.execute("block-stream", job_id="j", device="top")
+    await settle()
+    assert await house.contents("top") == expected()
+    await edge.detach()
+
+
+async def test_cancelled_while_it_begins(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    edge = await chain(house)
+    describe = StreamJob.describe_start
+
+    def describe_and_cancel(job: StreamJob, change: Any) -> None:
+        describe(job, change)
+        job.cancel(force=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamJob, "describe_start", describe_and_cancel)
+        await house.execute("block-stream", job_id="j", device="top")
+    await settle()
+    assert house.told == ["created", "running", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+    assert [node.name for node in house.graph.nodes] == ["base", "mid", "top"]
+    assert edge.node_name == "top"
+    await house.execute("block-stream", job_id="j", device="top")
+    await settle()
+    assert await house.contents("top") == expected()
+    await edge.detach()
+
+
 async def test_frozen_links(house: House) -> None:
     edge = await chain(house)
     await house.execute("block-stream", job_id="j", device="top", base_node="base", speed=1)

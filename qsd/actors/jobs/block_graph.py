@@ -9,7 +9,9 @@ import attrs
 
 from qsd.actors.change_steps import Firmness
 from qsd.actors.graph_actions import GraphAction
+from qsd.actors.jobs.job import CANCELED
 from qsd.errors import QmpError
+from qsd.qapi.schema.jobs import JobStatus
 
 if TYPE_CHECKING:
     from qsd.actors.change import Change
@@ -63,6 +65,10 @@ class StartJob(GraphAction):
 
     def describe(self, change: Change) -> None:
         """Put the job's filter in place, and let it use its nodes."""
+        if self.job.status is not JobStatus.CREATED:
+            # A user has seen it in the list, and cancelled it.
+            raise QmpError(CANCELED)
+        self.job.is_starting = True
         self.job.edges.clear()
         self.job.frozen.clear()
         self.job.describe_start(change)
@@ -76,6 +82,7 @@ class StartJob(GraphAction):
     async def unstage(self) -> None:
         """Forget the job if it does not work."""
         job = self.job
+        job.is_starting = False
         if not self._was_committed and not job.concluded.is_set():
             if self.is_alone:
                 self.jobs.discard(job)

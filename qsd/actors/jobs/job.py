@@ -73,6 +73,8 @@ class Job(Actor):
         # Cancelled by force: whatever the work comes to, it ends as cancelled.
         self.is_cancelled = False
         self.is_user_paused = False
+        # It is about to be started, and there is no way back: who cancels it now cancels its work.
+        self.is_starting = False
         self.has_run = trio.Event()
         self.concluded = trio.Event()
         self._pauses = AsyncValue(0)
@@ -297,7 +299,7 @@ class Job(Actor):
     def cancel(self, *, force: bool) -> trio.Event | None:
         """Give the job up, or end it early (``force`` off, and it knows how). What to wait for, if anything."""
         self._resume()
-        if self.status is JobStatus.CREATED:
+        if self.status is JobStatus.CREATED and not self.is_starting:
             self.has_run.set()
         if self.has_run.is_set():
             return self.group.cancel(self)
