@@ -147,12 +147,34 @@ def unix_name(address: UnixSocketAddress) -> str | bytes:
     return name if address.tight in (None, True) else name.ljust(_SUN_PATH_MAX, b"\0")
 
 
+# What accept(2) tells of the client that waited, not of the listener: it is gone, or a firewall keeps it out.
+CLIENT_LOST = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+
+
 def accept_nowait(listener: socket.socket) -> socket.socket | None:
     """Take a waiting connection, or None when there is none (any more). Raises OSError when out of descriptors."""
     try:
         sock, _peer = listener.accept()
-    except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+    except (BlockingIOError, InterruptedError):
         return None
+    except OSError as error:
+        if error.errno in CLIENT_LOST:
+            return None
+        raise
     sock.setblocking(False)
     return sock
 

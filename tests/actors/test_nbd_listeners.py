@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -43,3 +45,25 @@ async def test_every_address_of_a_host_is_served_until_the_stop(host: str, tmp_p
             for family, port in listening:
                 assert not await is_served(family, port)
         assert whole.supervisor.fatal is None
+
+
+async def test_client_whose_network_failed_before_it_was_let_in_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accept(2) tells of what has happened to that client; it was taken for the listener's end."""
+    errors = [errno.ECONNABORTED, errno.EPROTO, errno.EHOSTUNREACH, errno.EPERM]
+    kind: Any = trio._socket._SocketType  # type: ignore[attr-defined]  # what all of trio's sockets are
+    real = kind.accept
+
+    async def accept(listener: Any) -> Any:
+        if errors:
+            raise OSError(errors.pop(), "of the client")
+        return await real(listener)
+
+    monkeypatch.setattr(kind, "accept", accept)
+    async with whole_daemon(tmp_path) as whole:
+        await whole.run("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}})
+        ((family, port),) = ports(whole)
+        assert await is_served(family, port)
+        assert whole.supervisor.fatal is None
+    assert not errors

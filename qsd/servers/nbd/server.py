@@ -443,7 +443,7 @@ class NbdService(Actor):
                         log.error("cannot accept NBD clients: %s", error.strerror)
                         await trio.sleep(0.1)
                         continue
-                    if error.errno == errno.ECONNABORTED:
+                    if error.errno in sockets.CLIENT_LOST:
                         continue
                     raise
                 await self._welcome(accepted)
