@@ -70,7 +70,7 @@ async def _inactivate(topology: Topology, tops: list[Node]) -> None:
 
 
 def _keeps_active(edge: RootEdge) -> bool:
-    if edge.options.job is not None:
+    if edge.options.job is not None or edge.options.amends:
         # It would go on writing (the reference's does) to what is somebody else's.
         return True
     return bool(edge.wanted.perm & (WRITING | Perm.RESIZE)) and not edge.options.allow_inactive

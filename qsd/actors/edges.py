@@ -251,7 +251,7 @@ class RootEdge(Edge):
     While the node is inactive the edge uses nothing and shares everything; ``wanted`` comes back with activation.
     """
 
-    __slots__ = ("_ask", "_holds", "_kept", "is_attached", "options", "wanted")
+    __slots__ = ("_ask", "_holds", "_kept", "amended", "is_attached", "options", "wanted")
 
     def __init__(
         self,
@@ -266,6 +266,8 @@ class RootEdge(Edge):
         self.options = options
         self.wanted = Rights(options.perm, options.shared)
         self.is_attached = False
+        # What is amended stays the same node, wherever the edge leads.
+        self.amended = node if options.amends else None
         self._ask = ask
 
     @property

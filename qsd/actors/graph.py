@@ -332,9 +332,13 @@ class Graph(Actor):
         async with self.topology.lock:
             if not edge.is_attached:
                 return
-            change = Change(self.topology, [edge.node], Firmness.MUST_SUCCEED)
+            touched = [edge.node]
+            if edge.amended is not None:
+                edge.amended.driver.amending -= 1
+                if info_of(edge.amended).key in self.topology.living:
+                    touched.append(edge.amended)
+            change = Change(self.topology, touched, Firmness.MUST_SUCCEED)
             change.detach(edge)
-            edge.node.driver.amending -= edge.options.amends
             await change.run()
             left = change.left_alone
         await shielded(self._opener.close_unwanted, left)

@@ -298,6 +298,16 @@ async def test_writer_keeps_nodes_active_unless_it_allows_it(bench: Bench) -> No
     await reader.detach()
 
 
+async def test_what_is_amended_stays_active(bench: Bench) -> None:
+    graph, _world = bench
+    await graph.add(raw("r", disk("f")))
+    edge = await graph.attach("r", RootOptions(Perm.CONSISTENT_READ, needs_active=True, amends=True))
+    text = await refused(bench, lambda: graph.set_active("r", active=False))
+    assert text == "Failed to inactivate node: Operation not permitted"
+    await edge.detach()
+    await graph.set_active("r", active=False)
+
+
 async def test_inactive_child_is_refused_to_active_parents(bench: Bench) -> None:
     graph, _world = bench
     await graph.add(disk("off", active=False))

@@ -80,6 +80,24 @@ def backing_of(graph: Graph, name: str) -> str | None:
 # -- overlays ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+async def test_amending_ends_where_it_began(bench: Bench, deleted: bool) -> None:
+    """The edge leads to the overlay by then: the node below kept the image for itself for ever."""
+    graph, _world = bench
+    await add(graph, "a", "b")
+    below, overlay = graph.find("a"), graph.find("b")
+    edge = await graph.attach("a", RootOptions(Perm.CONSISTENT_READ, needs_active=True, amends=True))
+    await graph.transact([snapshot(graph, "a", "b")])
+    assert edge.node is overlay
+    assert (below.driver.amending, overlay.driver.amending) == (1, 0)
+    if deleted:
+        await graph.reopen((format_on("b", NULL),))
+        await graph.delete("a")
+    await edge.detach()
+    assert (below.driver.amending, overlay.driver.amending) == (0, 0)
+    check_plan(graph)
+
+
 async def test_users_move_to_the_overlay(bench: Bench) -> None:
     graph, world = bench
     await add(graph, "base", "over")

@@ -128,8 +128,8 @@ class AmendJob(_OneStep):
 
     async def work(self) -> None:
         """Let the driver change its image."""
-        assert self._edge is not None
-        await self._edge.node.driver.amend(self._changes, force=self._force)
+        # Not the edge's node, which may be an overlay by now.
+        await self._node.driver.amend(self._changes, force=self._force)
 
     async def clean(self) -> None:
         """Let go of the node."""
