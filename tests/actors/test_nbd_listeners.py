@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from whole_daemon import Whole, whole_daemon
 
 from qsd.servers.nbd.server import NbdService
@@ -67,3 +68,29 @@ async def test_client_whose_network_failed_before_it_was_let_in_stops_nobody(
         assert await is_served(family, port)
         assert whole.supervisor.fatal is None
     assert not errors
+
+
+async def test_descriptor_of_a_client_that_was_given_up_serves_the_next_at_once(tmp_path: Path) -> None:
+    """Whoever got its number waited for it along with the negotiation that had not ended yet."""
+    async with whole_daemon(tmp_path) as whole:
+        await whole.run("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}})
+        ((family, port),) = ports(whole)
+        service = whole.actor("nbd server")
+        assert isinstance(service, NbdService)
+        with trio.socket.socket(family) as client:
+            await client.connect(("127.0.0.1", port))
+            assert await client.recv(8) == b"NBDMAGIC"
+            await trio.testing.wait_all_tasks_blocked()
+            (connection,) = service._connections
+            number = connection._sock.fileno()
+            connection.disconnect("given up")
+            pair = socket.socketpair()
+            assert number in [end.fileno() for end in pair]
+            for end, other in (pair, pair[::-1]):
+                other.send(b"x")
+                await trio.lowlevel.wait_readable(end)
+            for end in pair:
+                end.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not service._connections
+        assert whole.supervisor.fatal is None

@@ -222,6 +222,8 @@ class NbdConnection(Actor):
                 if not data:
                     raise OSError(0, "Unexpected end-of-file before all data were read")
                 handshake.receive(data)
+        except trio.ClosedResourceError:  # disconnected
+            return None
         except OSError as error:
             complaint = handshake.complaint_of_loss(error.strerror or str(error), while_sending=while_sending)
             if complaint is not None:
@@ -235,7 +237,7 @@ class NbdConnection(Actor):
         self._service.warn(f"qsd: option negotiation failed: {text}")
 
     def _begin(self, export: NbdExport, result: Negotiated) -> None:
-        if export not in self._service.exports_alive():
+        if export not in self._service.exports_alive() or self._sock.fileno() < 0:
             self._finish("export is going away")
             return
         transmission = Transmission(
@@ -274,14 +276,19 @@ class NbdConnection(Actor):
         if self._transmission is not None:
             self._transmission.disconnect(reason)
         else:
-            self._sock.close()
+            self._close()
             self.ref.tell(Stop())
+
+    def _close(self) -> None:
+        # Wakes the negotiation: somebody else may get the descriptor's number before it has been cancelled.
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
 
     async def stopping(self) -> None:
         """Let go of the socket."""
         if self._transmission is not None:
             self._transmission.disconnect("server is shutting down")
-        self._sock.close()
+        self._close()
         self._service.left(self)
 
 
