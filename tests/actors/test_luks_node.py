@@ -351,7 +351,12 @@ async def test_reopening_changes_neither_key_nor_header() -> None:
         with pytest.raises(QmpError) as caught:
             await house.driver.prepare_reopen(other, house.driver.mode)
         assert caught.value.desc == "Cannot change the option 'header'"
-        await house.driver.prepare_reopen(SimpleNamespace(key_secret="s", header=None), house.driver.mode)
+        same = SimpleNamespace(key_secret="s", header=None)
+        await house.driver.prepare_reopen(same, house.driver.mode)
+        house.disk.length += 512  # of another file with the same key
+        house.driver.children["file"].node.refresh()
+        house.driver.commit_reopen(same, house.driver.mode)
+        assert house.driver.length == SIZE + 512
 
 
 async def test_keys_that_another_owner_has_added_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,8 +376,11 @@ async def test_keys_that_another_owner_has_added_stay(monkeypatch: pytest.Monkey
         assert await slots_of(house.disk.data, PASSWORDS) == AMENDED["add"]
         # Made anew by its owner: what is read with the old key would be noise.
         await (await formatted("aes-128")).write(theirs)
-        with pytest.raises(QmpError, match="another one now"):
+        with pytest.raises(QmpError, match="another one than it was"):
             await house.driver.activate()
+        # Nor is its file exchanged for that of another volume.
+        with pytest.raises(QmpError, match="another one than it was"):
+            await house.driver.prepare_reopen(SimpleNamespace(key_secret="s", header=None), house.driver.mode)
 
 
 def amendment(**members: Any) -> Any:

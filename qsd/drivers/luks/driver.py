@@ -16,6 +16,7 @@ from qsd.block.permissions import Perm
 from qsd.drivers.base import SECTOR, Child, ChildRole, Driver, Host, Limits, Mode, limits_above
 from qsd.drivers.filenames import object_text, tree_text
 from qsd.drivers.luks.amend import amend_volume
+from qsd.drivers.luks.header import Header
 from qsd.drivers.luks.sealed import SealedChild, Sealer
 from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, read_again, volume_info
 from qsd.errors import QmpError, errno_text
@@ -91,18 +92,38 @@ class LuksDriver(Driver):
         return perm | Perm.CONSISTENT_READ, shared
 
     async def prepare_reopen(self, options: Any, mode: Mode) -> None:
-        """The header cannot move."""
+        """The header cannot move. Another file may only be one with the same key: the guest would write noise."""
         if isinstance(options.header, str) and options.header != self._header_name:
             raise QmpError("Cannot change the option 'header'")
+        self._next = await self._look_again()
+
+    def commit_reopen(self, options: Any, mode: Mode) -> None:
+        """Take the key slots and the length as they are there."""
+        super().commit_reopen(options, mode)
+        self._take(*self._next)
+        self.refresh_length()
 
     async def activate(self) -> None:
         """Another owner may have changed the key slots: the next key must not get a slot that is taken by now."""
-        volume = self._volume
-        found = await read_again(volume, volume.area)
-        if found is None or found.header.payload_offset != self._offset:
-            raise QmpError("The volume is another one now")
-        volume.header = found.header
+        self._take(*await self._look_again())
         self.refresh_length()
+
+    async def _look_again(self) -> tuple[Header, Header]:
+        """The header as it was known and as it is now. Raises QmpError when the volume is another one."""
+        volume = self._volume
+        before = volume.header
+        try:
+            found = await read_again(volume, volume.area)
+        except OSError as error:
+            raise QmpError(f"Could not read the LUKS header: {errno_text(error.errno or 0)}") from None
+        if found is None or found.header.payload_offset != self._offset:
+            raise QmpError("The LUKS volume is another one than it was")
+        return before, found.header
+
+    def _take(self, before: Header, found: Header) -> None:
+        # An amendment that was at work meanwhile knows better.
+        if self._volume.header is before:
+            self._volume.header = found
 
     # -- data -------------------------------------------------------------------------------------------------
 
