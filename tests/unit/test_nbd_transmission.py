@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qsd.drivers.spot import Spot, end_epoch
 from qsd.host.reactor import EPOLLIN, EPOLLOUT, Registration
-from qsd.messages import Loan, Op, Pieces, Request
+from qsd.messages import BlockState, Extent, Loan, Op, Pieces, Request
 from qsd.servers.nbd import transmission
 from qsd.servers.nbd.buffers import RECEIVE_SIZES, Pool
 from qsd.servers.nbd.replies import Encoder
@@ -161,13 +161,21 @@ class FakeNode:
         elif request.op == Op.READ:
             assert request.buffer is not None
             request.buffer[:] = fill(request.offset) * request.length
+        elif request.op == Op.BLOCK_STATUS:
+            request.result = [Extent(request.length, BlockState.DATA)]
         request.complete(errno.EIO if request.offset == SIZE - 4096 else 0)
 
 
 class World:
     """One connection with everything around it."""
 
-    def __init__(self, inbox: bytes, windows: Iterable[int], is_late: Callable[[Request], bool]) -> None:
+    def __init__(
+        self,
+        inbox: bytes,
+        windows: Iterable[int],
+        is_late: Callable[[Request], bool],
+        contexts: tuple[tuple[int, str], ...] = (),
+    ) -> None:
         self.sock = FakeSocket(inbox, windows)
         self.reactor = FakeReactor()
         self.node = FakeNode(is_late)
@@ -179,7 +187,7 @@ class World:
             sock,
             reactor,
             self.node,
-            Encoder(Negotiated(export, False, False, (), b""), writethrough=False),
+            Encoder(Negotiated(export, bool(contexts), False, contexts, b""), writethrough=False),
             Pool(),
             alignment=1,
             leftover=b"",
@@ -344,6 +352,22 @@ def test_what_is_read_on_the_spot_is_sent_with_its_neighbours_and_nobody_else_he
         cookies_answered(bytes(world.sock.sent), {n: (place, 4096) for n, place in enumerate(places)})
     ) == [*range(5)]
     assert (world.node.on_the_spot, world.node.bytes_on_the_spot) == (3, 3 * 4096)
+
+
+def test_few_block_status_requests_are_under_way_however_many_arrive() -> None:
+    count = 300
+    status = [REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_BLOCK_STATUS, n, 0, 4096) for n in range(count)]
+    world = World(b"".join(status), [], lambda _request: True, contexts=((1, "base:allocation"),))
+    most = 0
+    while world.sock.inbox or world.node.waiting:
+        if world.reactor.registration.events & EPOLLIN and world.sock.inbox:
+            world.reactor.registration.ready(EPOLLIN)
+        most = max(most, len(world.node.waiting))
+        world.node.finish(0)
+    assert 16 <= most <= 32
+    assert world.transmission.stats.requests == count
+    assert not world.transmission.in_flight
+    assert world.reactor.registration.events == EPOLLIN
 
 
 def test_run_of_reads_longer_than_a_slab_is_on_the_spot_to_its_end() -> None:

@@ -39,6 +39,8 @@ MAX_REQUESTS = 256
 # Bytes of replies and payloads one client may hold. A single request larger than what is left is taken when the
 # client has nothing else under way.
 MAX_BYTES = 8 << 20
+# What one BLOCK_STATUS counts as until it is answered: it may find thousands of extents.
+STATUS_BYTES = 256 << 10
 # Replies are laid out for about this much before they are submitted and sent: stays in the CPU's cache.
 BATCH_BYTES = 1 << 20
 
@@ -77,7 +79,7 @@ class Transmission:
         self._out = Outgoing(sock, pool)
         self._spot_reads = SpotReads(target, encoder, self._out, self.stats)
         self._submitted = 0  # parsed, not completed
-        self._payload_bytes = 0  # of writes not completed
+        self._payload_bytes = 0  # of writes not completed, and what block status may take
         self._closing = ""  # why no more is read; the connection ends when the answers are out
         self._gone = False  # the socket is closed
         self._registration: Registration | None = None
@@ -378,6 +380,7 @@ class Transmission:
         tag = (header.cookie, None, -1, -1, None, header.offset, header.length, header.kind, contexts)
         request = Request(op.value, header.offset, header.length, None, self._replies, 0, tag)
         request.extents_wanted = self._encoder.extents_wanted(header)
+        self._payload_bytes += STATUS_BYTES
         return request
 
     def _with_reply(self, op: Op, header: wire.RequestHeader, body: memoryview | None, flags: int) -> Request:
@@ -445,6 +448,8 @@ class Transmission:
             if current is not None:
                 out.add(current.view[first:last], current, count)
                 current = None
+            if slab is None:
+                self._payload_bytes -= STATUS_BYTES
             if request.error or slab is None:
                 header = wire.RequestHeader(0, 0, kind, cookie, offset, length)
                 out.add_bytes(self._encoder.answer(header, request, contexts))
