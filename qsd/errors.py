@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from enum import Enum
+from typing import Final
 
 
 class ErrorClass(str, Enum):
@@ -31,6 +32,10 @@ class QmpError(Exception):
     def prefixed(self, prefix: str) -> QmpError:
         """The same error with ``prefix`` put before its description."""
         return QmpError(prefix + self.desc, error_class=self.error_class, hint=self.hint)
+
+
+# How a step may fail behind which others are taken all the same.
+FAILURES: Final = (QmpError, OSError, MemoryError)
 
 
 class ActorStopped(Exception):

@@ -15,7 +15,7 @@ import trio
 
 from qsd.actors.transaction import Action
 from qsd.block.dirty import Bar
-from qsd.errors import QmpError, errno_text
+from qsd.errors import FAILURES, QmpError, errno_text
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
@@ -146,7 +146,7 @@ class StartWriting(Action):
             return
         try:
             await self._start()
-        except (QmpError, OSError, MemoryError) as error:
+        except FAILURES as error:
             told = QmpError(errno_text(error.errno or 0)) if isinstance(error, OSError) else error
             self.failures.append((self.node, told))
             await self.node.hold()

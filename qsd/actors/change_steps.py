@@ -13,7 +13,7 @@ from qsd.actors.edges import Edge, disown, info_of, owners_of
 from qsd.actors.transaction import Action, Wrapper
 from qsd.block.plan import WRITING, Rights
 from qsd.drivers.calls import call
-from qsd.errors import QmpError, errno_text
+from qsd.errors import FAILURES, QmpError, errno_text
 from qsd.messages import Op
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Firm(Wrapper):
         """Do as much of it as can be done."""
         try:
             await super().prepare()
-        except (QmpError, OSError, MemoryError) as error:
+        except FAILURES as error:
             log.error("%r is not complete: %s", self.action, error)
 
 
@@ -135,7 +135,7 @@ class Permissions(Action):
     async def prepare(self) -> None:
         try:
             await self.node.driver.prepare_permissions(self.rights.perm, self.rights.shared)
-        except (QmpError, OSError, MemoryError) as error:
+        except FAILURES as error:
             if self.firmness is Firmness.MAY_FAIL:
                 raise
             log.warning("%s keeps permissions nobody uses: %s", self.node.name, error)

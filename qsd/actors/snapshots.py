@@ -20,7 +20,7 @@ from qsd.actors.opening import UNKNOWN_REFERENCE as UNKNOWN
 from qsd.actors.read_only import set_read_only
 from qsd.drivers.base import ChildRole
 from qsd.drivers.calls import call
-from qsd.errors import QmpError, errno_text
+from qsd.errors import FAILURES, QmpError, errno_text
 from qsd.messages import Op
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class _OverlayAction(GraphAction):
         assert self._node is not None
         try:
             await set_read_only(self.tools.topology, self._node, read_only=True)
-        except (QmpError, OSError, MemoryError) as error:
+        except FAILURES as error:
             log.info("%s stays writable: %s", self._node.name, error)
 
 
@@ -264,7 +264,7 @@ class InternalSnapshotAction(GraphAction):
         assert self._node is not None
         try:
             await self._node.driver.delete_snapshot(self._made)
-        except (QmpError, OSError, MemoryError) as error:
+        except FAILURES as error:
             log.warning("snapshot '%s' on '%s' stays: %s", self.name, self.device, error)
 
 

@@ -100,12 +100,12 @@ class LuksDriver(Driver):
     def commit_reopen(self, options: Any, mode: Mode) -> None:
         """Take the key slots and the length as they are there."""
         super().commit_reopen(options, mode)
-        self._take(*self._next)
+        self._volume.renew(*self._next)
         self.refresh_length()
 
     async def activate(self) -> None:
         """Another owner may have changed the key slots: the next key must not get a slot that is taken by now."""
-        self._take(*await self._look_again())
+        self._volume.renew(*await self._look_again())
         self.refresh_length()
 
     async def _look_again(self) -> tuple[Header, Header]:
@@ -116,14 +116,9 @@ class LuksDriver(Driver):
             found = await read_again(volume, volume.area)
         except OSError as error:
             raise QmpError(f"Could not read the LUKS header: {errno_text(error.errno or 0)}") from None
-        if found is None or found.header.payload_offset != self._offset:
+        if found is None or found.payload_offset != self._offset:
             raise QmpError("The LUKS volume is another one than it was")
-        return before, found.header
-
-    def _take(self, before: Header, found: Header) -> None:
-        # An amendment that was at work meanwhile knows better.
-        if self._volume.header is before:
-            self._volume.header = found
+        return before, found
 
     # -- data -------------------------------------------------------------------------------------------------
 

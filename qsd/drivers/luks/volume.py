@@ -99,6 +99,11 @@ class Volume:
     cipher: SectorCipher
     left: KeySlot | None = None
 
+    def renew(self, before: Header, found: Header) -> None:
+        """Take the header that was ``found`` when ``before`` was known: an amendment since then knows better."""
+        if self.header is before:
+            self.header = found
+
 
 async def open_volume(
     area: Area, password: bytes, *, is_detached: bool = False, run: InThread = in_thread
@@ -120,12 +125,12 @@ async def find_key(
     return header, spec, await unlock(area, header, spec, password, run)
 
 
-async def read_again(volume: Volume, area: Area) -> Volume | None:
-    """The volume as its header is now; None when its master key is another. Raises QmpError, OSError."""
+async def read_again(volume: Volume, area: Area) -> Header | None:
+    """The header as it is now in ``area``; None when its master key is another. Raises QmpError, OSError."""
     old = volume.header
     new = parse_header(await area.read(0, layout.LENGTH), is_detached=not old.payload_offset)
     keeps = attrs.evolve(new, slots=old.slots, payload_offset=old.payload_offset, uuid=old.uuid) == old
-    return attrs.evolve(volume, area=area, header=new) if keeps else None
+    return new if keeps else None
 
 
 async def unlock(

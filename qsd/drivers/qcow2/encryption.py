@@ -122,9 +122,8 @@ async def _look_again(known: Encryption, header: Header, file: Child) -> Encrypt
     found = await read_again(volume, crypto_area(header, file))
     if found is None:
         return None
-    # The volume stays the same one: an amendment may be at work on its slots, and knows better what they are.
-    if volume.header is before:
-        volume.header = found.header
+    # The volume stays the same one: an amendment may be at work on its slots.
+    volume.renew(before, found)
     return attrs.evolve(known)
 
 

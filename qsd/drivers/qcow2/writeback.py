@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qsd.drivers.qcow2.dirty import L1_SECTOR
-from qsd.drivers.qcow2.guarding import PIECE
 from qsd.drivers.qcow2.image import Freed, Freeing
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2
 from qsd.drivers.qcow2.storing import write_all
@@ -240,19 +239,15 @@ class WriteBack:
         its keys are in. (Tables of snapshots lose theirs one by one, and the last while they are guarded still.)
         """
         known, bits = self._image.metadata, self._image.geometry.cluster_bits
-        for start in range(first, first + count, PIECE):
-            piece = range(start, min(start + PIECE, first + count))
-            for cluster in piece if known.find(piece) is not None else ():
-                kind = known.clusters.get(cluster)
-                if kind in (None, INACTIVE_L1, INACTIVE_L2):
-                    continue
-                if await self._driver.settled(self._image.refs.get, cluster) == 1:
-                    text = f"Preventing freeing of metadata ({kind})"
-                    self._driver.corrupt(text, offset=cluster << bits, size=1 << bits)
-                    raise OSError(errno.EINVAL, text)
-            if count > PIECE:
-                # All of a disk may have been discarded: others run meanwhile.
-                await trio.lowlevel.checkpoint()
+        run = range(first, first + count)
+        for cluster in run if known.find(run) is not None else ():
+            kind = known.clusters.get(cluster)
+            if kind in (None, INACTIVE_L1, INACTIVE_L2):
+                continue
+            if await self._driver.settled(self._image.refs.get, cluster) == 1:
+                text = f"Preventing freeing of metadata ({kind})"
+                self._driver.corrupt(text, offset=cluster << bits, size=1 << bits)
+                raise OSError(errno.EINVAL, text)
 
 
 def _pieces(freed: list[Freed]) -> Iterator[Freed]:
