@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the program with ``words`` (the process's own when None); return its exit code."""
-    # Until the daemon listens for signals they simply end the process: there is nothing to clean up yet.
+    # Until ``block``, when the daemon listens for them, signals simply end the process: nothing to clean up yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     prog = os.path.basename(sys.argv[0])
@@ -93,7 +93,8 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
     from qsd.actors.depth import RECURSION_LIMIT
     from qsd.actors.supervisor import Supervisor
     from qsd.daemon import build
-    from qsd.life import Process, deaf_in_the_end, run
+    from qsd.host.signals import block
+    from qsd.life import SIGNALS, Process, run
 
     gc.freeze()
     gc.enable()
@@ -124,5 +125,5 @@ def _run(prog: str, given: list[Given], pidfile: str | None, background: Backgro
         if background is not None:
             background.ready()
 
-    with deaf_in_the_end() as went_down:
-        return trio.run(run, start, Process(pidfile, came_up, Report(prog).error, went_down))
+    block(SIGNALS)
+    return trio.run(run, start, Process(pidfile, came_up, Report(prog).error))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Awaitable, Callable
 
 import attrs
 import trio
@@ -20,8 +18,10 @@ from qsd.errors import QmpError
 from qsd.host.console import write_stderr
 from qsd.host.notify import notify
 from qsd.host.pidfile import PidFile
+from qsd.host.signals import Arrivals
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# For the ``host.signals.block`` of who calls ``run`` and ends with it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @attrs.frozen
@@ -29,45 +29,15 @@ class Process:
     """What surrounds the daemon.
 
     ``came_up`` runs when everything works, before that is announced: it detaches a background daemon. ``failed``
-    prints why the daemon cannot come up. ``went_down`` runs when all is closed, while signals still stop nothing.
+    prints why the daemon cannot come up.
     """
 
     pidfile: str | None
     came_up: Callable[[], None]
     failed: Callable[[QmpError], None]
-    went_down: Callable[[], None] = lambda: None
 
 
 Start = Callable[[Supervisor], Awaitable[int | None]]
-
-
-@contextmanager
-def deaf_in_the_end() -> Iterator[Callable[[], None]]:
-    """Around ``run``: ignore the signals that stop the daemon from the moment when what is yielded is called.
-
-    The second SIGTERM of somebody impatient would make of an orderly end a death by that signal. For the main
-    thread of a process that ends soon.
-    """
-    is_over = False
-
-    def went_down() -> None:
-        nonlocal is_over
-        is_over = True
-
-    def take(number: int, _frame: FrameType | None) -> None:
-        # Before ``run`` listens to signals or after that.
-        if not is_over:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in _SIGNALS:
-        signal.signal(number, take)
-    try:
-        yield went_down
-    finally:
-        for number in _SIGNALS:
-            # Handlers that are functions go with the interpreter, this one stays.
-            signal.signal(number, signal.SIG_IGN)
 
 
 async def run(start: Start, process: Process) -> int:
@@ -79,13 +49,12 @@ async def run(start: Start, process: Process) -> int:
     supervisor = Supervisor()
     pidfile: list[PidFile] = []
     try:
-        with trio.open_signal_receiver(*_SIGNALS) as arrivals:
+        with Arrivals(SIGNALS) as arrivals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey, arrivals, supervisor, name="signals")
                 async with supervisor:
                     code = await _live(supervisor, start, process, pidfile)
                     notify("STOPPING=1")
-                process.went_down()
                 nursery.cancel_scope.cancel()
     finally:
         for held in pidfile:
@@ -122,9 +91,11 @@ def _exit_code(supervisor: Supervisor) -> int:
     return 0 if supervisor.fatal is None else 1
 
 
-async def _obey(arrivals: AsyncIterator[int], supervisor: Supervisor) -> None:
-    async for number in arrivals:
-        if number == signal.SIGUSR1:
-            write_stderr(supervisor.tree())
-        else:
-            supervisor.stop_daemon()
+async def _obey(arrivals: Arrivals, supervisor: Supervisor) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(arrivals.fileno())
+        for number in arrivals.take():
+            if number == signal.SIGUSR1:
+                write_stderr(supervisor.tree())
+            else:
+                supervisor.stop_daemon()

@@ -20,13 +20,13 @@ import select
 import shutil
 import socket
 import stat
-import subprocess
 import threading
 from collections.abc import Sequence
 
 import attrs
 
 from qsd.host import served
+from qsd.host.programs import run_program
 
 SOURCE = "qsd"
 DEVICE = "/dev/fuse"
@@ -254,7 +254,7 @@ def _mount_with_helper(path: str, options: MountOptions) -> int:
     command = [_helper(), "-o", ",".join([*words, *_common_words(options)]), "--", path]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
-        said = _run(command, pass_fds=(theirs.fileno(),), env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())})
+        said = _run(command, theirs.fileno())
         theirs.close()
         fd = _receive_fd(ours)
     if fd is None:
@@ -262,25 +262,16 @@ def _mount_with_helper(path: str, options: MountOptions) -> int:
     return fd
 
 
-def _run(command: Sequence[str], *, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None) -> str:
+def _run(command: list[str], fd: int | None = None) -> str:
     """Run the helper to its end; what it said if it failed, else nothing. Raises MountError."""
+    env = dict(os.environ) if fd is None else os.environ | {"_FUSE_COMMFD": str(fd)}
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=pass_fds,
-            env=env,
-            timeout=HELPER_SECONDS,
-            check=False,
-        )
+        code, said = run_program(command, env, HELPER_SECONDS, fd)
+    except TimeoutError:
+        raise MountError(f"{command[0]} did not end") from None
     except OSError as error:
         raise MountError(f"{command[0]}: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise MountError(f"{command[0]} did not end") from None
-    said = " ".join(done.stderr.decode(errors="replace").split())
-    return "" if done.returncode == 0 else said or f"{command[0]} failed"
+    return "" if code == 0 else " ".join(said.split()) or f"{command[0]} failed"
 
 
 def _receive_fd(sock: socket.socket) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import attrs
@@ -37,6 +38,11 @@ class Fragile(Actor):
     @receives(Boom)
     async def _boom(self, message: Boom) -> None:
         raise RuntimeError("boom")
+
+
+def kill_here(number: signal.Signals) -> None:
+    """Send a signal to this thread: threads of earlier tests do not block it, and the process would end there."""
+    signal.pthread_kill(threading.get_ident(), number)
 
 
 class Life:
@@ -89,7 +95,7 @@ async def test_signal_stops(number: signal.Signals) -> None:
 
         async def kill() -> None:
             await life.up.wait()
-            os.kill(os.getpid(), number)
+            kill_here(number)
 
         nursery.start_soon(kill)
         assert await run(life.start, life.process) == 0
@@ -102,8 +108,8 @@ async def test_sigusr1_prints_the_tree_and_changes_nothing(capfd: pytest.Capture
 
         async def kill() -> None:
             await life.up.wait()
-            os.kill(os.getpid(), signal.SIGUSR1)
-            os.kill(os.getpid(), signal.SIGTERM)
+            kill_here(signal.SIGUSR1)
+            kill_here(signal.SIGTERM)
 
         nursery.start_soon(kill)
         assert await run(life.start, life.process) == 0
@@ -129,7 +135,7 @@ async def test_stop_while_starting_cancels_it() -> None:
 
     async def stuck(supervisor: Supervisor) -> int | None:
         await life.start(supervisor)
-        os.kill(os.getpid(), signal.SIGTERM)
+        kill_here(signal.SIGTERM)
         await trio.sleep_forever()
         return None
 

@@ -9,7 +9,8 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,17 +104,96 @@ def test_signal_shuts_down_cleanly(daemon: Start, tmp_path: Path, number: signal
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_signals_are_as_one(daemon: Start, tmp_path: Path) -> None:
-    """One that came when all was closed killed the process: an orderly end looked like a crash.
+FLOOD = """
+import collections, itertools, os, signal, sys
+pidfd = os.pidfd_open(int(sys.argv[1]))
+print(flush=True)
+# No instruction of Python between two of them.
+send = map(signal.pidfd_send_signal, itertools.repeat(pidfd), itertools.cycle(map(int, sys.argv[2:])))
+try:
+    collections.deque(send, maxlen=0)
+except ProcessLookupError:
+    pass
+"""
 
-    Not so many that the interpreter does nothing but begin to handle the next: a thousand in a second.
-    """
-    running = daemon("--pidfile", "qsd.pid")
-    while running.process.poll() is None:
-        running.process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(timeout=0.001)
-    assert running.wait() == 0
+
+@contextlib.contextmanager
+def flood(pid: int, *numbers: signal.Signals) -> Iterator[None]:
+    """Processes that send ``pid`` signals as fast as the kernel takes them, until it has ended."""
+    words = [sys.executable, "-c", FLOOD, str(pid), *(str(int(number)) for number in numbers)]
+    senders = [subprocess.Popen(words, stdout=subprocess.PIPE) for _ in range(3)]
+    try:
+        for sender in senders:
+            assert sender.stdout is not None
+            assert sender.stdout.read(1)
+        yield
+    finally:
+        for sender in senders:
+            sender.kill()
+            sender.communicate()
+
+
+def test_flood_of_signals_is_as_one(daemon: Start, tmp_path: Path) -> None:
+    """Python's handlers nest: it died of its stack's end, or of the signal when the handlers were gone."""
+    for _ in range(5):
+        running = daemon("--pidfile", "qsd.pid")
+        with flood(running.pid, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            assert running.wait() == 0
+        running.finish()
+        assert not (tmp_path / "qsd.pid").exists()
+
+
+def test_flood_of_signals_during_start_up(daemon: Start, tmp_path: Path) -> None:
+    for number in range(5):
+        fifo = tmp_path / f"secret{number}"
+        os.mkfifo(fifo)
+        running = daemon("--pidfile", "qsd.pid", "--object", f"secret,id=s,file={fifo}", wait=False)
+        with fifo.open("wb"), flood(running.pid, signal.SIGTERM):
+            assert running.wait() == 0
+        running.finish()
+
+
+def test_signals_are_blocked_in_every_thread(daemon: Start, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    running = daemon("--object", f"secret,id=s,file={tmp_path}/secret")  # it is read on a thread
+    blocked = [
+        int(next(line for line in status.read_text().splitlines() if line.startswith("SigBlk:")).split()[1], 16)
+        for status in Path(f"/proc/{running.pid}/task").glob("*/status")
+    ]
+    wanted = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
+    assert [mask & wanted for mask in blocked] == [wanted] * len(blocked)
+    assert len(blocked) > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_signals_that_were_blocked_or_ignored_before_are_obeyed(number: signal.Signals, tmp_path: Path) -> None:
+    words = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+    words += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.execv(sys.executable, sys.argv[1:])"
+    running = RunningDaemon(tmp_path, [], program=(sys.executable, "-c", words, *PROGRAM))
+    try:
+        running.wait_ready()
+        assert running.terminate(number) == 0
+    finally:
+        running.finish()
+
+
+def test_parent_of_a_background_daemon_can_be_killed(tmp_path: Path) -> None:
+    """While it waits for the daemon to come up, which goes on."""
+    fifo = tmp_path / "secret"
+    os.mkfifo(fifo)
+    words = ["--daemonize", "--pidfile", "qsd.pid", "--object", f"secret,id=s,file={fifo}"]
+    parent = subprocess.Popen([*PROGRAM, *words], cwd=tmp_path)
+    with fifo.open("wb"):
+        parent.terminate()
+        assert parent.wait(30) == -signal.SIGTERM
+    # Nobody knows its number until the file is there.
+    while not (tmp_path / "qsd.pid").exists() or not (tmp_path / "qsd.pid").read_text():
+        os.sched_yield()
+    pid = int((tmp_path / "qsd.pid").read_text())
+    ended = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGTERM)
+    assert select.select([ended], [], [], 30)[0]
+    os.close(ended)
     assert not (tmp_path / "qsd.pid").exists()
 
 
