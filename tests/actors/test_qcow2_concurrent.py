@@ -42,6 +42,8 @@ async def use(world: World, options: dict[str, Any]) -> None:
         again = make_driver(world, nursery, read_only=True, **options)
         await world.finish(again.open)
         assert await world.whole(again) == seen, "what is seen after closing is what was seen before"
+        if again.image.header.is_data_file_raw:
+            assert world.disks["data-file"].data[: len(seen)] == seen, "a raw data file is what the guest sees"
         nursery.cancel_scope.cancel()
     assert not world.warnings
 

@@ -19,6 +19,7 @@ from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.image import Freeing
 from qsd.drivers.qcow2.planning import CONTENT, NOTHING, Plan, Planner
 from qsd.drivers.runs import Cold
+from qsd.drivers.spot import end_epoch
 from qsd.messages import Flag, Op, ReplyQueue, Request
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ class Changing(Protocol):
     """Something that is going to change entries; others who want to, wait for it."""
 
     waiting: list[Callable[[], None]]
+
+
+class Claim:
+    """Guest clusters ``first`` to ``last`` (included) that are to change; too many to name each of them."""
+
+    __slots__ = ("first", "last", "waiting")
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first = first
+        self.last = last
+        self.waiting: list[Callable[[], None]] = []
 
 
 class Operation(ReplyQueue):
@@ -136,6 +148,8 @@ class Writer:
         self._link = self._link_plain if geometry.words == 1 else self._link_extended
         # Guest cluster -> what is going to change its entry.
         self.busy: dict[int, Changing] = {}
+        self._claims: list[Claim] = []
+        self._is_hot = image.is_hot
         self._buffers: list[bytearray] = []
 
     # -- the beginning ----------------------------------------------------------------------------------------
@@ -186,7 +200,27 @@ class Writer:
             waiting = operation.waiting
             raise Cold(("cluster", operation), lambda done: waiting.append(partial(done, 0)))
 
+    def claim(self, first: int, last: int) -> Claim:
+        """Let everybody wait who wants to write to these guest clusters, in place as well; none of them is busy."""
+        claim = Claim(first, last)
+        self._claims.append(claim)
+        # The hot path knows of single clusters only.
+        self._image.is_hot = False
+        return claim
+
+    def release(self, claim: Claim) -> None:
+        """The end of it. Whoever calls this sees to ``send``."""
+        self._claims.remove(claim)
+        if not self._claims and self._is_hot:
+            self._image.is_hot = True
+            end_epoch()
+        for waiting in claim.waiting:
+            self._driver.resume(waiting)
+
     def _operation_on(self, first: int, last: int) -> Changing | None:
+        for claim in self._claims:
+            if claim.first <= last and first <= claim.last:
+                return claim
         busy = self.busy
         if not busy:
             return None
@@ -327,10 +361,11 @@ class Writer:
         for target in plan.targets:
             for cluster in range(target.cluster, target.cluster + target.count):
                 del busy[cluster]
-        if operation.error:
-            self._planner.give_back(plan)
-        else:
+        if not operation.error or self._image.header.is_data_file_raw:
+            # Some of a write that failed may be in a raw data file: there it has to be what the guest sees.
             self._link(operation)
+        else:
+            self._planner.give_back(plan)
         self._image.dirty.pins.remove(operation.number)
         if (
             operation.buffer is not None

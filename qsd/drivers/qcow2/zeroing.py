@@ -22,7 +22,7 @@ from qsd.drivers.mapped import ZEROES as ZERO_BYTES
 from qsd.drivers.qcow2.edges import NO_FALLBACK, EdgeZeroer, Range
 from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from qsd.drivers.qcow2.image import Freeing
-from qsd.drivers.qcow2.writing import FUA, EntryChanger
+from qsd.drivers.qcow2.writing import FUA, Claim, EntryChanger
 from qsd.drivers.runs import UNALLOCATED, ZERO
 from qsd.messages import Flag, Op, Request
 
@@ -136,10 +136,10 @@ class Zeroer(EntryChanger):
     def _zero_stored(self, request: Request, first: int, last: int) -> None:
         if not self._is_raw and request.flags & NO_FALLBACK:
             raise OSError(errno.EOPNOTSUPP, "version 2 has no zero clusters")
-        self._driver.started()
         if self._is_raw:
-            self._driver.host.spawn(self._zero_raw, request, first, last, name="write zeroes")
+            self._begin_raw(request, first, last)
         else:
+            self._driver.started()
             self._driver.host.spawn(self._write_zero_bytes, request, name="write zero bytes")
 
     async def _write_zero_bytes(self, request: Request) -> None:
@@ -166,22 +166,35 @@ class Zeroer(EntryChanger):
         end = min(last << self._bits, self._driver.length)
         request.offset, request.flags = first << self._bits, MAY_UNMAP | NO_FALLBACK
         request.length = end - request.offset
-        self._driver.started()
-        self._driver.host.spawn(self._zero_raw, request, first, last, name="discard")
+        self._begin_raw(request, first, last)
 
-    async def _zero_raw(self, request: Request, first: int, last: int) -> None:
-        """The data file reads as zeroes first, whatever the entries are; then those of whole clusters say so."""
+    def _begin_raw(self, request: Request, first: int, last: int) -> None:
+        """Zero a range that nobody is about to change, and a raw data file along with the entries."""
+        claim = self._writer.claim(request.offset >> self._bits, request.offset + request.length - 1 >> self._bits)
+        self._driver.started()
+        self._driver.host.spawn(self._zero_raw, request, first, last, claim, name="zero a raw data file")
+
+    async def _zero_raw(self, request: Request, first: int, last: int, claim: Claim) -> None:
+        """The data file reads as zeroes first, whatever the entries are; then those of whole clusters say so.
+
+        Writes on their way to the file come before that, later ones afterwards: one that came between the two would
+        be in the file, and nowhere for the guest.
+        """
         data = self._image.map.data
         error = 0
         try:
+            await self._driver.caught_up()
+            await data.quiesce()
             inside = max(0, min(request.length, data.length - request.offset))
             if inside:
                 await call(data, Op.WRITE_ZEROES, request.offset, inside, None, request.flags & ~FUA)
-            await self.walk(first, last, partial(self.zero_clusters, flags=request.flags))
+            await self.walk(first, last, partial(self.zero_clusters, flags=request.flags), is_claimed=True)
         except OSError as problem:
             error = problem.errno or errno.EIO
             if request.op == Op.DISCARD and error == errno.EOPNOTSUPP:
                 error = 0
+        finally:
+            self._writer.release(claim)
         self._ended(request, error)
 
     # -- whole clusters ---------------------------------------------------------------------------------------
@@ -213,27 +226,44 @@ class Zeroer(EntryChanger):
         return True
 
     async def walk(
-        self, first: int, last: int, change: Callable[[int, int], None], *, skips_unmapped: bool = True
+        self,
+        first: int,
+        last: int,
+        change: Callable[[int, int], None],
+        *,
+        skips_unmapped: bool = True,
+        is_claimed: bool = False,
     ) -> None:
         """Call ``change(first, stop)`` for the clusters ``first`` to ``last`` (excluded), slice by slice.
 
-        ``skips_unmapped``: not for those that no L2 table describes. Others run in between. Raises OSError.
+        ``skips_unmapped``: not for those that no L2 table describes. ``is_claimed``: nobody else may change any of
+        them. Others run in between. Raises OSError.
         """
+        check = None if is_claimed else self._writer.require_free
         cluster = first
         while cluster < last:
             stop = min(last, (cluster >> self._slice_bits) + 1 << self._slice_bits)
-            cluster = await self._driver.settled(self._change_slice, cluster, stop, last, change, skips_unmapped)
+            cluster = await self._driver.settled(
+                self._change_slice, cluster, stop, last, change, check, skips_unmapped
+            )
             await trio.lowlevel.checkpoint()
 
     def _change_slice(
-        self, cluster: int, stop: int, last: int, change: Callable[[int, int], None], skips_unmapped: bool
+        self,
+        cluster: int,
+        stop: int,
+        last: int,
+        change: Callable[[int, int], None],
+        check: Callable[[int, int], None] | None,
+        skips_unmapped: bool,
     ) -> int:
         """Change clusters of one slice; the cluster to go on with. Raises Cold, OSError."""
         if skips_unmapped:
             missing = self._image.map.unmapped(cluster, last - cluster)
             if missing:
                 return cluster + missing
-        self._writer.require_free(cluster, stop - 1)
+        if check is not None:
+            check(cluster, stop - 1)
         change(cluster, stop)
         return stop
 
