@@ -14,6 +14,7 @@ from qcow2_fakes import KIB, Bench, MemoryFile, cut_somewhere, examine, opened_o
 
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
+from qsd.drivers.base import Mode
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
@@ -218,3 +219,42 @@ def assert_sound(data: bytes) -> None:
     header = parse_header(data[: 2 << 20])
     flags = 0 if marking(header) else sum("OFLAG_COPIED" in each for each in found.problems)
     assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems
+
+
+# -- files that cannot be read everywhere --------------------------------------------------------------------------
+
+
+class Scratched(MemoryFile):
+    """A file of which one sector cannot be read."""
+
+    broken = -1
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if request.op == Op.READ and request.offset <= self.broken < request.offset + request.length:
+                request.complete(errno.EIO)
+            else:
+                super().submit([request])
+
+
+async def test_broken_sector_matters_where_something_stands() -> None:
+    """One anywhere in the header's cluster, or behind the snapshot table, kept the image from being opened."""
+    bench = Bench(Header(size=256 * KIB, cluster_bits=12, backing_file=b"/" + b"b" * 600), random.Random(0))
+    async with opened_on(bench.file, backing=NOTHING) as driver:
+        await bench.write(driver, 0, b"x" * 4096)
+        await bench.create_snapshot(driver)
+        await bench.create_snapshot(driver)
+        await driver.close()
+    header = parse_header(bytes(bench.file.data[:4096]))
+    # The header with its name; two entries of less than 80 bytes; one entry.
+    needed = {0, 512, header.snapshots_offset, header.l1_offset}
+    file = Scratched(bench.file.data)
+    refused = set()
+    for sector in range(0, len(file.data), 512):
+        file.broken = sector
+        try:
+            async with opened_on(file, mode=Mode(read_only=True), backing=NOTHING) as driver:
+                assert len(driver.snapshots()) == 2
+        except* QmpError:
+            refused.add(sector)
+    assert refused == needed

@@ -180,28 +180,19 @@ def _mend_tables(file: File, found: Findings) -> int:
 
 def read_header(file: File) -> Header:
     """The header of an image that can be checked. Raises OSError, QmpError."""
-    size = layout.probe_cluster_size(file.read(0, layout.PROBE_LENGTH))
+    start = file.read(0, layout.PROBE_LENGTH)
+    size = layout.probe_cluster_size(start)
     try:
         return layout.parse_header(file.read(0, size), is_for_check=True)
-    except OSError as error:
-        return _header_in_part(file, size, error)
-
-
-def _header_in_part(file: File, size: int, error: OSError) -> Header:
-    """The header where the rest of its cluster cannot be read, if it does not matter what that holds."""
-    read = b""
-    with contextlib.suppress(OSError):
-        while len(read) < size:
-            read += file.read(len(read), layout.SECTOR)
-    try:
-        header, other = (
-            layout.parse_header(read.ljust(size, fill), is_for_check=True) for fill in (b"\0", b"\xff")
-        )
-    except QmpError:
-        raise error from None
-    if header != other:
-        raise error
-    return header
+    except OSError:
+        with contextlib.suppress(OSError):
+            start = b""
+            while len(start) < size:
+                start += file.read(len(start), layout.SECTOR)
+        header = layout.parse_start(start, is_for_check=True)
+        if header is None:
+            raise
+        return header
 
 
 @contextlib.contextmanager

@@ -259,6 +259,18 @@ def parse_header(cluster: bytes, *, is_for_check: bool = False) -> Header:
     return header
 
 
+def parse_start(start: bytes, *, is_for_check: bool = False) -> Header | None:
+    """The header where nothing but the start of its cluster can be read; None if it matters what the rest holds."""
+    size = probe_cluster_size(start)
+    try:
+        header, other = (
+            parse_header(start.ljust(size, fill), is_for_check=is_for_check) for fill in (b"\0", b"\xff")
+        )
+    except QmpError:
+        return None
+    return header if header == other else None
+
+
 def _with_v3_fields(header: Header, cluster: bytes, cluster_size: int) -> Header:
     incompatible, compatible, autoclear, order, length = _V3.unpack_from(cluster, V2_LENGTH)
     if length < V3_LENGTH:
