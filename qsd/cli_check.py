@@ -65,7 +65,7 @@ def _make_objects(arguments: Sequence[str]) -> FindSecret:
             trio.run(objects.add, object_options(argument))
     except Finish as finish:
         raise _Done(finish.code) from None
-    return objects.secrets.get
+    return objects.secrets.password
 
 
 def _no_secret(name: str) -> bytes:

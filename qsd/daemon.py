@@ -100,7 +100,7 @@ async def build(supervisor: Supervisor, *, is_background: bool, up: trio.Event |
     plane = DataPlane()
     await supervisor.start(plane, Floor.CORE)
 
-    graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.get, events.emit)
+    graph = Graph(supervisor, find_driver, plane.aio, _warn, objects.secrets.password, events.emit)
     await supervisor.start(graph, Floor.GRAPH)
     jobs = Jobs(supervisor, events)
     await supervisor.start(jobs, Floor.JOBS)
@@ -118,7 +118,7 @@ async def build(supervisor: Supervisor, *, is_background: bool, up: trio.Event |
         exports=exports,
         nbd=nbd,
         jobs=jobs,
-        creating=CreateServices(graph, objects.secrets.get, _warn),
+        creating=CreateServices(graph, objects.secrets.password, _warn),
     )
 
     async def dispatch(session: Session, name: str, arguments: dict[str, Any]) -> Any:

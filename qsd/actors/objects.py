@@ -151,6 +151,17 @@ class Secrets:
             raise QmpError(f"Object with id '{name}' is not a secret")
         return found.value
 
+    def password(self, name: str) -> bytes:
+        """The same for what encrypts an image: UTF-8 without zero bytes, as the reference wants it."""
+        value = self.get(name)
+        try:
+            is_text = "\0" not in value.decode()
+        except UnicodeDecodeError:
+            is_text = False
+        if not is_text:
+            raise QmpError(f"Data from secret {name} is not valid UTF-8")
+        return value
+
 
 class IoThreads:
     """Finds iothreads by id."""

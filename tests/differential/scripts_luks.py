@@ -6,7 +6,7 @@ from typing import Any
 
 from script import NEGOTIATE, Differs, Script, Step, call
 from scripts_nodes import Steps, add, delete, options
-from scripts_qcow2 import made
+from scripts_qcow2 import made, not_made
 
 KIB = 1 << 10
 SECRETS = {"s": "pw", "t": "other", "u": "third", "e": ""}
@@ -155,7 +155,37 @@ def opened(**more: Any) -> Steps:
     return [delete("n"), add(options(more.pop("driver"), "n", file="f-n", **more))]
 
 
+# Passwords are text: others could be given to no other program.
+_NO_TEXT: Steps = [
+    NEGOTIATE,
+    *(
+        call("object-add", qom_type="secret", id=name, data=data, format="base64")
+        for name, data in (("bytes", "/w=="), ("zero", "cHcAeA=="), ("surrogate", "7aCA"), ("text", "w6k="))
+    ),
+    *new_volume(),
+    *new_image("i"),
+    *(
+        add(options("luks", "x", file=name, key_secret=secret))
+        for secret in ("bytes", "zero", "surrogate", "text", "nope")
+        for name in ({"driver": "file", "filename": "img"}, {"driver": "file", "filename": "n", "read-only": True})
+    ),
+    delete("i"),
+    add(options("qcow2", "i", file="f-i", encrypt={"format": "luks", "key-secret": "zero"})),
+    *(
+        step
+        for given in (
+            {"state": "active", "new_secret": "bytes"},
+            {"state": "active", "new_secret": "t", "secret": "bytes"},
+            {"state": "inactive", "old_secret": "bytes"},
+        )
+        for step in job(of_volume(**given))
+    ),
+    *not_made("luks", file="f-i", size=64 * KIB, key_secret="bytes"),
+    *not_made("qcow2", file="f-i", size=64 * KIB, encrypt={"format": "luks", "key-secret": "bytes"}),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "luks passwords that are no text": Script(_NO_TEXT, ARGUMENTS, unseen=UNSEEN),
     "luks key slots refused": Script(
         [
             NEGOTIATE,
