@@ -64,12 +64,9 @@ class FileDriver(Driver):
         self._path = options.filename
         if not self._path:
             raise QmpError(f"The '{self.name}' block driver requires a file name")
-        aio = "threads" if options.aio is None else str(options.aio.value)
-        if aio == "native" and not mode.cache_direct:
-            raise QmpError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
         if options.pr_manager is not None:
             raise QmpError(f"No persistent reservation manager with id '{options.pr_manager}'")
-        self.io.aio_mode = aio
+        self.io.aio_mode = "threads" if options.aio is None else str(options.aio.value)
         self.io.fua = _fua(mode)
         writable = not mode.read_only and not mode.auto_read_only
         self._check_kind(writable=writable)
@@ -91,6 +88,8 @@ class FileDriver(Driver):
             raise self._cannot_open(error) from None
         if stat.S_ISDIR(mode) and writable:
             raise QmpError(f"Could not open '{self._path}': Is a directory")
+        if self.io.aio_mode == "native" and not self.mode.cache_direct:
+            raise QmpError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
         self._check_type(mode)
 
     def _check_type(self, mode: int) -> None:

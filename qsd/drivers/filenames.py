@@ -50,6 +50,16 @@ def name_of(driver: Any) -> str:
         return _kept[driver]
 
 
+def place_of(driver: Any) -> str:
+    """What a relative name in the image of ``driver`` is relative to: the name of the file that holds it all.
+
+    A window of a file, or a volume in it, is where the file is, though its own name is no path.
+    """
+    while (below := driver.children.get("file")) is not None:
+        driver = below.node.driver
+    return name_of(driver)
+
+
 def _not_asked(driver: Any) -> list[Any]:
     assert _kept is not None
     found = {driver: None}

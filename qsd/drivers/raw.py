@@ -48,13 +48,13 @@ class RawDriver(PassingDriver):
             raise QmpError(f"Offset ({offset}) cannot be greater than size of the containing file ({total})")
         if size is None:
             return offset, total - offset
-        if size % SECTOR:
-            raise QmpError("Specified size is not multiple of 512")
         if offset + size > total:
             raise QmpError(
                 f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "
                 f" actual size of the containing file ({total})"
             )
+        if size % SECTOR:
+            raise QmpError("Specified size is not multiple of 512")
         return offset, size
 
     @property

@@ -17,8 +17,12 @@ SERVER = call("nbd-server-start", addr=unix("n"))
 NUL = "a\0b"
 
 
+def file(path: str) -> dict[str, Any]:
+    return {"driver": "file", "filename": path}
+
+
 def qcow2(name: str, path: str, /, **more: Any) -> dict[str, Any]:
-    return options("qcow2", name, file={"driver": "file", "filename": path}, **more)
+    return options("qcow2", name, file=file(path), **more)
 
 
 _NULS: Steps = [
@@ -68,12 +72,23 @@ _FILES = {
     "base": header(b""),
     "top": header(b"base"),
     "other": header(b""),
+    "moved": bytes(512) + header(b"base"),
     "inside": header(f"json:{_NESTED}".encode()).replace(b"\0\0\0\5qcow2", b"\0\0\0\3raw\0\0"),
 }
 
 _CHAINS: Steps = [
     NEGOTIATE,
     *(step for path in ("top", ".//top", "inside") for step in (add(qcow2("q", path)), NODES, delete("q"))),
+    # What holds the image is in the same directory, though its name is no path.
+    *(
+        step
+        for name, window in ((".//top", {"size": 196608}), (".//top", {"offset": 0}), (".//moved", {"offset": 512}))
+        for step in (
+            add(options("qcow2", "q", file={"driver": "raw", "file": file(name), **window})),
+            NODES,
+            delete("q"),
+        )
+    ),
 ]
 
 _BACKINGS: Steps = [
@@ -169,7 +184,52 @@ _ODD: Steps = [
     ),
 ]
 
+_FIRST = {"cache-size": 1, "l2-cache-entry-size": 3}
+_LATE = {"cache-clean-interval": 1 << 32}
+
+# Of several things that are wrong, the first is told.
+_WRONG: Steps = [
+    NEGOTIATE,
+    *(
+        add(options("file", "f", aio="native", **given))
+        for given in (
+            {"filename": "nope"},
+            {"filename": "."},
+            {"filename": ".", "read-only": True},
+            {"filename": "/dev/null"},
+            {"filename": "nope", "pr-manager": "x"},
+        )
+    ),
+    add(options("host_device", "f", aio="native", filename="img")),
+    *(
+        add(options("raw", "r", file=file("img"), offset=offset, size=size))
+        for offset, size in ((0, MIB + 1), (MIB, 1), (1, MIB), (0, 1))
+    ),
+    *image("p"),
+    *image("v2", version="v2"),
+    *(
+        add(options("qcow2", "q", file="f-p", **given))
+        for given in (
+            {**_FIRST, "l2-cache-size": 2},
+            {**_FIRST, "refcount-cache-size": 2},
+            {**_FIRST, "refcount-cache-size": 1, "l2-cache-size": 1},
+            {**_FIRST, **_LATE},
+            {"cache-size": -1, "refcount-cache-size": -1},
+            {"cache-size": -1, "l2-cache-entry-size": 3},
+        )
+    ),
+    *(
+        add(options("qcow2", "q", file="f-v2", **given))
+        for given in (
+            {**_LATE, "lazy-refcounts": True},
+            {**_LATE, "discard-no-unref": True},
+            {"lazy-refcounts": True, "discard-no-unref": True},
+        )
+    ),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "several things wrong": Script(_WRONG),
     "images of odd sizes": Script(_ODD, files=_FILES, unseen=frozenset({"actual-size"})),
     "overlays stacked at once": Script(_STACKED, files=_FILES, unseen=_SIZES),
     "names with a NUL": Script(_NULS, unseen=_SIZES),

@@ -63,14 +63,14 @@ def naming_options(children: dict[str, Child], options: Any, *, has_other_backin
     return named
 
 
-def image_facts(header: Header, image_name: str) -> dict[str, Any]:
+def image_facts(header: Header, place: str) -> dict[str, Any]:
     """Cluster size and what the header says about a backing file."""
     facts: dict[str, Any] = {"cluster-size": header.cluster_size}
     name = text(header.backing_file or b"")
     if name:
         facts["backing-filename"] = name
         with contextlib.suppress(QmpError):  # relative to an image without a directory
-            facts["full-backing-filename"] = full_name(name, image_name)
+            facts["full-backing-filename"] = full_name(name, place)
         kind = header.extension(EXT_BACKING_FORMAT)
         if kind:
             facts["backing-filename-format"] = text(kind)

@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from qsd.drivers.base import ChildRole
+from qsd.drivers.filenames import place_of
 from qsd.drivers.implicit import format_options, plain_options
 from qsd.drivers.qcow2 import facts
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, MAX_BACKING_NAME
@@ -60,8 +61,7 @@ async def open_backing(driver: Qcow2Driver) -> None:
 def _named_backing(driver: Qcow2Driver) -> tuple[Any, bool]:
     kind = driver.image.header.extension(EXT_BACKING_FORMAT)
     try:
-        image_name = facts.name_of(driver.children["file"])
-        return format_options(driver.own_backing, image_name, (facts.text(kind) or None) if kind else None)
+        return format_options(driver.own_backing, place_of(driver), (facts.text(kind) or None) if kind else None)
     except QmpError as error:
         raise error.prefixed("Could not open backing file: ") from None
 

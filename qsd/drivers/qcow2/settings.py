@@ -39,16 +39,17 @@ class Settings:
 
 def settings_of(options: Any, header: Header, *, discard_unmap: bool) -> Settings:
     """What ``BlockdevOptionsQcow2`` ask for on that image. Raises QmpError."""
+    _check_sizes(options)
     slice_bytes = _slice_bytes(options.l2_cache_entry_size, header)
     l2_cache, refcount_cache = _cache_sizes(options, header, slice_bytes)
+    interval = _given(options.cache_clean_interval, DEFAULT_CLEAN_INTERVAL)
+    if not 0 <= interval <= MAX_INTERVAL:
+        raise QmpError("Cache clean interval too big")
     lazy = bool(header.compatible & LAZY_REFCOUNTS) if options.lazy_refcounts is None else options.lazy_refcounts
     if lazy and header.content_version < 3:
         raise QmpError("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level")
     if options.discard_no_unref and header.content_version < 3:
         raise QmpError("discard-no-unref is only supported since qcow2 version 3")
-    interval = _given(options.cache_clean_interval, DEFAULT_CLEAN_INTERVAL)
-    if not 0 <= interval <= MAX_INTERVAL:
-        raise QmpError("Cache clean interval too big")
     return Settings(
         l2_cache=l2_cache,
         slice_bytes=slice_bytes,
@@ -62,10 +63,30 @@ def settings_of(options: Any, header: Header, *, discard_unmap: bool) -> Setting
     )
 
 
+def _check_sizes(options: Any) -> None:
+    """Whether the sizes go together, whatever the image."""
+    combined, l2_cache, refcounts = options.cache_size, options.l2_cache_size, options.refcount_cache_size
+    for name, value in (
+        ("refcount-cache-size", refcounts),
+        ("cache-size", combined),
+        ("l2-cache-size", l2_cache),
+        ("l2-cache-entry-size", options.l2_cache_entry_size),
+    ):
+        if value is not None and value < 0:
+            raise QmpError(f"Value '{value}' is out of range for parameter '{name}'")
+    if combined is None:
+        return
+    if l2_cache is not None and refcounts is not None:
+        raise QmpError("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time")
+    if l2_cache is not None and l2_cache > combined:
+        raise QmpError("l2-cache-size may not exceed cache-size")
+    if refcounts is not None and refcounts > combined:
+        raise QmpError("refcount-cache-size may not exceed cache-size")
+
+
 def _slice_bytes(wanted: int | None, header: Header) -> int:
     if wanted is None:
         return min(header.cluster_size, DEFAULT_SLICE)
-    _check_range("l2-cache-entry-size", wanted)
     if not 512 <= wanted <= header.cluster_size or wanted & (wanted - 1):
         raise QmpError(
             f"L2 cache entry size must be a power of two between 512 and the cluster size ({header.cluster_size})"
@@ -75,27 +96,14 @@ def _slice_bytes(wanted: int | None, header: Header) -> int:
 
 def _cache_sizes(options: Any, header: Header, slice_bytes: int) -> tuple[int, int]:
     combined, l2_cache, refcounts = options.cache_size, options.l2_cache_size, options.refcount_cache_size
-    for name, value in (
-        ("cache-size", combined),
-        ("l2-cache-size", l2_cache),
-        ("refcount-cache-size", refcounts),
-    ):
-        if value is not None:
-            _check_range(name, value)
     least_l2, least_refcounts = MIN_L2_ENTRIES * slice_bytes, MIN_REFCOUNT_BLOCKS * header.cluster_size
     # All L2 tables of the disk.
     most_l2 = -(-header.size // header.cluster_size) * header.l2_entry_size
     most_l2 = -(-most_l2 // slice_bytes) * slice_bytes
     if combined is not None:
-        if l2_cache is not None and refcounts is not None:
-            raise QmpError("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time")
         if l2_cache is not None:
-            if l2_cache > combined:
-                raise QmpError("l2-cache-size may not exceed cache-size")
             refcounts = combined - l2_cache
         elif refcounts is not None:
-            if refcounts > combined:
-                raise QmpError("refcount-cache-size may not exceed cache-size")
             l2_cache = combined - refcounts
         elif combined >= most_l2 + least_refcounts:
             l2_cache = most_l2
@@ -108,11 +116,6 @@ def _cache_sizes(options: Any, header: Header, slice_bytes: int) -> tuple[int, i
     if refcounts > MAX_INT * header.cluster_size:
         raise QmpError("Refcount cache size too big")
     return max(l2_cache, least_l2), max(refcounts, least_refcounts)
-
-
-def _check_range(name: str, value: int) -> None:
-    if value < 0:
-        raise QmpError(f"Value '{value}' is out of range for parameter '{name}'")
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from qsd.drivers.base import Child, Host, Mode
-from qsd.drivers.filenames import name_above_file
+from qsd.drivers.filenames import name_above_file, place_of
 from qsd.drivers.mapped import MappedDriver
 from qsd.drivers.qcow2 import compressed, facts, snapshot_table
 from qsd.drivers.qcow2.layout import DIRTY
@@ -95,7 +95,7 @@ class TellingDriver(MappedDriver):
 
     def image_facts(self) -> dict[str, Any]:
         """Cluster size and what the header says about a backing file."""
-        return facts.image_facts(self.image.header, facts.name_of(self.children["file"]))
+        return facts.image_facts(self.image.header, place_of(self))
 
     def format_specific(self) -> dict[str, Any] | None:
         """``ImageInfoSpecificQCow2``."""
