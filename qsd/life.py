@@ -28,8 +28,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 class Process:
     """What surrounds the daemon.
 
-    ``came_up`` runs when everything works, before that is announced: it detaches a background daemon. ``failed``
-    prints why the daemon cannot come up.
+    ``came_up`` runs when everything works, before that is announced: it detaches a background daemon, and raises
+    BrokenPipeError when nobody waits for it any more. ``failed`` prints why the daemon cannot come up.
     """
 
     pidfile: str | None
@@ -81,7 +81,10 @@ async def _live(supervisor: Supervisor, start: Start, process: Process, pidfile:
     except QmpError as error:
         process.failed(error)
         return 1
-    process.came_up()
+    try:
+        process.came_up()
+    except BrokenPipeError:
+        return 1
     notify(f"READY=1\nMAINPID={os.getpid()}")
     await supervisor.stop_requested.wait()
     return _exit_code(supervisor)

@@ -19,7 +19,10 @@ class Background:
         self._pipe = pipe
 
     def ready(self) -> None:
-        """Detach: directory ``/``, standard descriptors to /dev/null; then tell the parent that all is up."""
+        """Detach: directory ``/``, standard descriptors to /dev/null; then tell the parent that all is up.
+
+        Raises BrokenPipeError when it was killed meanwhile: who started us believes that nothing runs.
+        """
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for standard in (0, 1, 2):

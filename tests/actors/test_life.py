@@ -163,3 +163,14 @@ async def test_crash_nobody_planned_for_ends_the_daemon_as_a_failure(caplog: pyt
     assert life.log == WHOLE_LIFE
     assert "high crashed" in caplog.text
     assert "boom" in caplog.text
+
+
+async def test_start_nobody_waits_for_any_more_ends_as_a_failure(tmp_path: Path) -> None:
+    life = Life(tmp_path / "pid")
+
+    def came_up() -> None:
+        raise BrokenPipeError
+
+    assert await run(life.start, attrs.evolve(life.process, came_up=came_up)) == 1
+    assert life.log == ["low up", "high up", "high down", "low down"]
+    assert not (tmp_path / "pid").exists()
