@@ -69,7 +69,7 @@ async def _give_space(host: CreateHost, fd: int, options: BlockdevCreateOptionsF
     if mode == "off":
         await host.in_thread(_resize, fd, size)
     elif mode == "falloc":
-        await host.in_thread(_allocate, fd, size)
+        await _allocate(host, fd, size)
     else:
         await _fill(host, fd, size)
         return
@@ -77,15 +77,21 @@ async def _give_space(host: CreateHost, fd: int, options: BlockdevCreateOptionsF
         await host.in_thread(_write_first_block, fd, size)
 
 
-def _allocate(fd: int, size: int) -> None:
+async def _allocate(host: CreateHost, fd: int, size: int) -> None:
     if not size:
         return
     try:
-        os.posix_fallocate(fd, 0, size)
-    except (OSError, OverflowError) as error:
+        result = await host.in_thread(files.allocate, fd, 0, size)
+        if result not in (0, -errno.EOPNOTSUPP):
+            raise OSError(-result, errno_text(-result))
+        if result:
+            # The C library writes to every block then, which takes as long as that.
+            for start in range(0, size, PIECE):
+                host.progress(start, size)
+                await host.in_thread(os.posix_fallocate, fd, start, min(PIECE, size - start))
+    except OSError as error:
         os.ftruncate(fd, 0)
-        number = error.errno if isinstance(error, OSError) else errno.EINVAL
-        raise QmpError(f"Could not preallocate new data: {errno_text(number or 0)}") from None
+        raise QmpError(f"Could not preallocate new data: {errno_text(error.errno or 0)}") from None
 
 
 def _write_first_block(fd: int, size: int) -> None:

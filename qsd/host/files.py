@@ -70,6 +70,11 @@ def seek_extent(fd: int, offset: int, end: int) -> tuple[bool, int]:
     return True, min(hole, end) - offset
 
 
+def allocate(fd: int, offset: int, length: int) -> int:
+    """Give the range space on the disk and make the file that long; -EOPNOTSUPP when the file system cannot."""
+    return _call(fd, 0, offset, length)
+
+
 def punch_hole(fd: int, offset: int, length: int, *, is_device: bool) -> int:
     """Deallocate the range; of a device, the whole sectors inside it."""
     if is_device:
@@ -100,7 +105,7 @@ def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallbac
         result = _call(fd, FALLOC_FL_ZERO_RANGE, offset, length)
     if result == 0 and offset + length > os.fstat(fd).st_size:
         # Not ftruncate(2): others may have made the file longer since.
-        result = _call(fd, 0, offset + length - 1, 1)
+        result = allocate(fd, offset + length - 1, 1)
     return result
 
 
