@@ -11,12 +11,12 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import attrs
 import trio
-from trio_util import AsyncValue, RepeatedEvent
+from trio_util import AsyncValue, RepeatedEvent, wait_any
 
 from qsd.actors.bitmap_keeping import store_at_close
 from qsd.actors.core import Actor
@@ -25,6 +25,7 @@ from qsd.block.dirty import BitmapSet
 from qsd.drivers.base import SECTOR, DetectZeroes, Driver, Limits, Mode
 from qsd.drivers.calls import SlowPath, call
 from qsd.drivers.spot import Spot, end_epoch
+from qsd.errors import ActorStopped
 from qsd.host.memory import give_back_memory
 from qsd.messages import Flag, Op, Request
 
@@ -81,6 +82,7 @@ class Node(Actor, SlowPath):
         self._trackers = 0
         self._tasks = AsyncValue(0)
         self._broken = False
+        self._has_lost_count = trio.Event()
         # True from a successful driver.open() to its close.
         self.is_open = False
         self.serialiser = Serialiser(self._pass)
@@ -195,7 +197,11 @@ class Node(Actor, SlowPath):
                 stats.wr_highest_offset = highest
             if self.bitmaps.recording:
                 self.bitmaps.mark(batch)
-        self.driver.submit(batch)
+        try:  # as ``_pass``, without the call
+            self.driver.submit(batch)
+        except Exception as error:
+            self._lose_count(error)
+            raise
 
     def spot(self) -> Spot | None:
         """The driver's way of reading on the spot, unless the funnel has something to do for reads."""
@@ -238,10 +244,25 @@ class Node(Actor, SlowPath):
             else:
                 plain.append(request)
         if plain:
-            self.driver.submit(plain)
+            self._pass(plain)
 
     def _pass(self, batch: list[Request]) -> None:
-        self.driver.submit(batch)
+        try:
+            self.driver.submit(batch)
+        except Exception as error:
+            self._lose_count(error)
+            raise
+
+    def _lose_count(self, error: Exception) -> None:
+        """Nobody knows what of a batch will ever end, and drained scopes would wait for it: the node crashes."""
+        if not self._has_lost_count.is_set():
+            self._has_lost_count.set()
+            self.break_down()
+            with suppress(ActorStopped):
+                self.spawn(self._crash, error, name="requests")
+
+    async def _crash(self, error: Exception) -> None:
+        raise error
 
     def _refusal(self, request: Request) -> int | None:
         """The errno that refuses the request, 0 when there is nothing to do, None when it is to be done."""
@@ -328,11 +349,14 @@ class Node(Actor, SlowPath):
         """Keep back what is submitted from now on; return when all that came before has ended. Nests."""
         self._holds += 1
         end_epoch()
-        while self._tasks.value or self.serialiser.in_flight or self.driver.in_flight:
-            if self._tasks.value:
-                await self._tasks.wait_value(0)
-            await self.serialiser.wait_idle()
-            await self.driver.wait_idle()
+        while self.in_flight and not self._has_lost_count.is_set():
+            await wait_any(self._wait_idle, self._has_lost_count.wait)
+
+    async def _wait_idle(self) -> None:
+        if self._tasks.value:
+            await self._tasks.wait_value(0)
+        await self.serialiser.wait_idle()
+        await self.driver.wait_idle()
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:

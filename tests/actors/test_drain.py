@@ -236,3 +236,31 @@ async def test_node_that_crashes_does_not_wait_for_ever_for_what_will_never_end(
         client.send()
     assert client.ended == [1, 2]
     assert client.errors == {errno.EIO}
+
+
+async def test_driver_that_fails_half_way_breaks_its_node_and_holds_up_no_drain(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it had counted never ends: whoever drained the node waited for that, and so did the daemon's end."""
+    driver, client = driver_of(node), Client(node)
+
+    def fail(_batch: list[Request]) -> None:
+        driver.started()
+        raise RuntimeError("half way")
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            client.send()
+            nursery.start_soon(node.hold)
+            await wait_all_tasks_blocked()
+            assert node.is_held
+            node.release()
+            driver.submit = fail  # type: ignore[method-assign]
+            with pytest.raises(RuntimeError, match="half way"):
+                client.send()
+        await node.hold()
+        node.release()
+        await node.stopped.wait()
+    client.send()
+    assert client.errors == {errno.EIO}
+    assert "n: requests failed: RuntimeError('half way')" in caplog.text
