@@ -111,6 +111,8 @@ async def unaligned(node: Node, request: Request) -> None:
         await _SERVE[Op(request.op)](node, request)
     except OSError as error:
         request.complete(error.errno or errno.EIO)
+    except MemoryError:
+        request.complete(errno.ENOMEM)
     except BaseException:
         request.complete(errno.EIO)
         raise

@@ -6,6 +6,7 @@ laid out for the node's alignment.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from qsd.drivers.base import Aio, Driver
@@ -35,11 +36,17 @@ class DirectIo:
         """Queue requests, all READ or all WRITE without FUA. ``alignment`` is that of buffers' addresses."""
         mask = alignment - 1
         places = []
-        for request in requests:
-            buffer = request.buffer
-            assert buffer is not None
-            address = address_of(buffer)
-            places.append(self._bounce(request, buffer) if address & mask else (buffer, address))
+        try:
+            for request in requests:
+                buffer = request.buffer
+                assert buffer is not None
+                address = address_of(buffer)
+                places.append(self._bounce(request, buffer) if address & mask else (buffer, address))
+        except OSError as error:
+            # No memory.
+            result = -(error.errno or errno.ENOMEM)
+            self._done([(request, result) for request in requests])
+            return
         self._aio.transfer(fd, requests, places, self._done)
 
     def _bounce(self, request: Request, buffer: memoryview) -> tuple[memoryview, int]:

@@ -293,11 +293,15 @@ class FileIo:
         return True
 
     def _start_write(self, request: Request, buffer: memoryview, done: int) -> None:
-        self._driver.started()
         dsync = bool(request.flags & self.fua)
         rest = buffer[done:] if done else buffer
         if self.direct:
-            rest = aligned(rest, self._driver.limits.min_mem_alignment)
+            try:
+                rest = aligned(rest, self._driver.limits.min_mem_alignment)
+            except OSError as error:
+                request.complete(error.errno or errno.ENOMEM)
+                return
+        self._driver.started()
         self._aio.write(
             self.fd, rest, request.offset + done, partial(self._write_done, request, buffer, done), dsync=dsync
         )

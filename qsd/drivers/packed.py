@@ -213,7 +213,11 @@ class Unpacker:
         first, last = group[0], group[-1]
         base = first.offset
         size = last.offset + last.length - base
-        item = self._pool.take(size)
+        try:
+            item = self._pool.take(size)
+        except OSError as error:
+            self._not_fetched(group, error.errno or errno.ENOMEM)
+            return
         buffer = item[0][:size]
         fetch = Fetch(group, item, self._fetched_later)
         finder = self._finder
@@ -231,27 +235,30 @@ class Unpacker:
     def _have(self, fetch: Fetch, error: int) -> None:
         # What is unpacked refers to its fetch: a circle would keep it until Python looks for circles.
         group, fetch.group = fetch.group, []
-        if error and len(group) > 1:
-            # Only those whose own bytes cannot be read fail.
+        if error:
             self._pool.give_back(fetch.item)
-            for cluster in group:
-                self._fetch([cluster])
+            self._not_fetched(group, error)
             return
         self._moves += 1
         memory = fetch.item[0]
         base = group[0].offset
         for cluster in group:
             cluster.fetch = fetch
-            if error:
-                cluster.error = error
-                self._ended(cluster)
-            else:
-                start = cluster.offset - base
-                cluster.packed = memory[start : start + cluster.length]
-                if not self._fetched:
-                    # When all that ends at the same time is there, to be shared out.
-                    self._driver.resume(self._unpack_more)
-                self._fetched.append(cluster)
+            start = cluster.offset - base
+            cluster.packed = memory[start : start + cluster.length]
+            if not self._fetched:
+                # When all that ends at the same time is there, to be shared out.
+                self._driver.resume(self._unpack_more)
+            self._fetched.append(cluster)
+
+    def _not_fetched(self, group: list[Cluster], error: int) -> None:
+        """Only those whose own bytes cannot be had fail."""
+        if len(group) > 1:
+            for cluster in group:
+                self._fetch([cluster])
+        else:
+            group[0].error = error
+            self._ended(group[0])
 
     # -- unpacking --------------------------------------------------------------------------------------------
 
@@ -340,10 +347,10 @@ class Unpacker:
     def _ended(self, cluster: Cluster) -> None:
         self._moves += 1
         fetch, data = cluster.fetch, cluster.data
-        assert fetch is not None
-        fetch.left -= 1
-        if not fetch.left:
-            self._pool.give_back(fetch.item)
+        if fetch is not None:
+            fetch.left -= 1
+            if not fetch.left:
+                self._pool.give_back(fetch.item)
         if data is not None:
             cluster.fill()
             for skip, request in cluster.takers:

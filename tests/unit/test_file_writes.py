@@ -17,6 +17,7 @@ from qsd.drivers import file_io
 from qsd.drivers.base import Mode
 from qsd.drivers.file import FileDriver
 from qsd.drivers.file_io import FileIo
+from qsd.host.memory import AlignedPool
 from qsd.messages import BlockState, Flag, Op, ReplyQueue, Request
 
 SIZE = 512
@@ -296,3 +297,23 @@ def test_full_disk_loses_nothing_unless_what_was_in_memory_found_no_room(
     file.engine.error = 0
     file.write(3)
     assert file.flush() == flush
+
+
+@pytest.mark.parametrize("flags", [0, Flag.FUA.value])
+def test_direct_write_without_memory_to_align_it_fails(
+    file: File, monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    """It was counted before there was any: draining the node waited for ever."""
+
+    def take(_pool: AlignedPool, _length: int) -> tuple[memoryview, int]:
+        raise OSError(errno.ENOMEM, "as arranged")
+
+    monkeypatch.setattr(AlignedPool, "take", take)
+    file.io.direct = True
+    # No buffer lies at such an address.
+    file.driver.limits = SimpleNamespace(min_mem_alignment=1 << 60)
+    batch = file.write(1, 2, flags=flags)
+    assert file.replies.ready == batch
+    assert [request.error for request in batch] == [errno.ENOMEM] * 2
+    assert not file.driver.in_flight
+    assert not file.engine.under_way

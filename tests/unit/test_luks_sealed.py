@@ -11,6 +11,7 @@ import pytest
 
 from qsd.drivers.base import SECTOR
 from qsd.drivers.luks.sealed import SealedChild, Sealer
+from qsd.host.memory import AlignedPool
 from qsd.messages import Op, ReplyQueue, Request
 
 
@@ -70,3 +71,20 @@ def test_request_whose_cipher_fails_fails(is_fast: bool, error: int) -> None:
     assert [request.error for request in replies.ready] == [error] * 4
     assert not below.written
     assert not driver.in_flight
+
+
+def test_write_without_memory_for_its_ciphertext_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was counted before there was any: draining the node waited for ever."""
+
+    def take(_pool: AlignedPool, _length: int) -> tuple[memoryview, int]:
+        raise OSError(errno.ENOMEM, "as arranged")
+
+    monkeypatch.setattr(AlignedPool, "take", take)
+    driver: Any = SimpleNamespace(host=SimpleNamespace(aio=Engine()), in_flight=0)
+    cipher: Any = Cipher(is_fast=True)
+    below: Any = Below()
+    replies = ReplyQueue(lambda: None)
+    request = Request(Op.WRITE.value, 0, SECTOR, memoryview(bytearray(SECTOR)), replies)
+    SealedChild(Sealer(driver, cipher), below).submit([request])
+    assert [(request.error, below.written, driver.in_flight)] == [(errno.ENOMEM, 0, 0)]
+    assert replies.ready == [request]

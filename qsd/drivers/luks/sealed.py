@@ -88,7 +88,6 @@ class Sealer:
             self.driver.in_flight += count
             child.submit(down)
         if writes:
-            self.driver.in_flight += len(writes)
             self._write(child, start, shift, writes)
         self._collect()
 
@@ -132,8 +131,13 @@ class Sealer:
             outer.complete(inner.error)
 
     def _write(self, child: Child, start: int, shift: int, writes: list[Request]) -> None:
-        total = sum(request.length for request in writes)
-        bounce = _Bounce(self._pool.take(total), len(writes))
+        try:
+            bounce = _Bounce(self._pool.take(sum(request.length for request in writes)), len(writes))
+        except OSError as error:
+            for request in writes:
+                request.complete(error.errno or errno.ENOMEM)
+            return
+        self.driver.in_flight += len(writes)
         down: list[Request] = []
         runs: list[Run] = []
         replies, used, view = self._replies, 0, bounce.item[0]
@@ -166,6 +170,8 @@ class Sealer:
             error = 0
         except OSError as failure:
             error = failure.errno or errno.EIO
+        except MemoryError:
+            error = errno.ENOMEM
         finally:
             self.driver.finished()
             request.complete(error)

@@ -152,7 +152,12 @@ class Bursts(EntryChanger):
             burst.is_writing = True
             self._image.map.data.submit(requests)
             return
-        burst.item = self._pool.take(count * size)
+        try:
+            burst.item = self._pool.take(count * size)
+        except OSError:
+            # No memory for all of them at once.
+            self._give_up(burst)
+            return
         view = burst.item[0]
         if backing is None:
             fill_zeroes(view[: count * size])
@@ -211,24 +216,29 @@ class Bursts(EntryChanger):
         self._driver.send()
 
     def _finish(self, burst: Burst) -> None:
-        image, driver = self._image, self._driver
+        driver = self._driver
         if burst.item is not None:
             self._pool.give_back(burst.item)
         for request, (offset, reply) in zip(burst.requests, burst.places, strict=True):
             request.offset = offset
             request.reply = reply
-        if not burst.error:
-            self._link(burst)
-        self._unpin(burst)
         if burst.error:
-            image.give_back(burst.host, len(burst.requests))
-            self._dissolve(burst)
+            self._give_up(burst)
         else:
+            self._link(burst)
+            self._unpin(burst)
             self._let_go(burst)
             for request in burst.requests:
                 request.complete()
-        driver.finished(len(burst.requests))
+            driver.finished(len(burst.requests))
         driver.send()
+
+    def _give_up(self, burst: Burst) -> None:
+        """Nothing has come of it but the clusters' allocation."""
+        self._unpin(burst)
+        self._image.give_back(burst.host, len(burst.requests))
+        self._dissolve(burst)
+        self._driver.finished(len(burst.requests))
 
     def _link(self, burst: Burst) -> None:
         image, bits, slice_bits, slice_mask = self._image, self._bits, self._slice_bits, self._slice_mask

@@ -7,6 +7,7 @@ table is changed. Until then others who want to change the same guest clusters w
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Callable
 from functools import partial
@@ -283,10 +284,13 @@ class Writer:
             self._driver.post(self._image.map.data_at(start, host), request)
             return
         operation.left = 1
-        if len(plan.runs) == 1 and plan.high - plan.low <= ASSEMBLE and (plan.head or plan.tail):
-            self._assemble(operation)
-        else:
-            self._lay_out(operation)
+        try:
+            if len(plan.runs) == 1 and plan.high - plan.low <= ASSEMBLE and (plan.head or plan.tail):
+                self._assemble(operation)
+            else:
+                self._lay_out(operation)
+        except MemoryError:
+            operation.error = errno.ENOMEM
         operation.left -= 1
         if not operation.left:
             self.go_on(operation)
