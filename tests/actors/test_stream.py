@@ -45,6 +45,16 @@ def expected() -> list[int]:
     return [3] + [1] * 7 + [2, 3] + [2] * 6 + [1] * 4 + [0] + [1] * 11 + [0] * 32
 
 
+async def test_image_opened_without_its_backing_file_keeps_the_name(house: House) -> None:
+    house.image("top", {0: 3})
+    house.shelf.images["top"].backing = ("base", "cow")
+    await house.node("top", NULL)
+    await house.execute("block-stream", job_id="j", device="top")
+    await settle()
+    assert house.told == DONE
+    assert house.shelf.images["top"].backing == ("base", "cow")
+
+
 async def test_whole_chain(house: House) -> None:
     edge = await chain(house)
     assert await house.contents("top") == expected()

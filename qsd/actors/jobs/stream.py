@@ -136,10 +136,10 @@ class StreamJob(BlockJob):
             change.swap(link, task.base)
 
     async def prepare_end(self, *, is_success: bool) -> None:
-        """Name the base in the image."""
-        if not is_success:
-            return
+        """Name the base in the image. Opened without the backing file it names, it goes on naming it."""
         task, driver = self._task, self._task.top.driver
+        if not is_success or _backing(task.top) is None:
+            return
         # What was copied is there before the image does without the nodes it came from.
         await call(driver, Op.FLUSH, 0, 0)
         if task.base is None:
