@@ -84,6 +84,21 @@ class BitmapAction(GraphAction):
         found = self.topology.nodes.get(self.node_name)
         return [found] if found is not None and self.must_drain else []
 
+    @property
+    def needed(self) -> set[tuple[str, str]]:
+        """The bitmaps it works on, by the names of their nodes and their own."""
+        return {(self.node_name, self.name)}
+
+    def check(self) -> None:
+        """Find what the action is about. Raises QmpError when it cannot be done."""
+
+    async def stage(self, earlier: Sequence[GraphAction]) -> None:
+        """Complain early, before later actions make files; of what is still to be added nothing is known."""
+        added = {(one.node_name, one.name) for one in earlier if isinstance(one, AddBitmap)}
+        if added.isdisjoint(self.needed):
+            async with self.topology.lock:
+                self.check()
+
 
 @attrs.define(eq=False, kw_only=True)
 class AddBitmap(BitmapAction):
@@ -95,7 +110,7 @@ class AddBitmap(BitmapAction):
     node: Node = attrs.field(init=False)
     made: NamedBitmap = attrs.field(init=False)
 
-    async def prepare(self) -> None:
+    def check(self) -> None:
         """Make the bitmap."""
         self.node = node = self.topology.find(self.node_name, UNKNOWN_DEVICE)
         if not self.name:
@@ -111,8 +126,13 @@ class AddBitmap(BitmapAction):
         check_size(node.length, granularity)
         bits = DirtyBitmap(node.length, granularity)
         made = NamedBitmap(self.name, bits, is_recording=not self.is_disabled, is_persistent=self.is_persistent)
-        node.bitmaps.add(made)
+        node.bitmaps.check_new(self.name)
         self.made = made
+
+    async def prepare(self) -> None:
+        """Take it in."""
+        self.check()
+        self.node.bitmaps.add(self.made)
 
     def _check_store(self, length: int) -> None:
         node = self.node
@@ -136,9 +156,9 @@ class _OnOne(BitmapAction):
     node: Node = attrs.field(init=False)
     bitmap: NamedBitmap = attrs.field(init=False)
 
-    def _find(self) -> NamedBitmap:
+    def check(self) -> None:
+        """Find the bitmap."""
         self.node, self.bitmap = find_bitmap(self.topology, self.node_name, self.name)
-        return self.bitmap
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -147,15 +167,19 @@ class RemoveBitmap(_OnOne):
 
     must_drain = False
 
-    async def prepare(self) -> None:
-        """Take it out of use."""
-        bitmap = self._find()
-        bitmap.check(Bar.BUSY)
-        if bitmap.is_persistent and (self.node.mode.read_only or not self.node.active):
+    def check(self) -> None:
+        """Find the bitmap, see whether it may go."""
+        super().check()
+        self.bitmap.check(Bar.BUSY)
+        if self.bitmap.is_persistent and (self.node.mode.read_only or not self.node.active):
             raise QmpError(
                 f"Cannot remove persistent bitmap '{self.name}': no write access to node '{self.node.name}'"
             )
-        bitmap.is_busy = True
+
+    async def prepare(self) -> None:
+        """Take it out of use."""
+        self.check()
+        self.bitmap.is_busy = True
 
     def commit(self) -> None:
         """Forget it."""
@@ -188,11 +212,15 @@ class ClearBitmap(_OnOne):
 
     before: DirtyBitmap = attrs.field(init=False)
 
+    def check(self) -> None:
+        """Find the bitmap, see whether it may be changed."""
+        super().check()
+        self.bitmap.check(Bar.ANY)
+
     async def prepare(self) -> None:
         """Clear it."""
-        bitmap = self._find()
-        bitmap.check(Bar.ANY)
-        self.before = bitmap.bits.clear()
+        self.check()
+        self.before = self.bitmap.bits.clear()
 
     def abort(self) -> None:
         """Bring the content back."""
@@ -206,12 +234,16 @@ class SwitchBitmap(_OnOne):
     enabled: bool
     was_recording: bool = False
 
+    def check(self) -> None:
+        """Find the bitmap, see whether it can be used."""
+        super().check()
+        self.bitmap.check(Bar.UNUSABLE)
+
     async def prepare(self) -> None:
         """Switch it."""
-        bitmap = self._find()
-        bitmap.check(Bar.UNUSABLE)
-        self.was_recording = bitmap.is_recording
-        self.node.bitmaps.record(bitmap, enabled=self.enabled)
+        self.check()
+        self.was_recording = self.bitmap.is_recording
+        self.node.bitmaps.record(self.bitmap, enabled=self.enabled)
 
     def abort(self) -> None:
         """Switch it back."""
@@ -223,18 +255,29 @@ class MergeBitmaps(_OnOne):
     """block-dirty-bitmap-merge. ``sources``: pairs of a node's and a bitmap's name."""
 
     sources: Sequence[tuple[str, str]]
+    found: list[NamedBitmap] = attrs.field(init=False)
     before: DirtyBitmap = attrs.field(init=False)
+
+    @property
+    def needed(self) -> set[tuple[str, str]]:
+        """The target and the sources."""
+        return {*super().needed, *self.sources}
+
+    def check(self) -> None:
+        """Find all bitmaps, see whether they can be added up."""
+        super().check()
+        self.found = []
+        for node_name, name in self.sources:
+            _node, source = find_bitmap(self.topology, node_name, name)
+            check_mergeable(self.bitmap, source)
+            self.found.append(source)
 
     async def prepare(self) -> None:
         """Add all of them, or none."""
-        target = self._find()
-        sources = []
-        for node_name, name in self.sources:
-            _node, source = find_bitmap(self.topology, node_name, name)
-            check_mergeable(target, source)
-            sources.append(source)
+        self.check()
+        target = self.bitmap
         merged = target.bits.copy()
-        for source in sources:
+        for source in self.found:
             for number, _step in enumerate(merged.merge(source.bits)):
                 if not number % STEPS:
                     await trio.lowlevel.checkpoint()

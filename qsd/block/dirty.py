@@ -124,13 +124,17 @@ class BitmapSet:
 
     # -- changing ---------------------------------------------------------------------------------------------
 
+    def check_new(self, name: str) -> None:
+        """Raise QmpError when a name is taken or no name."""
+        if self.get(name) is not None:
+            raise QmpError(f"Bitmap already exists: {name}")
+        if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
+            raise QmpError(f"Bitmap name too long: {name}")
+
     def add(self, bitmap: NamedBitmap) -> None:
         """Take a bitmap in. Raises QmpError when its name is taken or no name."""
         if bitmap.name is not None:
-            if self.get(bitmap.name) is not None:
-                raise QmpError(f"Bitmap already exists: {bitmap.name}")
-            if len(bitmap.name.encode("utf-8", "surrogateescape")) > MAX_NAME:
-                raise QmpError(f"Bitmap name too long: {bitmap.name}")
+            self.check_new(bitmap.name)
         self._bitmaps.append(bitmap)
         if bitmap.is_recording:
             self.recording += (bitmap.bits,)

@@ -12,6 +12,7 @@ from graph_fakes import DiskOptions, FormatOptions, RawOptions, World, check_pla
 from watching import note_calls
 
 from qsd.actors import depth, topology
+from qsd.actors.bitmaps import AddBitmap, ClearBitmap, MergeBitmaps, RemoveBitmap, SwitchBitmap
 from qsd.actors.edges import RootEdge, RootOptions
 from qsd.actors.graph import Graph
 from qsd.actors.graph_actions import GraphAction
@@ -322,6 +323,44 @@ async def test_refusals_that_come_from_earlier_actions(bench: Bench) -> None:
         ),
     ]:
         assert await refused(bench, *actions) == text
+
+
+async def test_no_overlay_is_made_after_an_action_on_bitmaps_that_cannot_be_done(bench: Bench) -> None:
+    graph, _world = bench
+    await add(graph, "a")
+    one = {"topology": graph.topology, "node_name": "a-file", "name": "b"}
+    unknown = "Dirty bitmap 'b' not found"
+    cannot: list[tuple[Any, dict[str, Any], str]] = [
+        (ClearBitmap, {}, unknown),
+        (RemoveBitmap, {}, unknown),
+        (SwitchBitmap, {"enabled": True}, unknown),
+        (MergeBitmaps, {"sources": []}, unknown),
+        (AddBitmap, {"granularity": 3}, "Granularity must be power of 2 and at least 512"),
+    ]
+    for kind, more, text in cannot:
+        overlay = sync(graph, "a", "t")
+        made: list[Node] = []
+
+        async def make(node: Node, _name: str, made: list[Node] = made) -> Node:
+            made.append(node)
+            raise QmpError("made")
+
+        overlay.make = make
+        assert await refused(bench, kind(**one, **more), overlay) == text
+        assert made == []
+
+
+async def test_bitmaps_that_earlier_actions_add_are_there_for_later_ones(bench: Bench) -> None:
+    graph, _world = bench
+    await add(graph, "a")
+    one = {"topology": graph.topology, "node_name": "a-file", "name": "b"}
+    edge = await graph.attach("a", WRITE)
+    adding = [AddBitmap(**one), AddBitmap(**{**one, "name": "c"})]
+    merge = MergeBitmaps(**one, sources=[("a-file", "c")])
+    await graph.transact([*adding, ClearBitmap(**one), merge, sync(graph, "a", "t")])
+    assert edge.node_name == "t"
+    assert [bitmap.name for bitmap in graph.find("a-file").bitmaps] == ["b", "c"]
+    await edge.detach()
 
 
 @pytest.mark.parametrize("last", [AbortAction(), _Failing()], ids=["abort", "fails late"])
