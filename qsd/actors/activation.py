@@ -16,7 +16,7 @@ from qsd.block.plan import WRITING
 from qsd.errors import QmpError, errno_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from qsd.actors.node import Node
 
@@ -52,6 +52,16 @@ async def _activate(topology: Topology, tops: Iterable[Node]) -> None:
 
 
 async def _inactivate(topology: Topology, tops: list[Node]) -> None:
+    nodes = going_inactive(topology, tops)
+    if nodes:
+        change = Change(topology, nodes)
+        for node in nodes:
+            change.activate(node, active=False)
+        await change.run()
+
+
+def going_inactive(topology: Topology, tops: Sequence[Node]) -> list[Node]:
+    """What is inactivated with ``tops``, parents first. Raises QmpError where somebody would go on writing."""
     nodes: list[Node] = []
     # Parents come first, so every parent's fate is known before its child's: a child that an active node still
     # needs stays active.
@@ -62,11 +72,7 @@ async def _inactivate(topology: Topology, tops: list[Node]) -> None:
     for node in nodes:
         if any(_keeps_active(edge) for edge in info_of(node).parents if isinstance(edge, RootEdge)):
             raise QmpError(errno_text(errno.EPERM))
-    if nodes:
-        change = Change(topology, nodes)
-        for node in nodes:
-            change.activate(node, active=False)
-        await change.run()
+    return nodes
 
 
 def _keeps_active(edge: RootEdge) -> bool:

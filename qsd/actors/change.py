@@ -134,6 +134,10 @@ class Change:
         edges = (*info_of(node).children.values(), *(edge for edge in self._attached if edge.parent is node))
         return {edge.name for edge in edges if edge not in self._detached}
 
+    def is_active(self, node: Node) -> bool:
+        """Whether ``node`` then takes part in I/O."""
+        return self._facts(node).active
+
     def _facts(self, node: Node) -> NodeFacts:
         return self.snapshot.nodes[info_of(node).key]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from enum import Enum
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -100,6 +100,14 @@ def check_not_in_job(node: Node) -> None:
     job = info_of(node).job
     if job is not None:
         raise QmpError(f"Node '{node.name}' is busy: block device is in use by block job: {job.kind}")
+
+
+def check_not_backing(node: Node, users: Iterable[Edge]) -> None:
+    """Raise QmpError when ``node`` is the backing file of one of its ``users``."""
+    for edge in users:
+        if edge.role is ChildRole.COW:
+            assert edge.parent is not None
+            raise QmpError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
 
 
 class Truncate(Protocol):

@@ -30,6 +30,7 @@ from qsd.actors.edges import (
     RootEdge,
     RootOptions,
     SetRights,
+    check_not_backing,
     check_not_in_job,
     info_of,
     length_changed,
@@ -45,7 +46,7 @@ from qsd.actors.transaction import CommitFailed
 from qsd.block.dirty import Bar
 from qsd.block.permissions import Perm, perm_text
 from qsd.block.plan import NOT_WHEN_INACTIVE
-from qsd.drivers.base import Aio, ChildRole
+from qsd.drivers.base import Aio
 from qsd.errors import ActorStopped, QmpError, errno_text
 
 if TYPE_CHECKING:
@@ -369,6 +370,7 @@ class Graph(Actor):
         if size < 0:
             raise QmpError("Parameter 'size' expects a >0 size")
         check_not_in_job(node)
+        check_not_backing(node, info_of(node).parents)
         edge = await self._attach(node.name, RootOptions(Perm.RESIZE, needs_active=True), _Claim())
         try:
             if not node.mode.read_only:
@@ -410,10 +412,7 @@ def _check_deletable(node: Node, info: NodeInfo) -> None:
     if info.has_root_parents:
         raise QmpError(f"Node {node.name} is in use")
     check_not_in_job(node)
-    for edge in info.parents:
-        if edge.role is ChildRole.COW:
-            assert edge.parent is not None
-            raise QmpError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+    check_not_backing(node, info.parents)
     for bitmap in node.bitmaps:
         # An export of another node shows it. The reference asserts.
         bitmap.check(Bar.BUSY)

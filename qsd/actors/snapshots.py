@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from qsd.actors.activation import going_inactive
 from qsd.actors.change import Change
-from qsd.actors.edges import Edge, check_not_in_job, info_of
+from qsd.actors.edges import Edge, check_not_backing, check_not_in_job, info_of
 from qsd.actors.graph_actions import GraphAction, GraphTools, rehearse
 from qsd.actors.images import find_root
 from qsd.actors.opening import UNKNOWN_REFERENCE as UNKNOWN
@@ -52,20 +53,18 @@ class _OverlayAction(GraphAction):
 
     @property
     def touched(self) -> list[Node]:
-        """The node with all above it, and the overlay."""
+        """The node with all above it, and the overlay with what it stands on."""
         overlay = self.find_overlay()
-        above = self.tools.topology.above([self.find_node()])
-        return [*above] if overlay is None else [*above, overlay]
+        topology = self.tools.topology
+        above = topology.above([self.find_node()])
+        return [*above] if overlay is None else [*above, *topology.below([overlay])]
 
     def describe(self, change: Change) -> None:
         """Check both nodes; attach the overlay and let everybody who uses the node use it."""
         node = self._node = self.find_node()
         check_not_in_job(node)
         users = change.edges_to(node)
-        for edge in users:
-            if edge.role is ChildRole.COW:
-                assert edge.parent is not None
-                raise QmpError(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
+        check_not_backing(node, users)
         overlay = self.find_overlay()
         if overlay is None:
             return
@@ -77,6 +76,10 @@ class _OverlayAction(GraphAction):
             raise QmpError("The overlay does not support backing images")
         if "backing" in change.children_of(overlay):
             raise QmpError("The overlay already has a backing image")
+        if not change.is_active(node):
+            # The image is somebody else's, and nothing active can stand on it: the overlay waits with it.
+            for each in going_inactive(self.tools.topology, [overlay]):
+                change.activate(each, active=False)
         change.attach(Edge(overlay, "backing", node, ChildRole.COW, self.tools.truncate))
         for edge in users:
             change.swap(edge, overlay)
@@ -125,9 +128,10 @@ class SnapshotAction(_OverlayAction):
     @property
     def touched(self) -> list[Node]:
         """The same; a node that does not exist is for ``describe`` to complain about."""
-        nodes = self.tools.topology.nodes
+        topology, nodes = self.tools.topology, self.tools.topology.nodes
         found = [nodes[name] for name in (self.node_name, self.overlay_name) if name in nodes]
-        return [*self.tools.topology.above(found)]
+        overlay = [nodes[name] for name in (self.overlay_name,) if name in nodes]
+        return [*topology.above(found), *topology.below(overlay)]
 
     async def stage(self, earlier: Sequence[GraphAction]) -> None:
         """Complain early, before other actions make files."""

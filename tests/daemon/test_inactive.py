@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import RunningDaemon
-from qcow2_images import img
+import pytest
+from harness import Qmp, RunningDaemon
+from nbd_reader import NbdError, NbdReader
+from qcow2_images import assert_clean, img
 
 Start = Callable[..., RunningDaemon]
 
@@ -44,3 +46,45 @@ def test_nothing_changes_an_inactive_image(daemon: Start, tmp_path: Path) -> Non
     nodes = qmp.execute("query-named-block-nodes", flat=True)
     assert {node["node-name"] for node in nodes if not node["active"]} >= {"top", "alone"}
     assert (tmp_path / "top").read_bytes() == before
+
+
+def test_overlays_of_an_inactive_image_wait_with_it(daemon: Start, tmp_path: Path) -> None:
+    """So a machine is snapshot that was stored just before. As in the reference."""
+    for name in ("base", "alone"):
+        img("create", "-q", "-f", "qcow2", tmp_path / name, "1M")
+    qmp = daemon().qmp()
+    qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
+    file = {"driver": "file", "filename": "base"}
+    qmp.execute("blockdev-add", driver="qcow2", node_name="a", active=False, file=file)
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="a", writable=True, allow_inactive=True)
+    before = (tmp_path / "base").read_bytes()
+    sync = [
+        {"node-name": node, "snapshot-file": over, "snapshot-node-name": over}
+        for node, over in (("a", "b"), ("b", "c"))
+    ]
+    qmp.execute("transaction", actions=[{"type": "blockdev-snapshot-sync", "data": each} for each in sync])
+    alone = {"driver": "file", "filename": "alone", "node-name": "file"}
+    qmp.execute("blockdev-add", driver="qcow2", node_name="d", file=alone, backing=None)
+    failing = [{"type": "blockdev-snapshot", "data": {"node": "c", "overlay": "d"}}, {"type": "abort", "data": {}}]
+    assert qmp.refusal("transaction", actions=failing) == "Transaction aborted using Abort action"
+    assert active(qmp) == {"a": False, "b": False, "c": False, "d": True, "file": True}
+    qmp.execute("blockdev-snapshot", node="c", overlay="d")
+    assert active(qmp) == dict.fromkeys(("a", "b", "c", "d", "file"), False)
+    with NbdReader(tmp_path / "nbd.sock", "a") as client:
+        assert client.read(0, 512) == bytes(512)
+        with pytest.raises(NbdError):
+            client.write(0, b"x" * 512)
+        qmp.execute("blockdev-set-active", node_name="d", active=True)
+        assert active(qmp) == dict.fromkeys(("a", "b", "c", "d", "file"), True)
+        client.write(0, b"x" * 512)
+        assert client.read(0, 1024) == b"x" * 512 + bytes(512)
+    qmp.execute("quit")
+    assert (tmp_path / "base").read_bytes() == before
+    for name in ("b", "c", "alone"):
+        assert_clean(tmp_path / name)
+
+
+def active(qmp: Qmp) -> dict[str, bool]:
+    """Which nodes with names of their own are."""
+    nodes = qmp.execute("query-named-block-nodes", flat=True)
+    return {node["node-name"]: node["active"] for node in nodes if not node["node-name"].startswith("#")}
