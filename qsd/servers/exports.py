@@ -84,6 +84,10 @@ class Exports:
         """All exports, newest first."""
         return [entry for entry in reversed(self._entries.values()) if entry.is_up]
 
+    def of_type(self, type_name: str) -> list[Entry]:
+        """All exports of a type, newest first, and those that nobody finds yet."""
+        return [entry for entry in reversed(self._entries.values()) if entry.export.type_name == type_name]
+
     def find(self, name: str) -> Entry | None:
         """The export with that id."""
         entry = self._entries.get(name)
@@ -119,9 +123,15 @@ class Exports:
                 export = await kind.make(name, options, edge)
                 entry = self._entries[name] = Entry(name, export, export, edge)
                 await self._supervisor.start(export, Floor.EXPORTS)
+                if entry.is_shutting_down:
+                    # By what ends all exports. It may be told in the words for who comes after that.
+                    await self._supervisor.stop(export)
+                    kind.check(options)
+                    raise QmpError(f"Export '{name}' is already shutting down")
                 entry.is_up = True
             except BaseException:
                 self._entries.pop(name, None)
+                self._forgotten.set()
                 await edge.detach()
                 raise
         finally:
@@ -173,14 +183,16 @@ class Exports:
         self._begin_end(entry)
 
     def delete_all(self, type_name: str) -> None:
-        """Delete every export of a type, hard."""
-        for entry in self.entries():
-            if entry.export.type_name == type_name and not entry.is_shutting_down:
+        """Delete every export of a type, hard; those that are being added are not added."""
+        for entry in self.of_type(type_name):
+            if not entry.is_up:
+                entry.is_shutting_down = True
+            elif not entry.is_shutting_down:
                 self._begin_end(entry)
 
     async def wait_gone(self, type_name: str) -> None:
         """Return when there is no export of that type."""
-        while any(entry.export.type_name == type_name for entry in self.entries()):
+        while self.of_type(type_name):
             await self._forgotten.wait()
 
     def _begin_end(self, entry: Entry) -> None:
@@ -202,7 +214,8 @@ class Exports:
 
     async def stopped(self, name: str) -> None:
         """The export's actor is going down by itself (shutdown, crash): take it off the graph and tell."""
-        entry = self.find(name)
+        entry = self._entries.get(name)
         if entry is not None:
             entry.is_shutting_down = True
-            await self._forget(entry)
+            if entry.is_up:
+                await self._forget(entry)

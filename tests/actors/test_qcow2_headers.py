@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 import pytest
-from qcow2_fakes import KIB, Bench, MemoryFile, cut_somewhere, examine, opened_on, read
+from qcow2_fakes import KIB, Bench, MemoryFile, cut, cut_somewhere, examine, new_image, opened_on, read
 
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
@@ -19,6 +19,7 @@ from qsd.drivers.calls import call
 from qsd.drivers.qcow2.bitmap_image import DriverImage
 from qsd.drivers.qcow2.bitmaps import Qcow2Bitmaps
 from qsd.drivers.qcow2.driver import Qcow2Driver
+from qsd.drivers.qcow2.extensions import EXT_BACKING_FORMAT, EXT_BITMAPS, Extension
 from qsd.drivers.qcow2.layout import DIRTY, LAZY_REFCOUNTS, Header, marking, parse_header
 from qsd.errors import QmpError
 from qsd.messages import Op, Request
@@ -219,6 +220,27 @@ def assert_sound(data: bytes) -> None:
     header = parse_header(data[: 2 << 20])
     flags = 0 if marking(header) else sum("OFLAG_COPIED" in each for each in found.problems)
     assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems
+
+
+@pytest.mark.parametrize("length", [2, 200, 340, 341, 380, 900, 1023])
+async def test_header_of_more_than_a_sector_arrives_as_a_whole(length: int) -> None:
+    """With a bitmap, the feature names of an overlay reached to where the backing file's name had been."""
+    extensions = (Extension(EXT_BACKING_FORMAT, b"qcow2"),)
+    name = b"/" + b"n" * (length - 1)
+    file = MemoryFile(new_image(Header(size=KIB, cluster_bits=14, backing_file=name, extensions=extensions)))
+    more = (*extensions, Extension(EXT_BITMAPS, bytes(24)), Extension(0x12345678, b"something else"))
+    async with opened_on(file, backing=NOTHING) as driver:
+        image = driver.image
+        for wanted in (more[:2], extensions, more, more[1:], (), extensions):
+            before, old = bytes(file.data), image.header
+            file.log.clear()
+            await image.change_header(extensions=wanted)
+            for data in cut(before, file.log):
+                found = parse_header(data[: 1 << 14])
+                assert found in (old, image.header)
+                assert found.backing_file == name
+            assert parse_header(bytes(file.data[: 1 << 14])).extensions == wanted
+        await driver.close()
 
 
 # -- files that cannot be read everywhere --------------------------------------------------------------------------

@@ -347,13 +347,11 @@ class NbdService(Actor):
 
     # -- exports (wire.nbd.handshake.ExportDirectory) ---------------------------------------------------------
 
-    def exports_alive(self) -> list[NbdExport]:
-        """NBD exports that are not going away, oldest first."""
-        return [
-            entry.export
-            for entry in reversed(self._exports.entries())
-            if isinstance(entry.export, NbdExport) and not entry.is_shutting_down
-        ]
+    def exports_alive(self, *, with_coming: bool = False) -> list[NbdExport]:
+        """NBD exports that are not going away, oldest first; with those that are being added if so wanted."""
+        entries = self._exports.of_type(NbdExport.type_name)
+        alive = [entry.export for entry in entries if not entry.is_shutting_down and (entry.is_up or with_coming)]
+        return [export for export in reversed(alive) if isinstance(export, NbdExport)]
 
     def lookup(self, name: str) -> ExportInfo | None:
         """The export a client names."""
@@ -374,7 +372,7 @@ class NbdService(Actor):
             raise QmpError(f"export name '{name}' too long")
         if options.description is not None and len(modified_utf8.encode(options.description)) > c.MAX_STRING:
             raise QmpError(f"description '{options.description}' too long")
-        if self.lookup(name) is not None:
+        if any(export.export_name == name for export in self.exports_alive(with_coming=True)):
             raise QmpError(f"NBD server already has export named '{name}'")
 
     async def _make(self, identifier: str, options: Any, edge: Edge) -> NbdExport:
