@@ -125,14 +125,20 @@ class Parser:
     def feed(self, data: bytes) -> list[Any]:
         """Take received bytes; return what they complete: values (JSON's, as Python has them) and ``JsonError``s.
 
-        An object is returned as soon as its closing brace is here. Memory is bounded by the limits of the dialect.
+        An object is returned as soon as its closing brace is here. Memory is bounded by the limits of the dialect;
+        where there is less, what has been read of a message is forgotten, and that is an error as well.
         """
-        if self._is_idle and len(data) <= _QUICK_LIMIT:
-            data = self._feed_quick(data)
-        if data:
-            self._lexer.feed(data)
-            for token in self._lexer.tokens():
-                self._take(token)
+        try:
+            if self._is_idle and len(data) <= _QUICK_LIMIT:
+                data = self._feed_quick(data)
+            if data:
+                self._lexer.feed(data)
+                for token in self._lexer.tokens():
+                    self._take(token)
+        except MemoryError:
+            self._lexer = Lexer()
+            self._forget()
+            self._results.append(JsonError("JSON parse error, out of memory"))
         return self._give()
 
     def finish(self) -> list[Any]:

@@ -22,7 +22,8 @@ from qsd.actors.supervisor import Floor
 from qsd.errors import QmpError
 from qsd.qapi.rows import Rows
 from qsd.qapi.schema.control import MonitorMode, MonitorOptions
-from qsd.servers.monitor import output
+from qsd.servers.monitor import output, session
+from qsd.wire.qmp_json_lexer import Lexer
 
 VERSION = f'{{"qemu": {{"major": 11, "minor": 1, "micro": 3}}, "package": "qsd {__version__}"}}'
 
@@ -539,6 +540,61 @@ async def test_crashed_monitor_frees_its_chardev_and_its_name(
     await house.monitors.add(MonitorOptions(chardev="a", id="m"))
     await house.negotiated(path)
     assert "return" in await good.ask("query-version")
+
+
+async def test_want_of_memory_ends_neither_the_session_nor_the_monitor(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a command, for its answer, and for what came. All but the first were the end of the monitor."""
+
+    def fail(*_args: Any, **_more: Any) -> Any:
+        raise MemoryError
+
+    async def greedy(_session: Any, _arguments: Any) -> None:
+        raise MemoryError
+
+    house.commands["greedy"] = greedy
+    refusal = {"class": "GenericError", "desc": "Cannot allocate memory"}
+    client = await house.negotiated(await house.monitor())
+    assert await client.ask("greedy", id=1) == {"id": 1, "error": refusal}
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "pieces", fail)
+        assert await client.ask("query-version", id=2) == {"id": 2, "error": refusal}
+    with monkeypatch.context() as patch:
+        patch.setattr(Lexer, "feed", fail)
+        await client.send("'")
+        assert await client.message() == {
+            "error": {"class": "GenericError", "desc": "JSON parse error, out of memory"}
+        }
+    assert "return" in await client.ask("query-version")
+    assert not caplog.text
+
+
+class FullStream:
+    """Takes half of what is sent."""
+
+    def __init__(self) -> None:
+        self.closed = trio.Event()
+        self.close = self.closed.set
+
+    def send_nowait(self, data: memoryview) -> int:
+        return len(data) // 2
+
+
+async def test_client_whose_answer_cannot_be_kept_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the half of it, and could make nothing of what came next."""
+
+    class Greedy(bytearray):
+        def __init__(self, _data: bytes) -> None:
+            raise MemoryError
+
+    stream: Any = FullStream()
+    made = output.Output(stream, "m")
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "bytearray", Greedy, raising=False)
+        made.put(b"more than it takes")
+    assert stream.closed.is_set()
+    assert made.held == 0
 
 
 # -- hostile and torn input -----------------------------------------------------------------------------------

@@ -44,19 +44,20 @@ class Output:
         """Send, or keep for later. What is said to a client that has gone is lost. An array is given away."""
         if self._stream.closed.is_set():
             return
-        if not self._held:
-            try:
+        try:
+            if not self._held:
                 sent = self._stream.send_nowait(memoryview(data))
-            except OSError:
-                self._stream.close()
-                return
-            if sent == len(data):
-                return
-            # Nothing is copied of an answer of many megabytes.
-            self._held = data if isinstance(data, bytearray) else bytearray(data)
-            del self._held[:sent]
-        else:
-            self._held += data
+                if sent == len(data):
+                    return
+                # Nothing is copied of an answer of many megabytes.
+                self._held = data if isinstance(data, bytearray) else bytearray(data)
+                del self._held[:sent]
+            else:
+                self._held += data
+        except (OSError, MemoryError):
+            # Without the rest of it, nothing that is said afterwards can be understood.
+            self._held.clear()
+            self._stream.close()
         self._notify()
 
     def put_unasked(self, data: bytes) -> None:
@@ -87,7 +88,7 @@ class Output:
                 sent = self._stream.send_nowait(bytes(self._held[: 256 << 10]))
                 del self._held[:sent]
                 self._notify()
-        except (OSError, trio.ClosedResourceError):
+        except (OSError, MemoryError, trio.ClosedResourceError):
             self._held.clear()
             self._stream.close()
             self._notify()

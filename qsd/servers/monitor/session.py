@@ -9,6 +9,7 @@ there, so that the next one need not wait for the end.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,7 +20,7 @@ from trio_util import AsyncBool, wait_any
 
 from qsd import trace
 from qsd.actors.events import Emitted, EventBus
-from qsd.errors import ActorStopped, ErrorClass, QmpError
+from qsd.errors import ActorStopped, ErrorClass, QmpError, errno_text
 from qsd.qapi.core import SCHEMA
 from qsd.qapi.schema.control import QMPCapability
 from qsd.qapi.visit import to_json
@@ -198,10 +199,11 @@ class Session:
                 _COMMAND("mon {} req: {}", self.name, request.name)
             self.commands += 1
             result = await self._dispatch(self, request.name, request.arguments)
+            answer = await self._written(envelope.success(result, request_id))
         except Exception as error:  # noqa: BLE001  # it becomes the reply
             self._say(envelope.failure(_as_qmp(error), request_id))
         else:
-            await self._answer(envelope.success(result, request_id))
+            self._put(answer)
 
     def _admit(self, request: Request) -> None:
         if not self.is_negotiated:
@@ -235,15 +237,15 @@ class Session:
         capabilities = [QMPCapability.OOB.value] if self._offers_oob else []
         self._say({"QMP": {"version": to_json(VERSION), "capabilities": capabilities}})
 
-    async def _answer(self, message: dict[str, Any]) -> None:
-        """Say what may be many megabytes: others run while it is put together."""
+    async def _written(self, message: dict[str, Any]) -> bytearray:
+        """What may be many megabytes: others run while it is put together."""
         data = bytearray()
         for piece in pieces(message, pretty=self.pretty):
             if data:
                 await trio.lowlevel.checkpoint()
             data += _on_the_wire(piece)
         data += _END
-        self._put(data)
+        return data
 
     def _say(self, message: dict[str, Any]) -> None:
         self._put(self._encode(message))
@@ -271,6 +273,8 @@ def _as_qmp(error: Exception) -> QmpError:
         error = error.exceptions[0]
     if isinstance(error, QmpError):
         return error
+    if isinstance(error, MemoryError):
+        return QmpError(errno_text(errno.ENOMEM))
     if not isinstance(error, ActorStopped):
         log.error("a command failed in a way nobody planned for", exc_info=error)
     return QmpError(f"{type(error).__name__}: {error}")
