@@ -9,7 +9,9 @@ import trio
 import trio.testing
 from whole_daemon import Whole, whole_daemon
 
-from qsd.errors import QmpError
+from qsd.actors.supervisor import Floor
+from qsd.errors import ActorStopped, QmpError
+from qsd.servers.nbd.server import NbdExport
 
 
 async def prepare(whole: Whole) -> None:
@@ -80,3 +82,85 @@ async def test_deletion_that_meets_the_end_is_told_once(
         await whole.run("block-export-del", id="e")
     assert deletions(whole) == 2
     assert "crashed" not in caplog.text
+
+
+class Adding:
+    """An export that is being added: it does not start before ``go_on``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_starting = trio.Event()
+        self.go_on = trio.Event()
+        self.error: Exception | None = None
+        original = NbdExport.started
+
+        async def started(export: NbdExport) -> None:
+            self.is_starting.set()
+            await self.go_on.wait()
+            await original(export)
+
+        monkeypatch.setattr(NbdExport, "started", started)
+
+    async def run(self, whole: Whole) -> None:
+        try:
+            await add(whole)
+        except (QmpError, ActorStopped) as error:
+            self.error = error
+
+
+async def test_end_of_the_server_ends_an_export_that_is_being_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed behind: the next server had it."""
+    adding = Adding(monkeypatch)
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(adding.run, whole)
+            await adding.is_starting.wait()
+            async with trio.open_nursery() as inner:
+                inner.start_soon(whole.run, "nbd-server-stop")
+                await trio.testing.wait_all_tasks_blocked()
+                adding.go_on.set()
+        assert str(adding.error) == "NBD server not running"
+        assert await whole.run("query-block-exports") == []
+        assert not deletions(whole), "there was none"
+        assert [actor for actor in whole.supervisor.actors() if actor.kind == "export"] == []
+        await whole.run("blockdev-del", node_name="n")
+
+
+async def test_name_of_an_nbd_export_that_is_being_added_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There were two of that name, and clients got the first."""
+    adding = Adding(monkeypatch)
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(adding.run, whole)
+            await adding.is_starting.wait()
+            nursery.cancel_scope.deadline = trio.current_time() + 5
+            with pytest.raises(QmpError, match="NBD server already has export named 'n'"):
+                await whole.run("block-export-add", type="nbd", id="other", node_name="n")
+            adding.go_on.set()
+        assert adding.error is None
+        assert [entry["id"] for entry in await whole.run("query-block-exports")] == ["e"]
+
+
+async def test_end_of_the_daemon_ends_an_export_that_is_being_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was in the table when it had stopped, and its node in use."""
+    adding = Adding(monkeypatch)
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(adding.run, whole)
+            await adding.is_starting.wait()
+            nursery.start_soon(whole.supervisor.close_floor, Floor.EXPORTS)
+            await trio.testing.wait_all_tasks_blocked()
+            adding.go_on.set()
+        # Whichever comes first.
+        assert deletions(whole) == (adding.error is None)
+        assert await whole.run("query-block-exports") == []
+        await whole.run("blockdev-del", node_name="n")
+    assert not caplog.text
