@@ -5,7 +5,8 @@ opened the image next would find what it held at that moment. So the header the 
 at once or, where that fails as well, before any other metadata (``restore``): no flush succeeds until it is there.
 
 A sector arrives as a whole, or not at all. What lies behind is there before the sector that needs it: the name of
-another backing file, which goes where the old one is not.
+another backing file, which goes where the old one is not. Extensions that reach into the second sector have no
+other place: where they would change there, the table of feature names, which nobody needs, goes.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ class HeaderChanges:
         # Half of a change is none: who is cancelled waits for it.
         with trio.CancelScope(shield=True):
             async with self._lock:
-                changes = revise(image.header)
-                header = _placed(attrs.evolve(image.header, **changes), image.header)
-                has_name = header.backing_offset == image.header.backing_offset and "backing_file" not in changes
-                _parts(header)
+                old = image.header
+                changes = revise(old)
+                before = await self._fitting(old, old)
+                header = await self._fitting(attrs.evolve(old, **changes), old)
+                has_name = header.backing_offset == old.backing_offset and "backing_file" not in changes
                 self.is_certain = False
                 try:
                     await self._write(header, has_name=has_name)
                 except OSError:
+                    image.header = before
                     with contextlib.suppress(OSError):
-                        await self._write(image.header, has_name=False)
+                        await self._write(before, has_name=False)
                     raise
                 image.header = header
 
@@ -65,6 +68,17 @@ class HeaderChanges:
             async with self._lock:
                 if not self.is_certain:
                     await self._write(self._image.header, has_name=False)
+
+    async def _fitting(self, new: Header, old: Header) -> Header:
+        """The new header with a place for its name, and made so that it arrives as a whole. Raises OSError."""
+        header = _placed(attrs.evolve(new, names_features=True), old)
+        behind = _parts(header)[0][SECTOR:]
+        file = self._image.file
+        inside = max(0, min(len(behind), file.length - SECTOR))
+        found = await file.read(SECTOR, inside) if inside else b""
+        if found.ljust(len(behind), b"\0") == behind:
+            return header
+        return _placed(attrs.evolve(new, names_features=False), old)
 
     async def _write(self, header: Header, *, has_name: bool) -> None:
         """``has_name``: the name of the backing file is in its place."""
@@ -86,7 +100,9 @@ def _placed(new: Header, old: Header) -> Header:
 
     Where the cluster has no such place, it goes where it goes.
     """
-    front, old_front = len(_parts(new)[0]), len(_parts(old)[0])
+    front = len(_parts(new)[0])
+    # The old one may have the table of feature names.
+    old_front = len(_parts(attrs.evolve(old, names_features=True))[0])
     at = place_name(new, front)
     name, old_end = new.backing_file or b"", old.backing_offset + len(old.backing_file or b"")
     if at + len(name) > SECTOR and (at, name) != (old.backing_offset, old.backing_file):

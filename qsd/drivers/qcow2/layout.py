@@ -117,6 +117,8 @@ class Header:
     backing_offset: int = attrs.field(default=0, eq=False)
     extensions: tuple[Extension, ...] = ()
     feature_names: dict[tuple[int, int], str] = attrs.field(factory=dict, eq=False)
+    # Whether the table is written where there is room for it.
+    names_features: bool = attrs.field(default=True, eq=False)
 
     # -- derived ----------------------------------------------------------------------------------------------
 
@@ -434,7 +436,8 @@ def place_name(header: Header, front: int) -> int:
 def header_parts(header: Header) -> tuple[bytes, bytes]:
     """The fields and extensions, and the backing file name. Raises QmpError as ``serialise_header`` does."""
     length = V2_LENGTH if header.version < 3 else max(header.header_length, FULL_LENGTH)
-    has_names = header.content_version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
+    has_room = header.content_version >= 3 and header.cluster_size > MAX_CLUSTER_WITHOUT_NAMES
+    has_names = has_room and header.names_features
     extensions = serialise_extensions((*header.extensions, *([feature_table()] if has_names else [])))
     name = header.backing_file or b""
     end = length + len(extensions)
