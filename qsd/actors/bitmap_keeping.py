@@ -48,6 +48,11 @@ async def _mark_in_use(store: BitmapStore) -> None:
         raise QmpError(f"Can't update bitmap directory: {errno_text(error.errno or 0)}") from None
 
 
+def must_stop(node: Node, *, active: bool, read_only: bool) -> bool:
+    """Whether there is something to do with the node's bitmaps before it is ``active`` and ``read_only`` like that."""
+    return (node.bitmaps.has_adopted and node.active and not active) or (is_storing(node) and read_only)
+
+
 def is_storing(node: Node) -> bool:
     """Whether the node has taken in the bitmaps of its image, and the image is out of date."""
     return node.bitmaps.has_adopted and node.active and not node.mode.read_only
@@ -69,10 +74,14 @@ def _lost(node: Node, error: QmpError) -> str:
 
 @attrs.define(eq=False)
 class StopWriting(Action):
-    """The image gets the bitmaps of a node that is going to be inactive or read-only. The node is held."""
+    """The image gets the bitmaps of a node that is going to be inactive or read-only. The node is held.
+
+    One that is read-only has nothing to store, and hands them over all the same.
+    """
 
     node: Node
     is_inactivation: bool = attrs.field(kw_only=True)
+    _must_store: bool = attrs.field(default=False, init=False)
     _was_aborted: bool = attrs.field(default=False, init=False)
 
     @property
@@ -88,6 +97,9 @@ class StopWriting(Action):
             for bitmap in bitmaps:
                 # Somebody shows it who would not see what the next owner does. The reference asserts.
                 bitmap.check(Bar.BUSY)
+        self._must_store = is_storing(self.node)
+        if not self._must_store:
+            return
         try:
             await self._store.store(bitmaps)
         except QmpError as error:
@@ -112,7 +124,7 @@ class StopWriting(Action):
 
     def abort(self) -> None:
         """The node goes on: what the image holds will be out of date."""
-        self._was_aborted = True
+        self._was_aborted = self._must_store
 
     async def clean(self) -> None:
         """Say so in the image."""

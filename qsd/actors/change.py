@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qsd.actors import transaction
-from qsd.actors.bitmap_keeping import StartWriting, StopWriting, is_storing
+from qsd.actors.bitmap_keeping import StartWriting, StopWriting, must_stop
 from qsd.actors.change_steps import Activity, Firm, Firmness, FlushBelow, Hold, Permissions, Reopen, Swap
 from qsd.actors.depth import new_heights
 from qsd.actors.edges import Edge, NodeState, RootEdge, disown, info_of, length_changed
@@ -275,7 +275,7 @@ class Change:
         key = info_of(node).key
         active = self._activity.get(key, node.active)
         read_only = self._modes[key].mode.read_only if key in self._modes else node.mode.read_only
-        if is_storing(node) and (read_only or not active):
+        if must_stop(node, active=active, read_only=read_only):
             yield self._as_firm(StopWriting(node, is_inactivation=not active))
         if active and not node.active:
             yield StartWriting(node, self._failures, is_activation=True)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from fake_bitmap_store import Stored
@@ -256,6 +257,17 @@ async def test_inactive_node_has_handed_its_bitmaps_over(bench: Bench) -> None:
     assert in_image(world)["other"] == ([], "auto in_use")
     await write(graph, 8192)
     assert shown(graph)["on"][0] == [(512, 512), (8192, 512)]
+
+
+async def test_read_only_node_hands_its_bitmaps_over_and_takes_them_back(bench: Bench) -> None:
+    graph, world = bench
+    await open_format(graph, read_only=True)
+    before, image = shown(graph), {name: attrs.evolve(each) for name, each in world.bitmaps["q"].items()}
+    await graph.set_active("q", active=False)
+    assert shown(graph) == {}
+    await graph.set_active("q", active=True)
+    assert shown(graph) == before
+    assert world.bitmaps["q"] == image
 
 
 async def test_busy_bitmap_keeps_its_node_active(bench: Bench) -> None:

@@ -88,3 +88,17 @@ def active(qmp: Qmp) -> dict[str, bool]:
     """Which nodes with names of their own are."""
     nodes = qmp.execute("query-named-block-nodes", flat=True)
     return {node["node-name"]: node["active"] for node in nodes if not node["node-name"].startswith("#")}
+
+
+def test_read_only_image_with_bitmaps_comes_back(daemon: Start, tmp_path: Path) -> None:
+    img("create", "-q", "-f", "qcow2", tmp_path / "a", "1M")
+    img("bitmap", "--add", tmp_path / "a", "b")
+    before = (tmp_path / "a").read_bytes()
+    qmp = daemon().qmp()
+    file = {"driver": "file", "filename": "a"}
+    qmp.execute("blockdev-add", driver="qcow2", node_name="a", read_only=True, file=file)
+    for active in (False, True, False, True):
+        qmp.execute("blockdev-set-active", node_name="a", active=active)
+        (node,) = [each for each in qmp.execute("query-named-block-nodes") if each["node-name"] == "a"]
+        assert [bitmap["name"] for bitmap in node.get("dirty-bitmaps", [])] == (["b"] if active else [])
+    assert (tmp_path / "a").read_bytes() == before
