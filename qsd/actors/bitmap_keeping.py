@@ -49,7 +49,7 @@ async def _mark_in_use(store: BitmapStore) -> None:
 
 
 def must_stop(node: Node, *, active: bool, read_only: bool) -> bool:
-    """Whether there is something to do with the node's bitmaps before it is ``active`` and ``read_only`` like that."""
+    """Whether its bitmaps are to be seen to before the node is ``active`` and ``read_only`` like that."""
     return (node.bitmaps.has_adopted and node.active and not active) or (is_storing(node) and read_only)
 
 
