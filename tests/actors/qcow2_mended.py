@@ -1,9 +1,11 @@
-"""What opening a dirty image does to its bytes, without a node."""
+"""What opening a dirty image does to its bytes, without a node, or without the node's thread."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from qsd.drivers.qcow2.examining import Examined, Repairs, check_and_repair
-from qsd.drivers.qcow2.layout import Header, parse_header
+from qsd.drivers.qcow2.layout import SECTOR, Header, parse_header
 
 
 class Bytes:
@@ -30,6 +32,20 @@ class Bytes:
 def mend(image: bytearray) -> Examined:
     """Check and repair; the marks in the header stay."""
     return check_and_repair(Bytes(image), header_of(image), Repairs.ALL)
+
+
+async def repaired(file: Any, _header: Header) -> Examined:
+    """``mending.repaired`` of a file in memory, at once."""
+    image = bytearray(file.data)
+    examined = mend(image)
+    if len(image) > file.length:
+        await file.truncate(len(image))
+    for start in range(0, len(image), SECTOR):
+        piece = bytes(image[start : start + SECTOR])
+        if piece != file.data[start : start + SECTOR]:
+            await file.write(start, piece)
+    await file.flush()
+    return examined
 
 
 def header_of(image: bytearray) -> Header:

@@ -101,6 +101,55 @@ VARIANTS: Final[dict[str, Variant]] = {
     "packed-lazy": Variant(
         is_packed=True, header={"compatible": layout.LAZY_REFCOUNTS}, cluster_bits=12, clusters=60, is_empty=True
     ),
+    # Several things at once.
+    "v2-512-snapshot": Variant(
+        header={"version": 2}, cluster_bits=9, clusters=400, has_snapshot=True, options=_TINY
+    ),
+    "data-file-extended-backing": Variant(
+        header={"incompatible": layout.DATA_FILE | layout.EXTENDED_L2},
+        cluster_bits=14,
+        clusters=20,
+        has_backing=True,
+    ),
+    "data-file-raw-extended": Variant(
+        header=_DATA_FILE_RAW | {"incompatible": layout.DATA_FILE | layout.EXTENDED_L2},
+        cluster_bits=14,
+        clusters=20,
+    ),
+    "data-file-no-unref": Variant(
+        header=_DATA_FILE, cluster_bits=12, clusters=60, has_backing=True, options={"discard_no_unref": True}
+    ),
+    "aes-no-unref": Variant(
+        header=_AES,
+        cluster_bits=12,
+        clusters=60,
+        has_backing=True,
+        is_empty=True,
+        options={"discard_no_unref": True},
+    ),
+    "lazy-extended-snapshot": Variant(
+        header=_EXTENDED | {"compatible": layout.LAZY_REFCOUNTS},
+        cluster_bits=14,
+        clusters=30,
+        has_snapshot=True,
+        has_backing=True,
+    ),
+    "packed-no-unref-snapshot": Variant(
+        is_packed=True,
+        cluster_bits=12,
+        clusters=60,
+        has_snapshot=True,
+        has_backing=True,
+        options={"discard_no_unref": True},
+    ),
+    "packed-extended-lazy": Variant(
+        is_packed=True,
+        header=_EXTENDED | {"compatible": layout.LAZY_REFCOUNTS},
+        cluster_bits=14,
+        clusters=30,
+        has_snapshot=True,
+        options={"discard_no_unref": True, **_TINY},
+    ),
     "no-discard": Variant(options={"pass_discard_request": False}, cluster_bits=12, clusters=60),
 }
 

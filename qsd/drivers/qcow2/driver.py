@@ -321,10 +321,12 @@ class Qcow2Driver(TellingDriver):
         image = self.image
         await self.writeback.finish()
         if image.needs_repair and image.header.content_version < 3:
-            # It is to stay version 2: what has failed leaves leaks at most.
-            await internal_snapshots.set_flags(self)
-            await self.writeback.finish()
-            image.needs_repair = False
+            # It is to stay version 2, which has no mark for a repair.
+            await image.cut_room_ahead()
+            await mend(self, image)
+            self._go_on_with(await self._read_again(self.options, self.mode, mends=False))
+            image = self.image
+            image.needs_repair = bool(image.header.incompatible & DIRTY)
         if image.header.incompatible & DIRTY:
             await image.write_refcounts()
             await image.file.flush()
@@ -332,9 +334,7 @@ class Qcow2Driver(TellingDriver):
                 log.warning("%s stays marked as dirty: opening it to be written repairs it", self.node_name)
             else:
                 await image.header_changes.change(unmarking)
-        if image.has_grown and image.file.length > image.virgin:
-            await image.file.truncate(image.virgin, exact=False)
-            image.has_grown = False
+        await image.cut_room_ahead()
 
     # -- corruption -------------------------------------------------------------------------------------------
 

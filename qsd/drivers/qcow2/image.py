@@ -249,6 +249,12 @@ class Image:
                 except QmpError:
                     raise OSError(errno.ENOSPC, "the file cannot grow") from None
 
+    async def cut_room_ahead(self) -> None:
+        """Let the file end where nothing has ever been written. Raises QmpError."""
+        if self.has_grown and self.file.length > self.virgin:
+            await self.file.truncate(self.virgin, exact=False)
+            self.has_grown = False
+
     def _set_dirty(self, done: Callable[[int], None]) -> None:
         async def set_dirty() -> None:
             error = 0

@@ -35,7 +35,7 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
     it is.
     """
     try:
-        examined = await trio.to_thread.run_sync(_check_and_repair, _OnThread(image.file), image.header)
+        examined = await repaired(image.file, image.header)
         found, fixed = examined.found, examined.fixed
         header = await read_header(image.file)
         image.header = attrs.evolve(header, feature_names=image.header.feature_names)
@@ -49,6 +49,11 @@ async def mend(driver: Qcow2Driver, image: Image) -> None:
         image.take_snapshots(*await read_snapshots(image.file, header))
     except OSError as error:
         raise QmpError(f"Could not repair dirty image: {errno_text(error.errno or 0)}") from None
+
+
+async def repaired(file: Child, header: Header) -> Examined:
+    """Check and repair what is in a file. Raises OSError."""
+    return await trio.to_thread.run_sync(_check_and_repair, _OnThread(file), header)
 
 
 def _check_and_repair(file: _OnThread, header: Header) -> Examined:
