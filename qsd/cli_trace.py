@@ -100,10 +100,12 @@ class FileSink:
     """Writes each event to a file at once. Raises OSError when it cannot be opened."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        # Non-blocking: a FIFO that nobody reads, or not fast enough, must hold up nobody.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+        self._descriptor = os.open(path, flags, 0o666)
 
     def __call__(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk loses lines, and must not fail what is traced
+        with contextlib.suppress(OSError):  # a full disk or FIFO loses lines, and must not fail what is traced
             os.write(self._descriptor, line.encode("utf-8", "surrogateescape") + b"\n")
 
     def close(self) -> None:

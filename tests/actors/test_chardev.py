@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -590,6 +591,25 @@ async def test_log_that_cannot_be_made_leaves_nothing(house: House) -> None:
     wanted = f"Failed to add chardev 'c': Could not create '{where}': No such file or directory"
     assert await refusal(house, "socket", addr=unix(house.path("c")), logfile=str(where)) == wanted
     assert not house.path("c").exists()
+
+
+async def test_log_that_nobody_reads_holds_up_nobody(house: House) -> None:
+    """The daemon waited for a FIFO's reader, and only SIGKILL could end it."""
+    log = house.path("log")
+    os.mkfifo(log)
+    wanted = f"Failed to add chardev 'c': Could not create '{log}': No such device or address"
+    assert await refusal(house, "socket", addr=unix(house.path("c")), logfile=str(log)) == wanted
+    reader = os.open(log, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+        path = await house.socket_chardev("c", logfile=str(log))
+        await monitor_on(house, "c")
+        client = await house.negotiated(path)
+        for _ in range(50):
+            assert "return" in await client.ask("query-version")
+        assert os.read(reader, 1 << 16).startswith(b'{"QMP"')
+    finally:
+        os.close(reader)
 
 
 # -- names, removal ---------------------------------------------------------------------------------------------

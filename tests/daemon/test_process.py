@@ -224,6 +224,25 @@ def test_sigusr1_prints_the_tree(daemon: Start) -> None:
     assert "disk0" in running.stderr()
 
 
+@pytest.mark.parametrize("arguments", [["--bogus"], ["--export", "nbd,id=e,node-name=none"]])
+def test_standard_error_that_nobody_reads_holds_up_nobody(arguments: list[str]) -> None:
+    """The daemon waited until somebody did, and only SIGKILL could end it."""
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        ours = subprocess.run(
+            [*PROGRAM, *arguments], stderr=writing, stdin=subprocess.DEVNULL, timeout=60, check=False
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert ours.returncode == 1
+
+
 def test_sigpipe_is_ignored(daemon: Start) -> None:
     running = daemon()
     running.process.send_signal(signal.SIGPIPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_option_with_output_file(option: TraceRegistry, tmp_path: Path) -> None:
     Warnings().apply(f"nbd*,file={tmp_path}/log")
     option.events["nbd_client_loop"]("x")
     assert (tmp_path / "log").read_text() == "nbd_client_loop x\n"
+    assert isinstance(option.sink, cli_trace.FileSink)
+    option.sink.close()
+
+
+def test_output_file_that_nobody_reads_holds_up_nobody(option: TraceRegistry, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    os.mkfifo(path)
+    with pytest.raises(QmpError, match="No such device or address"):
+        Warnings().apply(f"nbd*,file={path}")
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    Warnings().apply(f"nbd*,file={path}")
+    for _ in range(2):
+        option.events["nbd_client_loop"]("x" * (1 << 20))
+    assert os.read(reader, 100).startswith(b"nbd_client_loop xxx")
+    os.close(reader)
     assert isinstance(option.sink, cli_trace.FileSink)
     option.sink.close()
 

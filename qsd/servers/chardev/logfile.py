@@ -12,7 +12,8 @@ class LogFile:
     """``logfile``, ``logappend`` and ``logtimestamp`` of a chardev. Raises QmpError when it cannot be made."""
 
     def __init__(self, path: str, *, append: bool, timestamps: bool) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+        # Non-blocking: a FIFO that nobody reads, or not fast enough, must hold up nobody.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_APPEND if append else os.O_TRUNC)
         try:
             self._fd = os.open(path, flags, 0o666)
         except OSError as error:
