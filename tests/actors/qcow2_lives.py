@@ -305,9 +305,9 @@ class Life:
         """Name another backing file, or none; where it lies does not change."""
         # With a header of more than a sector version 2 has no mark for snapshots.
         lengths = (1, 30, 200) if self.header.version < 3 else (1, 30, 200, 600, 1022)
-        if self.header.cluster_bits == MIN_CLUSTER_BITS:
-            # Room is left for other things in the header.
-            lengths = (1, 30)
+        if self.header.cluster_bits <= MIN_CLUSTER_BITS + 1:
+            # Room is left for other things in the header, and where it is two sectors for another name.
+            lengths = (1, 30) if self.header.cluster_bits == MIN_CLUSTER_BITS else (1, 30, 200)
         letter = self.rng.choice("abc")
         name = "" if self.rng.random() < 0.2 else "/" + letter * self.rng.choice(lengths)
         kind = self.rng.choice(("", "raw", "qcow2"))

@@ -11,6 +11,7 @@ from qcow2_world import Habits, World
 
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.layout import Header
+from qsd.qapi.schema.qcow2 import Qcow2OverlapCheckMode
 
 
 @attrs.frozen(kw_only=True)
@@ -152,6 +153,56 @@ VARIANTS: Final[dict[str, Variant]] = {
     ),
     "no-discard": Variant(options={"pass_discard_request": False}, cluster_bits=12, clusters=60),
 }
+
+
+_CLUSTERS: Final = {9: 300, 10: 200, 12: 60, 14: 24, 16: 16}
+_MORE: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    _TINY,
+    {"discard_no_unref": True},
+    {"discard_no_unref": True, **_TINY},
+    {"pass_discard_request": False},
+    {"pass_discard_other": True, "pass_discard_snapshot": False},
+    {"overlap_check": Qcow2OverlapCheckMode.ALL},
+)
+
+
+def any_variant(rng: random.Random) -> Variant:
+    """Any combination of what a qcow2 image can be."""
+
+    def happens(chance: float) -> bool:
+        return rng.random() < chance
+
+    version = 2 if happens(0.15) else 3
+    bits = rng.choice(tuple(_CLUSTERS))
+    header: dict[str, Any] = {"version": version}
+    has_data_file = is_raw = is_encrypted = False
+    if version > 2:
+        has_data_file = happens(0.25)
+        is_raw = has_data_file and happens(0.5)
+        incompatible = layout.DATA_FILE if has_data_file else 0
+        if bits >= layout.MIN_EXTENDED_CLUSTER_BITS and happens(0.6):
+            incompatible |= layout.EXTENDED_L2
+        header["incompatible"] = incompatible
+        header["autoclear"] = layout.DATA_FILE_RAW if is_raw else 0
+        header["compatible"] = layout.LAZY_REFCOUNTS if happens(0.3) else 0
+        header["refcount_order"] = rng.choice((4, 4, 4, 0, 1, 2, 3, 5, 6))
+    if not has_data_file and happens(0.15):
+        is_encrypted = True
+        header["crypt_method"] = layout.CRYPT_AES
+    can_share = not has_data_file and header.get("refcount_order", 4) > 0
+    return Variant(
+        clusters=_CLUSTERS[bits],
+        cluster_bits=bits,
+        header=header,
+        has_snapshot=can_share and not is_encrypted and happens(0.4),
+        has_backing=not is_raw and happens(0.5),
+        is_empty=is_encrypted or happens(0.3),
+        options=rng.choice(_MORE if version > 2 else (_MORE[0], _MORE[1])),
+        is_packed=not has_data_file and not is_encrypted and happens(0.4),
+        # Sectors are encrypted as a whole.
+        unit=512 if is_encrypted and bits == layout.MIN_CLUSTER_BITS else 0,
+    )
 
 
 def make_world(

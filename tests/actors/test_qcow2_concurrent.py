@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 from guest import GuestOp
-from qcow2_variants import VARIANTS, make_world
+from qcow2_variants import VARIANTS, any_variant, make_world
 from qcow2_world import Habits, World, check, make_driver, run_seeded
 from watching import noted
 
@@ -22,6 +22,7 @@ from qsd.messages import Flag, Op
 
 # More of everything when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+FIRST: Final = int(os.environ.get("QSD_SEED", "0"))
 CROWD: Final = Habits(requests=120, depth=16, writes=6, zeroes=2, discards=3, reads=5, flushes=1, slow=0.3)
 FEW: Final = Habits(requests=14, depth=4, flushes=2)
 
@@ -44,7 +45,8 @@ async def use(world: World, options: dict[str, Any]) -> None:
         await world.finish(again.open)
         assert await world.whole(again) == seen, "what is seen after closing is what was seen before"
         if again.image.header.is_data_file_raw:
-            assert world.disks["data-file"].data[: len(seen)] == seen, "a raw data file is what the guest sees"
+            stored = world.disks["data-file"].data[: len(seen)]
+            assert stored.ljust(len(seen), b"\0") == seen, "a raw data file is what the guest sees"
         nursery.cancel_scope.cancel()
     assert not world.warnings
 
@@ -76,6 +78,19 @@ def test_requests_of_the_file_that_fail(name: str) -> None:
             world, _built = make_world(VARIANTS[name], rng, attrs.evolve(CROWD, failing=rate, requests=50))
             world.fails, world.fail_with = True, rng.choice((errno.EIO, errno.ENOSPC))
             run_seeded(seed, use, world, VARIANTS[name].options)
+            judge(world)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.3])
+def test_overlapping_requests_on_any_image(rate: float) -> None:
+    """Combinations that have no name among the variants."""
+    for seed in range(FIRST, FIRST + 4 * EFFORT):
+        variant = any_variant(random.Random(seed))
+        with noted(f"seed {seed}, {variant}"):
+            rng = random.Random(seed)
+            world, _built = make_world(variant, rng, attrs.evolve(CROWD, failing=rate))
+            world.fails, world.fail_with = rate > 0, rng.choice((errno.EIO, errno.ENOSPC))
+            run_seeded(seed, use, world, variant.options)
             judge(world)
 
 

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from qcow2_lives import Life, LifeReplay, look_into, mended
 from qcow2_mended import repaired
-from qcow2_variants import VARIANTS, Variant
+from qcow2_variants import VARIANTS, Variant, any_variant
 from qcow2_world import Habits, check, make_driver, run_seeded
 from watching import noted
 
@@ -188,6 +188,17 @@ def test_steps_that_fail_were_not_made(name: str, monkeypatch: pytest.MonkeyPatc
     for seed in range(FIRST, FIRST + EFFORT):
         with noted(f"variant {name}, seed {seed}"):
             live_badly_and_cut(VARIANTS[name], seed)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_life_of_any_image(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Combinations that have no name among the variants."""
+    monkeypatch.setattr(mending, "repaired", repaired)
+    for seed in range(FIRST + part, FIRST + 4 * EFFORT, 4):
+        variant = any_variant(random.Random(seed))
+        with noted(f"seed {seed}, {variant}"):
+            live_and_cut(variant, seed)
+            live_badly_and_cut(variant, seed)
 
 
 async def give_up_step(life: Life, events: int) -> bool:
