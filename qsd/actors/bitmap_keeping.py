@@ -11,11 +11,11 @@ import logging
 from typing import TYPE_CHECKING
 
 import attrs
-import trio
 
 from qsd.actors.transaction import Action
 from qsd.block.dirty import Bar
 from qsd.errors import FAILURES, QmpError, errno_text
+from qsd.host.shield import shield
 
 if TYPE_CHECKING:
     from qsd.actors.node import Node
@@ -110,7 +110,7 @@ class StopWriting(Action):
         except BaseException:
             # Cut off somewhere, when the image may have them already.
             self.abort()
-            with trio.CancelScope(shield=True):
+            with shield():
                 await self.clean()
             raise
 

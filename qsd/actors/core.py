@@ -23,6 +23,7 @@ import outcome
 import trio
 
 from qsd.errors import ActorStopped
+from qsd.host.shield import Shields
 
 log = logging.getLogger("qsd.actor")
 
@@ -146,6 +147,7 @@ class Actor:
         self.stopped = trio.Event()
         self._shutting: trio.CancelScope | None = None
         self._grace = math.inf
+        self.shields = Shields()
 
     async def started(self) -> None:
         """Prepare; ``self.nursery`` is open. An exception here is the actor's crash."""
@@ -165,6 +167,8 @@ class Actor:
         self.nursery.start_soon(self._watched, function, args, name, name=f"{self.name}: {name}")
 
     async def _watched(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], name: str) -> None:
+        # Who starts the task may be another actor.
+        self.shields.use()
         try:
             await function(*args)
         except Exception as error:
@@ -175,6 +179,7 @@ class Actor:
 
     async def live(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve messages until ``Stop``. Called by the supervisor; ends by returning or by raising the crash."""
+        self.shields.use()
         try:
             async with trio.open_nursery() as nursery:
                 self.nursery = nursery

@@ -27,6 +27,7 @@ from qsd.actors.topology import Topology
 from qsd.block.graph import cycle_text
 from qsd.drivers.base import Aio, Child, ChildRole, Driver, Mode
 from qsd.errors import QmpError, errno_text
+from qsd.host.shield import shield
 from qsd.qapi.core import NULL
 
 if TYPE_CHECKING:
@@ -354,6 +355,6 @@ def _attribute(name: str) -> str:
 
 
 async def shielded(function: Callable[..., Any], *args: Any) -> None:
-    """Undo something although this task has been cancelled; the floor's deadline bounds it."""
-    with trio.CancelScope(shield=True):
+    """Undo something although this task has been cancelled."""
+    with shield():
         await function(*args)

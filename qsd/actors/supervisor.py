@@ -173,6 +173,12 @@ class Supervisor:
             return
         actor.hurry(GRACE)
         place.scope.cancel()
+        if place.floor in self._closed:
+            with trio.move_on_after(2 * GRACE):
+                await actor.stopped.wait()
+                return
+            log.warning("%s waits for storage that hangs: cut off", actor.name)
+            actor.shields.drop()
         await actor.stopped.wait()
 
     def actors(self, floor: Floor | None = None) -> list[Actor]:

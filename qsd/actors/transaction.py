@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import attrs
-import trio
+
+from qsd.host.shield import shield
 
 
 class Action:
@@ -67,7 +68,7 @@ class Group(Action):
         try:
             await _prepare(self._actions, self._prepared)
         except BaseException:
-            with trio.CancelScope(shield=True):
+            with shield():
                 await self.clean()
             raise
 
@@ -104,7 +105,7 @@ async def run(actions: Iterable[Action]) -> None:
     try:
         group.commit()
     finally:
-        with trio.CancelScope(shield=True):
+        with shield():
             await group.clean()
 
 

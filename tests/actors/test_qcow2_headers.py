@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -10,7 +11,21 @@ from typing import Any, Final
 
 import attrs
 import pytest
-from qcow2_fakes import KIB, Bench, MemoryFile, check, cut, cut_somewhere, examine, new_image, opened_on, read
+import trio
+import trio.testing
+from qcow2_fakes import (
+    KIB,
+    Bench,
+    MemoryFile,
+    check,
+    cut,
+    cut_somewhere,
+    examine,
+    new_image,
+    opened_on,
+    read,
+    write,
+)
 
 from qsd.block.bitmap import DirtyBitmap
 from qsd.block.dirty import NamedBitmap
@@ -22,6 +37,7 @@ from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.extensions import EXT_BACKING_FORMAT, EXT_BITMAPS, Extension
 from qsd.drivers.qcow2.layout import DIRTY, LAZY_REFCOUNTS, Header, marking, parse_header
 from qsd.errors import QmpError
+from qsd.host.shield import Shields
 from qsd.messages import Op, Request
 
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
@@ -243,6 +259,82 @@ async def test_header_of_more_than_a_sector_arrives_as_a_whole(length: int) -> N
                 assert found.backing_file == name
             assert parse_header(bytes(file.data[: 1 << 14])).extensions == wanted
         await driver.close()
+
+
+# -- storage that hangs --------------------------------------------------------------------------------------------
+
+
+class Hanging(MemoryFile):
+    """A file that keeps a write of the header, the one after ``before`` others, to itself."""
+
+    before = ALWAYS
+    kept: Request | None = None
+
+    def submit(self, batch: list[Request]) -> None:
+        for request in batch:
+            if request.op == Op.WRITE and not request.offset:
+                self.before -= 1
+                if self.before == -1:
+                    self.kept = request
+                    continue
+            super().submit([request])
+
+    def arrive(self) -> None:
+        """Let it reach the file after all."""
+        assert self.kept is not None
+        super().submit([self.kept])
+
+
+# Filling changes it in a task of the node's own.
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.do is not fill])
+async def test_header_that_hangs_when_the_daemon_ends(name: str, is_lost: bool) -> None:
+    """Who changes it is cut off; arrive it or not, the image is as sound as after a power cut."""
+    case = CASES[name]
+    start = await made(case)
+    before = bytes(start.file.data)
+    for number in range(20):
+        bench = Bench(case.header, random.Random(number), NOTHING)
+        file = bench.file = Hanging(before)
+        bench.disk, bench.snapshots = bytearray(start.disk), dict(start.snapshots)
+        shields, scope = Shields(), trio.CancelScope()
+
+        async def change(
+            bench: Bench, driver: Qcow2Driver, shields: Shields = shields, scope: trio.CancelScope = scope
+        ) -> None:
+            shields.use()
+            with scope:
+                await case.do(bench, driver)
+
+        async with bench.open(**case.options) as driver:
+            file.before = number
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(change, bench, driver)
+                await trio.testing.wait_all_tasks_blocked()
+                if file.kept is None:
+                    break
+                scope.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+                has_held = len(nursery.child_tasks)
+                shields.drop()
+            assert has_held
+            await end(driver)
+        if not is_lost:
+            file.arrive()
+        assert_sound(bytes(file.data))
+        assert_consistent(before, file, bench.rng)
+    else:
+        raise AssertionError("it never works")
+    assert number
+
+
+async def end(driver: Qcow2Driver) -> None:
+    """What is left to do when the daemon ends: data of guests may come, none of it is flushed."""
+    with contextlib.suppress(OSError):
+        await write(driver, driver.length // 2, b"more")
+    with pytest.raises(OSError, match="Input/output"):
+        await call(driver, Op.FLUSH, 0, 0)
+    await driver.close()
 
 
 # -- files that cannot be read everywhere --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from qsd.actors import supervisor as module
 from qsd.actors.core import Actor, receives
 from qsd.actors.supervisor import DEADLINES, GRACE, Floor, Supervisor
 from qsd.errors import ActorStopped
+from qsd.host.shield import shield
 
 
 @attrs.frozen
@@ -122,6 +123,41 @@ async def test_stuck_actor_costs_its_floor_the_deadline_and_no_more(
     assert log[-1] == "below"
     assert stuck.stopped.is_set()
     assert ("stuck did not stop within" in caplog.text) == (hangs_in != "own task")
+
+
+async def test_shields_hold_until_the_daemon_ends(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of a change is none for those who go on; at the end it is what kill -9 leaves."""
+    log: list[str] = []
+
+    async def hang() -> None:
+        try:
+            with shield():
+                await trio.sleep_forever()
+        finally:
+            log.append("cut off")
+            with shield():
+                await trio.sleep_forever()
+
+    async def hang_later(other: Member) -> None:
+        other.spawn(hang, name="storage that hangs")
+
+    async with trio.open_nursery() as nursery:
+        async with Supervisor() as supervisor:
+            stuck, starter = Member("stuck", log), Member("starter", log)
+            await supervisor.start(stuck, Floor.JOBS)
+            await supervisor.start(starter, Floor.JOBS)
+            starter.spawn(hang_later, stuck, name="start")
+            await wait_all_tasks_blocked()
+            nursery.start_soon(supervisor.stop, stuck, 1.0)
+            await trio.sleep(1000)
+            assert log == ["stuck"]
+            await supervisor.stop(starter)
+            begin = trio.current_time()
+        assert trio.current_time() - begin <= DEADLINES[Floor.JOBS] + 2 * GRACE
+    assert log == ["stuck", "starter", "cut off"]
+    assert "stuck waits for storage that hangs: cut off" in caplog.text
 
 
 async def test_forced_actor_that_does_let_go_has_time_for_it(

@@ -20,6 +20,7 @@ from qsd.drivers.luks import header as layout
 from qsd.drivers.luks.algorithms import BY_NAME, CipherSpec, check_hash, check_spec, load_library, parse_cipher
 from qsd.drivers.luks.header import Header, KeySlot, parse_header, serialise_header
 from qsd.errors import QmpError
+from qsd.host.shield import shield
 
 if TYPE_CHECKING:
     from qsd.drivers.luks.sectors import SectorCipher
@@ -310,7 +311,7 @@ async def add_key(
     keys.check_work(header.with_slot(index, slot))
     salt, material = await run(keys.seal_slot, header.hash_name, spec, master, new, iterations)
     slot = attrs.evolve(slot, salt=salt)
-    with trio.CancelScope(shield=True):
+    with shield():
         if header.slots[index].is_active:
             await _overwrite(volume, index, slot, material)
         else:
@@ -381,7 +382,7 @@ async def erase_key(volume: Volume, index: int) -> None:
     Who is cancelled meanwhile waits: what the header does not name any more must not stay.
     """
     header = volume.header
-    with trio.CancelScope(shield=True):
+    with shield():
         await _write_header(volume, header.with_slot(index, KeySlot(header.slots[index].offset)))
         await volume.area.write(header.slots[index].offset, secrets.token_bytes(header.material_bytes))
         await volume.area.flush()

@@ -26,6 +26,7 @@ from qsd.drivers.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, Bitm
 from qsd.drivers.qcow2.geometry import big_endian, empty_table
 from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header
 from qsd.errors import QmpError, errno_text
+from qsd.host.shield import shield
 from qsd.qapi.rows import Rows
 
 log = logging.getLogger("qsd.qcow2")
@@ -413,7 +414,7 @@ class _Allocations:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        with trio.CancelScope(shield=True):
+        with shield():
             for offset, count in self._made:
                 try:
                     await self._image.release(offset, count)

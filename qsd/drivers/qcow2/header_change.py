@@ -4,6 +4,9 @@ A write that fails may have reached the file all the same, and then the header l
 opened the image next would find what it held at that moment. So the header the image goes on with is written back,
 at once or, where that fails as well, before any other metadata (``restore``): no flush succeeds until it is there.
 
+A change that is cut off at the end of the daemon may reach the file at any moment after that. Then no more metadata
+is written: what is in the file goes with either header.
+
 A sector arrives as a whole, or not at all. What lies behind is there before the sector that needs it: the name of
 another backing file, which goes where the old one is not. Extensions that reach into the second sector have no
 other place: where they would change there, the table of feature names, which nobody needs, goes.
@@ -21,6 +24,7 @@ import trio
 
 from qsd.drivers.qcow2.layout import SECTOR, Header, header_parts, place_name, serialise_header
 from qsd.errors import QmpError
+from qsd.host.shield import shield
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
@@ -37,6 +41,7 @@ class HeaderChanges:
         self._image = image
         self._lock = trio.Lock()
         self.is_certain = True
+        self._was_cut_off = False
 
     async def change(self, revise: Revision) -> None:
         """Let the header have other values, on stable storage. Raises OSError, and all is as before.
@@ -45,8 +50,9 @@ class HeaderChanges:
         """
         image = self._image
         # Half of a change is none: who is cancelled waits for it.
-        with trio.CancelScope(shield=True):
+        with shield():
             async with self._lock:
+                self._check()
                 old = image.header
                 changes = revise(old)
                 before = await self._fitting(old, old)
@@ -60,14 +66,22 @@ class HeaderChanges:
                     with contextlib.suppress(OSError):
                         await self._write(before, has_name=False)
                     raise
+                except trio.Cancelled:
+                    self._was_cut_off = True
+                    raise
                 image.header = header
 
     async def restore(self) -> None:
         """Let the file have the header again that the image goes on with. Raises OSError."""
         if not self.is_certain:
             async with self._lock:
+                self._check()
                 if not self.is_certain:
                     await self._write(self._image.header, has_name=False)
+
+    def _check(self) -> None:
+        if self._was_cut_off:
+            raise OSError(errno.EIO, "a change of the header was cut off")
 
     async def _fitting(self, new: Header, old: Header) -> Header:
         """The new header with a place for its name, and made so that it arrives as a whole. Raises OSError."""
