@@ -1,7 +1,8 @@
 """The daemon's life: come up, wait, go down.
 
 Going down is the same path for SIGTERM, SIGINT, SIGHUP, ``quit`` and a failed start: the supervisor closes the
-floors from the inside, each within its deadline; the pid file goes last.
+floors from the inside, each within its deadline; the pid file goes last. What cannot be called off, as a thread's
+system call, is not waited for beyond that (``LastResort``).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Awaitable, Callable
 import attrs
 import trio
 
-from qsd.actors.supervisor import Supervisor
+from qsd.actors.supervisor import LONGEST_CLOSE, Supervisor
 from qsd.errors import QmpError
 from qsd.host.console import write_stderr
+from qsd.host.last_resort import LastResort
 from qsd.host.notify import notify
 from qsd.host.pidfile import PidFile
 from qsd.host.signals import Arrivals
@@ -48,17 +50,25 @@ async def run(start: Start, process: Process) -> int:
     """
     supervisor = Supervisor()
     pidfile: list[PidFile] = []
+
+    def clean_up() -> None:
+        for held in pidfile:
+            held.remove()
+
+    last_resort = LastResort(LONGEST_CLOSE, clean_up)
     try:
         with Arrivals(SIGNALS) as arrivals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey, arrivals, supervisor, name="signals")
+                nursery.start_soon(_arm, supervisor, last_resort, name="last resort")
                 async with supervisor:
                     code = await _live(supervisor, start, process, pidfile)
+                    last_resort.arm()
                     notify("STOPPING=1")
                 nursery.cancel_scope.cancel()
     finally:
-        for held in pidfile:
-            held.remove()
+        last_resort.disarm()
+        clean_up()
     return code
 
 
@@ -92,6 +102,11 @@ async def _live(supervisor: Supervisor, start: Start, process: Process, pidfile:
 
 def _exit_code(supervisor: Supervisor) -> int:
     return 0 if supervisor.fatal is None else 1
+
+
+async def _arm(supervisor: Supervisor, last_resort: LastResort) -> None:
+    await supervisor.stop_requested.wait()
+    last_resort.arm()
 
 
 async def _obey(arrivals: Arrivals, supervisor: Supervisor) -> None:

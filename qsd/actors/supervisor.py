@@ -53,6 +53,9 @@ DEADLINES: dict[Floor, float] = {
 # Seconds an actor that is stopped by force has to let go of what it holds.
 GRACE = 1.0
 
+# The most that ``Supervisor.close`` takes, unless a thread waits for storage that hangs.
+LONGEST_CLOSE = sum(DEADLINES.values()) + 2 * GRACE * len(Floor)
+
 CrashHandler = Callable[[Actor, BaseException], None]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -174,3 +176,42 @@ async def test_start_nobody_waits_for_any_more_ends_as_a_failure(tmp_path: Path)
     assert await run(life.start, attrs.evolve(life.process, came_up=came_up)) == 1
     assert life.log == ["low up", "high up", "high down", "low down"]
     assert not (tmp_path / "pid").exists()
+
+
+HANGS = """
+import os, signal, sys, threading
+import trio
+import qsd.life
+from qsd.actors.core import Actor
+from qsd.actors.supervisor import Floor
+from qsd.host.signals import block
+
+class Stuck(Actor):
+    async def stopping(self):
+        if sys.argv[1] == "loop":
+            threading.Event().wait()
+        else:
+            await trio.to_thread.run_sync(threading.Event().wait)
+
+async def start(supervisor):
+    if sys.argv[1] == "start":
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.to_thread.run_sync(threading.Event().wait)
+    await supervisor.start(Stuck("stuck"), Floor.CORE)
+
+def came_up():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+qsd.life.LONGEST_CLOSE = 0.0
+block(qsd.life.SIGNALS)
+sys.exit(trio.run(qsd.life.run, start, qsd.life.Process("pid", came_up, print)))
+"""
+
+
+@pytest.mark.parametrize("where", ["start", "thread", "loop"])
+def test_what_cannot_be_called_off_does_not_keep_the_process(where: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HANGS, where]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.stderr == "qsd: still waiting for something after 0 s: ending without it\n"
+    assert ended.returncode == 1
+    assert list(tmp_path.iterdir()) == []
