@@ -48,3 +48,19 @@ def test_zeroes_behind_the_end_make_the_file_longer(tmp_path: Path) -> None:
     assert os.fstat(fd).st_size == (1 << 20) + 512
     assert not any(os.pread(fd, 512, 1 << 20))
     os.close(fd)
+
+
+def test_empty_file_has_the_alignment_of_one_that_is_not(tmp_path: Path) -> None:
+    found = []
+    for content in (b"", bytes(8192)):
+        path = tmp_path / f"{len(content)}"
+        path.write_bytes(content)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            pytest.skip("no O_DIRECT here")
+        with os.fdopen(fd, "rb", closefd=True):
+            if files.direct_alignment_told(fd) is None:
+                pytest.skip("the file system does not tell")
+            found.append(files.probe_direct_alignment(fd, is_device=False))
+    assert found[0] == found[1]
