@@ -103,7 +103,7 @@ def check_not_in_job(node: Node) -> None:
 
 
 def check_not_backing(node: Node, users: Iterable[Edge]) -> None:
-    """Raise QmpError when ``node`` is the backing file of one of its ``users``."""
+    """Raise QmpError when ``node`` is the backing file of one of its ``users``, newest first."""
     for edge in users:
         if edge.role is ChildRole.COW:
             assert edge.parent is not None

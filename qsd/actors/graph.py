@@ -370,7 +370,7 @@ class Graph(Actor):
         if size < 0:
             raise QmpError("Parameter 'size' expects a >0 size")
         check_not_in_job(node)
-        check_not_backing(node, info_of(node).parents)
+        check_not_backing(node, reversed(info_of(node).parents))
         edge = await self._attach(node.name, RootOptions(Perm.RESIZE, needs_active=True), _Claim())
         try:
             if not node.mode.read_only:
@@ -412,7 +412,7 @@ def _check_deletable(node: Node, info: NodeInfo) -> None:
     if info.has_root_parents:
         raise QmpError(f"Node {node.name} is in use")
     check_not_in_job(node)
-    check_not_backing(node, info.parents)
+    check_not_backing(node, reversed(info.parents))
     for bitmap in node.bitmaps:
         # An export of another node shows it. The reference asserts.
         bitmap.check(Bar.BUSY)

@@ -325,12 +325,15 @@ async def test_refusals_that_come_from_earlier_actions(bench: Bench) -> None:
         assert await refused(bench, *actions) == text
 
 
-async def test_backing_file_is_not_resized(bench: Bench) -> None:
+async def test_backing_file_is_neither_resized_nor_deleted(bench: Bench) -> None:
     graph, _world = bench
     await add(graph, "a", "over")
     await graph.transact([snapshot(graph, "a", "over")])
-    with pytest.raises(QmpError, match=r"^Node 'a' is busy: node is used as backing hd of 'over'$"):
-        await graph.resize("a", 1 << 20)
+    await add(graph, "other", backing="a")
+    # The newest is named.
+    for refused_at in (graph.resize("a", 1 << 20), graph.delete("a")):
+        with pytest.raises(QmpError, match=r"^Node 'a' is busy: node is used as backing hd of 'other'$"):
+            await refused_at
 
 
 async def test_no_overlay_is_made_after_an_action_on_bitmaps_that_cannot_be_done(bench: Bench) -> None:
