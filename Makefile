@@ -58,7 +58,7 @@ EFFORT ?= 10
 soak: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils
 	$(BIN)/python tests/daemon/soak.py $(ROUNDS)
-	QSD_EFFORT=$(EFFORT) $(BIN)/python -m pytest -q tests/actors/test_qcow2_*.py tests/daemon/test_qcow2_model.py
+	QSD_EFFORT=$(EFFORT) $(BIN)/python -m pytest -q tests/actors/test_qcow2_*.py tests/daemon/test_qcow2_model.py tests/daemon/test_qmp_sequences.py
 
 guest: $(VENV)/.qsd-all bytecode
 	@tools/packages qemu-utils qemu-system-x86 busybox-static linux-image-cloud-amd64 e2fsprogs

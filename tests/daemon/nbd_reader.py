@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from pathlib import Path
@@ -18,14 +19,16 @@ class NbdReader:
     """A connection to one export."""
 
     def __init__(self, path: Path, export: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
-        self.socket.connect(str(path))
-        self._stream = self.socket.makefile("rb")
-        assert self._take(18)[:16] == b"NBDMAGICIHAVEOPT"
-        name = export.encode()
-        self.socket.sendall(struct.pack(">I", 3) + struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
-        self.size, self.flags = struct.unpack(">QH", self._take(10))
+        with contextlib.ExitStack() as stack:
+            self.socket = stack.enter_context(socket.socket(socket.AF_UNIX))
+            self.socket.settimeout(30)
+            self.socket.connect(str(path))
+            self._stream = stack.enter_context(self.socket.makefile("rb"))
+            assert self._take(18)[:16] == b"NBDMAGICIHAVEOPT"
+            name = export.encode()
+            self.socket.sendall(struct.pack(">I", 3) + struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
+            self.size, self.flags = struct.unpack(">QH", self._take(10))
+            stack.pop_all()  # from here on it is ``__exit__`` that closes
 
     def __enter__(self) -> NbdReader:
         return self
