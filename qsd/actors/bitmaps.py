@@ -94,10 +94,13 @@ class BitmapAction(GraphAction):
 
     async def stage(self, earlier: Sequence[GraphAction]) -> None:
         """Complain early, before later actions make files; of what is still to be added nothing is known."""
-        added = {(one.node_name, one.name) for one in earlier if isinstance(one, AddBitmap)}
-        if added.isdisjoint(self.needed):
+        try:
             async with self.topology.lock:
                 self.check()
+        except QmpError:
+            needed = self.needed
+            if not any(isinstance(one, AddBitmap) and (one.node_name, one.name) in needed for one in earlier):
+                raise
 
 
 @attrs.define(eq=False, kw_only=True)
