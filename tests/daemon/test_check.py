@@ -269,6 +269,8 @@ def test_image_whose_bitmaps_keep_it_from_opening_is_not_called_clean(tmp_path: 
     for place, value, text in [
         (directory, 512, "Bitmap 'b' doesn't satisfy the constraints"),
         (table, 512, "Could not read bitmap_table table from image for bitmap 'b': Invalid argument"),
+        # A disk of no sector, whose bitmap is one of no bits.
+        (24, 31, "Could not read bitmap 'b' from image: Invalid argument"),
     ]:
         damaged = bytearray(data)
         damaged[place : place + 8] = value.to_bytes(8, "big")

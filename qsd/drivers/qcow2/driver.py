@@ -123,8 +123,7 @@ class Qcow2Driver(TellingDriver):
     def _take(self, image: Image) -> None:
         self.image = image
         end_epoch()
-        # As the reference has it: a disk is whole sectors, and what others have made may end in part of one.
-        self.length = image.header.size // SECTOR * SECTOR
+        self.length = image.header.disk_size
         self.children_changed()
 
     def children_changed(self) -> None:

@@ -224,7 +224,7 @@ def _check_bitmaps(header: layout.Header, file: File) -> None:
     for entry in bitmap_layout.parse_directory(directory, extension.count, header.cluster_size):
         if entry.flags & bitmap_layout.IN_USE:
             continue
-        bits = DirtyBitmap.data_length_of(header.size, 1 << entry.granularity_bits)
+        bits = DirtyBitmap.data_length_of(header.disk_size, 1 << entry.granularity_bits)
         if entry.table_entries != -(-bits // header.cluster_size):
             raise QmpError(f"Could not read bitmap '{entry.text}' from image: {errno_text(errno.EINVAL)}")
         room -= entry.table_entries * 8

@@ -136,6 +136,11 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def disk_size(self) -> int:
+        """Bytes of the disk. As the reference has it: whole sectors, what others made may end in part of one."""
+        return self.size // SECTOR * SECTOR
+
+    @property
     def has_extended_l2(self) -> bool:
         """True when L2 entries have 16 bytes and a cluster 32 subclusters."""
         return bool(self.incompatible & EXTENDED_L2)

@@ -90,8 +90,7 @@ class Ledger:
         self.bits, self.size = header.cluster_bits, header.cluster_size
         # The cluster behind the file, and behind what begins in it.
         self.end = -(-file_length // self.size)
-        # The reference counts in sectors, of which the last may not be cut short.
-        self.findings = Findings(total_clusters=-(-(header.size // 512 * 512) // header.cluster_size))
+        self.findings = Findings(total_clusters=-(-header.disk_size // header.cluster_size))
         # There is a table that was not looked at: what it leads to is known from the counts alone.
         self.is_blind = False
         self._max_problems = max_problems
