@@ -61,14 +61,14 @@ async def change_backing_file(topology: Topology, device: str, image: str, backi
     async with topology.lock:
         top = find_root(topology, device)
         node = topology.find(image, "Cannot find device='' nor node-name='{}'")
-        if not node.active:
-            # The reference asserts.
-            raise QmpError(f"Could not change backing file to '{backing_file}': {errno_text(errno.EPERM)}")
         backing = info_of(node).children.get("backing")
         if backing is None:
             raise QmpError("not allowing backing file change on an image without a backing file")
         if node not in _chain(top):
             raise QmpError(f"'{top.name}' and image file are not in the same chain")
+        if not node.active:
+            # The reference asserts.
+            raise QmpError(f"Could not change backing file to '{backing_file}': {errno_text(errno.EPERM)}")
         was_read_only = node.mode.read_only
         await set_read_only(topology, node, read_only=False)
         try:

@@ -41,6 +41,8 @@ def test_nothing_changes_an_inactive_image(daemon: Start, tmp_path: Path) -> Non
     qmp.execute("x-blockdev-amend", node_name="top", job_id="j", options={"driver": "qcow2"})
     assert not qmp.finish_job("j")
     qmp.execute("blockdev-add", driver="file", node_name="alone", filename="top", active=False)
+    text = qmp.refusal("change-backing-file", device="alone", image_node_name="alone", backing_file="other")
+    assert text == "not allowing backing file change on an image without a backing file"
     qmp.execute("blockdev-create", job_id="j", options={"driver": "qcow2", "file": "alone", "size": 0})
     assert qmp.finish_job("j") == f"Permission 'write, resize' {inactive}"
     nodes = qmp.execute("query-named-block-nodes", flat=True)
