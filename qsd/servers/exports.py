@@ -205,12 +205,14 @@ class Exports:
         self._supervisor.stop_soon(entry.actor)
 
     async def _forget(self, entry: Entry) -> None:
-        await entry.edge.detach()
-        # A command and the daemon's end may both have come here, and waited.
-        if self._entries.get(entry.id) is entry:
-            del self._entries[entry.id]
-            self._forgotten.set()
-            self._events.emit("BLOCK_EXPORT_DELETED", {"id": entry.id})
+        try:
+            await entry.edge.detach()
+        finally:
+            # A command and the daemon's end may both have come here, and waited.
+            if self._entries.get(entry.id) is entry:
+                del self._entries[entry.id]
+                self._forgotten.set()
+                self._events.emit("BLOCK_EXPORT_DELETED", {"id": entry.id})
 
     async def stopped(self, name: str) -> None:
         """The export's actor is going down by itself (shutdown, crash): take it off the graph and tell."""

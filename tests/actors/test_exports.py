@@ -164,3 +164,27 @@ async def test_end_of_the_daemon_ends_an_export_that_is_being_added(
         assert await whole.run("query-block-exports") == []
         await whole.run("blockdev-del", node_name="n")
     assert not caplog.text
+
+
+async def test_crashed_export_that_cannot_let_go_is_deleted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It stayed in the table, and could not be deleted: its actor was gone."""
+
+    async def hang(_export: NbdExport) -> None:
+        await trio.sleep_forever()
+
+    async with whole_daemon(tmp_path) as whole:
+        await prepare(whole)
+        await add(whole)
+        monkeypatch.setattr(NbdExport, "close", hang)
+        actor = whole.actor("export")
+
+        async def fail() -> None:
+            raise RuntimeError("as arranged")
+
+        actor.spawn(fail, name="test")
+        await actor.stopped.wait()
+        assert deletions(whole) == 1
+        assert await whole.run("query-block-exports") == []
+        await whole.run("blockdev-del", node_name="n")

@@ -11,6 +11,7 @@ import pytest
 import trio
 from whole_daemon import Whole, whole_daemon
 
+from qsd.actors.node import Node
 from qsd.messages import Flag, Op, Request
 from qsd.servers.nbd import server
 from qsd.servers.nbd.server import NbdService
@@ -107,6 +108,28 @@ async def test_client_that_cannot_be_served_does_not_keep_the_export(
             while await whole.run("query-block-exports"):
                 await trio.lowlevel.checkpoint()
         assert any(event["event"] == "BLOCK_EXPORT_DELETED" for event in whole.events)
+
+
+async def test_export_of_a_node_that_fails_half_way_can_be_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waited for requests that nobody had any more, and so did ``nbd-server-stop``."""
+
+    def fail(_batch: list[Request]) -> None:
+        raise RuntimeError("half way")
+
+    async with served(tmp_path) as whole:
+        node = whole.actor("node")
+        assert isinstance(node, Node)
+        client = await connect(tmp_path)
+        await client.go()
+        node.driver.submit = fail  # type: ignore[method-assign]
+        await client.stream.send_all(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, 512))
+        assert not await client.read(1), "the connection ends"
+        await whole.run("nbd-server-stop")
+        assert any(event["event"] == "BLOCK_EXPORT_DELETED" for event in whole.events)
+        await whole.run("blockdev-del", node_name="n")
+    assert "n: requests failed: RuntimeError('half way')" in caplog.text
 
 
 async def test_slow_negotiation_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -185,8 +185,10 @@ class FuseExport(Actor):
     async def stopping(self) -> None:
         """End of the daemon, or of the export."""
         self._reactor.use_policy(self, None)
-        await self.close()
-        await self._exports.stopped(self.id)
+        try:
+            await self.close()
+        finally:  # where that was cut off, too
+            await self._exports.stopped(self.id)
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts, and the connection's."""

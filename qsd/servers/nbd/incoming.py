@@ -68,8 +68,9 @@ class Incoming:
             self._pool.give_back(buffer)
 
     def let_go(self) -> None:
-        """The client has gone, and nobody uses what it has sent: give the buffer back. Idempotent."""
-        self._pool.give_back(self.buffer)
+        """The client has gone: give the buffer back, unless somebody still uses what it has sent. Idempotent."""
+        if not self.buffer.lent:
+            self._pool.give_back(self.buffer)
         self.buffer = _NOTHING
         self.position = self.end = 0
 

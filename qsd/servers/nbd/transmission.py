@@ -117,7 +117,7 @@ class Transmission:
         self._finish_if_idle()
 
     def _finish_if_idle(self) -> None:
-        if self._submitted or self._replies.ready:
+        if self._submitted > 0 or self._replies.ready:
             return
         ended, self._ended = self._ended, _ignore
         self._out.rest()
@@ -177,7 +177,12 @@ class Transmission:
                     out.requests += count
                     self._submitted += count
                     self.stats.requests += count
-                    self._target.submit(batch)
+                    try:
+                        self._target.submit(batch)
+                    except Exception:
+                        # The connection ends, and nobody knows which of these ever will.
+                        self._submitted -= count
+                        raise
             if replies.ready:
                 self._collect()
             elif not batch and not queue:
