@@ -69,7 +69,7 @@ async def store_at_close(node: Node) -> None:
 
 
 def _lost(node: Node, error: QmpError) -> str:
-    return f"Lost persistent bitmaps during inactivation of node '{node.name}': {error.desc}"
+    return f"qsd: Lost persistent bitmaps during inactivation of node '{node.name}': {error.desc}"
 
 
 @attrs.define(eq=False)

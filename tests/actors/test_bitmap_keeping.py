@@ -155,7 +155,7 @@ async def test_failure_at_closing_is_told(bench: Bench, capsys: pytest.CaptureFi
     world.fail.add(("store", "q"))
     await graph.delete("q")
     assert capsys.readouterr().out == (
-        "Lost persistent bitmaps during inactivation of node 'q': "
+        "qsd: Lost persistent bitmaps during inactivation of node 'q': "
         "Failed to write bitmap 'x' to file: Input/output error\n"
     )
     assert all(one.is_in_use for one in world.bitmaps["q"].values())
