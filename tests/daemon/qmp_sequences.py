@@ -96,8 +96,13 @@ class Maker:
         ]
         return {maker: weight for makers, weight in several for maker in makers}
 
+    def disk(self) -> str:
+        """A node, or a name that none may have."""
+        return self.choice([*self.nodes * 3, "nope", "o1", "o2"])
+
     def node(self) -> str:
-        return self.choice([*self.nodes * 3, "f-" + self.choice([*IMAGES]), "nope", "o1", "o2"])
+        """The same, or a file: they are as long as each daemon likes them."""
+        return self.choice([self.disk(), self.disk(), self.disk(), "f-" + self.choice([*IMAGES])])
 
     def open(self, name: str) -> list[Step]:
         file = call("blockdev-add", driver="file", node_name=f"f-{name}", filename=name)
@@ -164,10 +169,10 @@ class Maker:
     def sync(self) -> list[Step]:
         name = f"o{self.random.randint(1, 4)}"
         names = {"snapshot_file": name, "snapshot_node_name": self.choice((name, name, name, self.node()))}
-        return [call("blockdev-snapshot-sync", node_name=self.node(), **names)]
+        return [call("blockdev-snapshot-sync", node_name=self.disk(), **names)]
 
     def snapshot(self) -> list[Step]:
-        return [call("blockdev-snapshot", node=self.node(), overlay=self.choice((self.node(), "over")))]
+        return [call("blockdev-snapshot", node=self.disk(), overlay=self.choice((self.node(), "over")))]
 
     def stack(self) -> list[Step]:
         """An overlay is made step by step."""
@@ -179,7 +184,7 @@ class Maker:
             call("blockdev-add", node_name=f"f-{name}", **file),
             call("blockdev-create", job_id="j", options={"driver": "qcow2", "file": f"f-{name}", "size": SIZE}),
             call("blockdev-add", driver="qcow2", node_name=name, file=f"f-{name}", backing=None),
-            call("blockdev-snapshot", node=self.node(), overlay=name),
+            call("blockdev-snapshot", node=self.disk(), overlay=name),
         ]
 
     def internal(self) -> list[Step]:
@@ -312,7 +317,7 @@ def _plain(value: Any) -> Any:
 
 
 def _facts(qmp: Qmp) -> Any:
-    """What a user sees of nodes and exports. Files are as long as each daemon likes them.
+    """What a user sees of nodes and exports.
 
     A backing file that was inactive when it got its overlay stays writable in the reference; images with an owner
     elsewhere are shown as they were when they were opened, or as they are.
