@@ -1,6 +1,7 @@
 """blockdev-reopen: new options for several nodes, all or none.
 
-An option left out goes back to its default. Children whose options stand inside the parent's are reopened with it.
+An option left out goes back to its default, ``discard`` aside: who only exchanges the backing file, say, does not
+want the guest's discards to end. Children whose options stand inside the parent's are reopened with it.
 A child given by name is exchanged when it is another node, else left as it is; but where its options stood inside
 the parent's, what is said now about the parent's cache and about read-only is said about the child, too.
 """
@@ -87,6 +88,8 @@ def _gather(
     role: ChildRole,
 ) -> None:
     mode = attrs.evolve(resolve_mode(options, inherited, role), active=node.active)
+    if options.discard is None and inherited is None:
+        mode = attrs.evolve(mode, discard_unmap=node.mode.discard_unmap)
     check_detect_zeroes(mode)
     _check_fixed(node, options)
     plan.modes[node] = NewMode(options, mode)

@@ -228,7 +228,31 @@ _WRONG: Steps = [
     ),
 ]
 
+# Zeroes can be unmapped where discards are passed on, which a reopen that does not speak of it leaves as it was.
+_KEPT: Steps = [
+    NEGOTIATE,
+    *(
+        step
+        for name, given in (
+            ("f", options("file", "f", filename="img")),
+            ("r", options("raw", "r", file=file("base"))),
+            ("q", options("qcow2", "q", file=file("other"))),
+        )
+        for step in (
+            add({**given, "discard": "unmap"}),
+            reopen(given),
+            reopen({**given, "detect-zeroes": "unmap"}),
+            reopen({**given, "discard": "ignore"}),
+            reopen({**given, "detect-zeroes": "unmap"}),
+            reopen({**given, "discard": "unmap", "detect-zeroes": "unmap"}),
+            NODES,
+            delete(name),
+        )
+    ),
+]
+
 SCRIPTS: dict[str, Script] = {
+    "discard left out of a reopen": Script(_KEPT, files=_FILES),
     "several things wrong": Script(_WRONG),
     "images of odd sizes": Script(_ODD, files=_FILES, unseen=frozenset({"actual-size"})),
     "overlays stacked at once": Script(_STACKED, files=_FILES, unseen=_SIZES),
