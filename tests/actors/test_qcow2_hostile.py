@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import tracemalloc
+from itertools import count
 from typing import Any, Final
 
 import attrs
@@ -25,7 +26,7 @@ from qcow2_world import Disk, Habits, SlowRead, World, make_driver, run_seeded
 from watching import Turns
 
 from qsd.drivers.calls import call
-from qsd.drivers.qcow2 import layout, metadata_map
+from qsd.drivers.qcow2 import layout, metadata_map, writeback
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.layout import EXT_BACKING_FORMAT, EXT_DATA_FILE, Header
 from qsd.drivers.qcow2.loading import read_table
@@ -354,9 +355,10 @@ def test_search_for_a_free_cluster_keeps_nothing_of_what_it_saw() -> None:
 
 
 async def test_clusters_that_cannot_be_given_up_let_others_run_and_fill_no_log(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All guest clusters are one: its count goes to 0 and not below, a hundred thousand times if need be."""
+    monkeypatch.setattr(writeback, "perf_counter_ns", count(step=writeback.SLICE_NS // 10).__next__)
     image = bytearray(new_image(Header(size=32 << 20, cluster_bits=12), allocates=True))
     header = layout.parse_header(bytes(image[:4096]))
     for index in range(header.l1_size):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from qsd.block.dirty import NamedBitmap
 from qsd.drivers import mapped
 from qsd.drivers.calls import call
 from qsd.drivers.gather import Callback
+from qsd.drivers.qcow2 import image as image_module
 from qsd.drivers.qcow2 import internal_snapshots, writeback
+from qsd.drivers.qcow2.driver import Qcow2Driver
 from qsd.drivers.qcow2.image import Freeing, Image
 from qsd.drivers.qcow2.layout import CORRUPT, DIRTY, LAZY_REFCOUNTS, Header, parse_header
 from qsd.errors import QmpError
@@ -73,7 +76,7 @@ async def test_marks_that_are_set_at_the_same_time_are_both_set(
 
 
 async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writeback, "CLUSTERS", 1)
+    monkeypatch.setattr(writeback, "SLICE_NS", 0)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file, pass_discard_request=True) as driver:
         image, refs = driver.image, driver.image.refs
@@ -91,10 +94,136 @@ async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: 
                 file.end_one()
                 await trio.testing.wait_all_tasks_blocked()
                 assert not nursery.child_tasks, "the flush has ended"
-            assert len(image.pending) <= left
+            assert driver.writeback.freed <= left
         await file.end_all()
-        assert not image.pending
+        assert not driver.writeback.freed
         assert [refs.get(first) for first in gone] == [0, 1, 0, 1, 0]
+
+
+async def _filled(driver: Qcow2Driver, clusters: int) -> None:
+    await write(driver, 0, b"x" * (clusters * CLUSTER))
+    await call(driver, Op.FLUSH, 0, 0)
+
+
+def _ended(nursery: trio.Nursery, driver: Qcow2Driver, op: Op, clusters: Iterable[int]) -> list[int]:
+    """Start requests, one for each cluster; the clusters of those that have ended, in that order."""
+    ended: list[int] = []
+
+    async def ask(cluster: int) -> None:
+        await call(driver, op, cluster * CLUSTER, CLUSTER, None, Flag.MAY_UNMAP if op is Op.WRITE_ZEROES else 0)
+        ended.append(cluster)
+
+    for cluster in clusters:
+        nursery.start_soon(ask, cluster)
+    return ended
+
+
+@pytest.mark.parametrize("op", [Op.DISCARD, Op.WRITE_ZEROES])
+async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes take a file long; meanwhile the image grew by what it had given up, without end."""
+    for module in (image_module, writeback):
+        monkeypatch.setattr(module, "MOST_FREED", 4)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
+        await _filled(driver, 16)
+        file.slow = frozenset({Op.DISCARD})
+        ended = _ended(nursery, driver, op, range(1, 16, 2))
+        await trio.testing.wait_all_tasks_blocked()
+        # One is being given up, four wait for that.
+        assert len(ended) in (4, 5)
+        assert await read(driver, 2 * CLUSTER, 1) == b"x"
+        await write(driver, 2 * CLUSTER, b"y")
+        nursery.start_soon(call, driver, Op.FLUSH, 0, 0)
+        while len(ended) < 8:
+            file.end_one()
+            await trio.testing.wait_all_tasks_blocked()
+            assert driver.writeback.freed <= 4
+        file.slow = frozenset()
+        await file.end_all()
+        await driver.writeback.finish()
+    assert not examine(bytes(file.data)).leaks
+
+
+async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (image_module, writeback):
+        monkeypatch.setattr(module, "MOST_FREED", 2)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file) as driver, trio.open_nursery() as nursery:
+        await _filled(driver, 8)
+        await internal_snapshots.create(driver, "s", 0)
+        file.slow = frozenset({Op.FLUSH})
+        for cluster in range(1, 8, 2):
+            nursery.start_soon(write, driver, cluster * CLUSTER, b"y" * CLUSTER)
+        await trio.testing.wait_all_tasks_blocked()
+        # With the first, the copied table and what it has moved wait to become free.
+        assert len(nursery.child_tasks) == 3
+        await file.end_all()
+        assert not nursery.child_tasks
+    assert not examine(bytes(file.data)).corruptions
+
+
+async def test_discards_go_on_where_nothing_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wait would not help, and a node with requests that wait for ever could not even be closed."""
+    for module in (image_module, writeback):
+        monkeypatch.setattr(module, "MOST_FREED", 2)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file) as driver:
+        await _filled(driver, 16)
+        give_up = driver.writeback._give_up_run
+
+        async def fail(*_freed: Any) -> None:
+            raise OSError(errno.EIO, "a refcount block cannot be read")
+
+        monkeypatch.setattr(driver.writeback, "_give_up_run", fail)
+        async with trio.open_nursery() as nursery:
+            ended = _ended(nursery, driver, Op.DISCARD, range(1, 16, 2))
+        assert len(ended) == 8
+        await driver.wait_idle()
+        monkeypatch.setattr(driver.writeback, "_give_up_run", give_up)
+        await driver.writeback.finish()
+    assert not examine(bytes(file.data)).leaks
+
+
+async def test_discards_that_wait_end_with_the_error_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (image_module, writeback):
+        monkeypatch.setattr(module, "MOST_FREED", 2)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file) as driver:
+        await _filled(driver, 16)
+        file.fails = True
+        errors: list[OSError] = []
+
+        async def discard(cluster: int) -> None:
+            try:
+                await call(driver, Op.DISCARD, cluster * CLUSTER, CLUSTER)
+            except OSError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for cluster in range(1, 16, 2):
+                nursery.start_soon(discard, cluster)
+        assert {error.errno for error in errors} == {errno.EIO}
+        assert 1 <= len(errors) <= 6
+        await driver.wait_idle()
+
+
+async def test_neighbours_are_given_up_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole is as much work as a large one."""
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver:
+        await _filled(driver, 16)
+        for cluster in (5, 3, 2, 8, 4):
+            await call(driver, Op.DISCARD, cluster * CLUSTER, CLUSTER)
+        first = file.data.index(b"x" * CLUSTER)
+        file.slow = frozenset({Op.DISCARD})
+        await call(driver, Op.FLUSH, 0, 0)
+        told = []
+        await trio.testing.wait_all_tasks_blocked()
+        while file.waiting:
+            told.append((file.waiting[0].offset - first, file.waiting[0].length))
+            file.end_one()
+            await trio.testing.wait_all_tasks_blocked()
+        assert told == [(2 * CLUSTER, 4 * CLUSTER), (8 * CLUSTER, CLUSTER)]
 
 
 async def test_table_that_is_cut_off_while_it_is_written_back() -> None:

@@ -52,8 +52,10 @@ if TYPE_CHECKING:
 # How far the file is grown ahead of what is allocated: an eighth of it, within these bounds.
 GROW_MIN: Final = 1 << 20
 GROW_MAX: Final = 64 << 20
-# With this many runs of clusters waiting to become free a write-back begins though nobody has asked for one.
+# With this many runs of clusters waiting to become free an operation that frees more lets that happen first.
 MANY_FREED: Final = 4096
+# Runs that may wait to become free. With half of them a write-back begins that nobody has asked for.
+MOST_FREED: Final = 2048
 
 
 class Freeing(Enum):
@@ -335,10 +337,13 @@ class Image:
             Freeing.ALWAYS: True,
         }[why]
 
-    def pressure(self) -> None:
-        """Write back when much waits to become free."""
-        if len(self.pending) >= MANY_FREED:
-            self.driver.writeback.start()
+    def make_way(self) -> None:
+        """Before more clusters are freed: see to it that those that wait for it get fewer. Raises Cold."""
+        writeback = self.driver.writeback
+        if writeback.is_behind:
+            raise Cold("give up", writeback.catch_up)
+        if 2 * len(self.pending) >= MOST_FREED:
+            writeback.start()
 
     # -- refcounts in the file --------------------------------------------------------------------------------
 

@@ -113,6 +113,8 @@ class Planner:
             return host, 1, False
         count = zero_words(table, index, stop)
         if not count or index + count < stop:
+            # What is stored elsewhere is freed there.
+            self._image.make_way()
             while index + count < stop and not table[index + count] & COPIED:
                 count += 1
         host, got, is_fresh = self._image.allocate(count)
@@ -180,6 +182,8 @@ class Planner:
                     plan.targets.append(Target(cluster, 1, host, False, touched))
                     head, tail = guest & sub_mask, -guest_end & sub_mask
                 else:
+                    if entry:
+                        self._image.make_way()
                     host, _count, is_fresh = self._image.allocate(1)
                     if entry & COMPRESSED:
                         touched = ALL_ALLOCATED

@@ -11,6 +11,9 @@ One cycle, with what was dirty when it began:
 
 Cut off anywhere, this leaves clusters that are counted and not used, never the reverse. With lazy refcounts step 1
 is left out while the image is marked dirty.
+
+A file may take a millisecond for each hole, so step 3 lets the next cycle come in between, and who would free more
+while much waits (``is_behind``) waits too: otherwise the image would grow by what it has given up.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from itertools import chain
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from qsd.drivers.qcow2.dirty import L1_SECTOR
-from qsd.drivers.qcow2.image import Freed, Freeing
+from qsd.drivers.qcow2.image import MOST_FREED, Freed, Freeing
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2
 from qsd.drivers.qcow2.storing import write_all
 from qsd.errors import errno_text
@@ -36,10 +41,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("qsd.qcow2")
 
 Done = Callable[[int], None]
-# Clusters given up between two chances for others to run, or to ask for the next cycle (10 ms). A run is as much
-# work as so many.
+# Clusters of one run given up at once (10 ms), and the time between two chances for the next cycle.
 CLUSTERS: Final = 8192
-RUN: Final = 128
+SLICE_NS: Final = 10_000_000
 
 
 class WriteBack:
@@ -49,6 +53,11 @@ class WriteBack:
         self._image = image
         self._driver = image.driver
         self._waiting: list[Done] = []
+        # What no table in the file leads to any more, and who waits for it to become less.
+        self._backlog: deque[Freed] = deque()
+        self._behind: list[Done] = []
+        # The last attempt to give something up has failed.
+        self._is_stuck = False
         self._is_wanted = False
         self._is_running = False
         # How often freed clusters could not be given up.
@@ -63,10 +72,35 @@ class WriteBack:
             image.dirty
             or image.dirty.frozen
             or image.pending
+            or self._backlog
             or self._is_running
             or image.has_dirty_refcounts
             or not image.header_changes.is_certain
         )
+
+    @property
+    def freed(self) -> int:
+        """Runs of clusters that wait to become free."""
+        return len(self._image.pending) + len(self._backlog)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether to ``catch_up`` before more is freed. Where nothing can be given up that would not help."""
+        return self.freed >= MOST_FREED and not self._is_stuck
+
+    def catch_up(self, done: Done) -> None:
+        """Call ``done(errno)`` when half of what may wait to become free does."""
+        self._behind.append(done)
+        self.start()
+
+    def _relieve_in_time(self) -> None:
+        if self._behind and (self._is_stuck or 2 * self.freed < MOST_FREED):
+            self._relieve()
+
+    def _relieve(self, error: int = 0) -> None:
+        behind, self._behind = self._behind, []
+        for done in behind:
+            done(error)
 
     def request(self, done: Done) -> None:
         """Call ``done(errno)`` when everything that has been completed so far is on the disk."""
@@ -113,20 +147,26 @@ class WriteBack:
             while self._is_wanted:
                 self._is_wanted = False
                 waiting, self._waiting = self._waiting, []
-                error, freed = await self._cycle()
+                error = await self._cycle()
                 for done in waiting:
                     done(error)
+                if error:
+                    self._relieve(error)
                 driver.send()
-                if freed:
-                    await self._give_up(freed)
+                if self._backlog:
+                    await self._give_up()
+                self._relieve_in_time()
+                # More may have been freed meanwhile.
+                self._is_wanted = self._is_wanted or bool(self._behind)
         finally:
             self._is_running = False
             self._is_idle.set()
             driver.finished()
             for done in self._waiting:  # only after a crash
                 done(errno.EIO)
+            self._relieve(errno.EIO)
 
-    async def _cycle(self) -> tuple[int, list[Freed]]:
+    async def _cycle(self) -> int:
         image = self._image
         async with image.tables_lock:
             dirty = image.dirty
@@ -143,10 +183,11 @@ class WriteBack:
             except OSError as error:
                 dirty.thaw()
                 image.pending[:0] = freed
-                return error.errno or errno.EIO, []
+                return error.errno or errno.EIO
             dirty.frozen.clear()
             dirty.frozen_l1.clear()
-            return 0, freed
+            self._backlog.extend(_joined(freed))
+            return 0
 
     async def _sync(self) -> None:
         image = self._image
@@ -172,8 +213,8 @@ class WriteBack:
 
     # -- freed clusters ---------------------------------------------------------------------------------------
 
-    async def _give_up(self, freed: list[Freed]) -> None:
-        image = self._image
+    async def _give_up(self) -> None:
+        image, backlog = self._image, self._backlog
         image.lends = False
         # Requests that were sent to these clusters when they were still in use must not meet a new owner, nor those
         # that are still to be sent: packed clusters are fetched when it is their turn.
@@ -181,32 +222,39 @@ class WriteBack:
         for child in {image.file, image.map.data}:
             await child.quiesce()
         refused: list[OSError] = []
-        freed = list(_pieces(freed))
-        work = 0
-        for number, (first, count, why) in enumerate(freed):
-            if work >= CLUSTERS:
+        self._is_stuck = False
+        end = perf_counter_ns() + SLICE_NS
+        while backlog:
+            freed = self._next_freed()
+            try:
+                await self._give_up_run(*freed)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    # They stay counted until the next cycle.
+                    self._failures += 1
+                    self._is_stuck = True
+                    backlog.appendleft(freed)
+                    break
+                refused.append(error)
+            self._relieve_in_time()
+            if perf_counter_ns() >= end:
                 # All of a disk may have been discarded, which takes seconds.
-                work = 0
                 await trio.lowlevel.checkpoint()
                 if self._waiting:
                     # The rest comes after the next cycle.
-                    image.pending[:0] = freed[number:]
                     break
-            work += count + RUN
-            try:
-                await self._give_up_run(first, count, why)
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    refused.append(error)
-                    continue
-                # They stay counted until the next cycle.
-                self._failures += 1
-                image.pending[:0] = freed[number:]
-                break
+                end = perf_counter_ns() + SLICE_NS
         if refused:
             # In one line: there are as many as a broken image wants.
             more = f" (and {len(refused) - 1} like it)" if len(refused) > 1 else ""
             log.error("%s: %s%s", self._driver.node_name, refused[0], more)
+
+    def _next_freed(self) -> Freed:
+        """What is given up next: long runs in pieces, with not more counts in memory than there is room for."""
+        freed = self._backlog.popleft()
+        if freed.clusters > CLUSTERS:
+            self._backlog.appendleft(Freed(freed.first + CLUSTERS, freed.clusters - CLUSTERS, freed.why))
+        return Freed(freed.first, min(CLUSTERS, freed.clusters), freed.why)
 
     async def _give_up_run(self, first: int, count: int, why: Freeing) -> None:
         image = self._image
@@ -250,8 +298,12 @@ class WriteBack:
                 raise OSError(errno.EINVAL, text)
 
 
-def _pieces(freed: list[Freed]) -> Iterator[Freed]:
-    """Long runs in pieces, with not many more counts in memory at once than there is room for."""
-    for first, count, why in freed:
-        for start in range(first, first + count, CLUSTERS):
-            yield Freed(start, min(CLUSTERS, first + count - start), why)
+def _joined(freed: list[Freed]) -> list[Freed]:
+    """The same in the order they lie in the file, with neighbours as one: a hole is as much work as a large one."""
+    joined: list[Freed] = []
+    for first, count, why in sorted(freed, key=lambda each: (each.why.value, each.first)):
+        if joined and joined[-1].why is why and joined[-1].first + joined[-1].clusters == first:
+            joined[-1] = Freed(joined[-1].first, joined[-1].clusters + count, why)
+        else:
+            joined.append(Freed(first, count, why))
+    return joined

@@ -336,6 +336,7 @@ class Zeroer(EntryChanger):
         if not self._can_mark_zero and image.map.unmapped(first, last - first) >= last - first:
             return
         number = first >> self._slice_bits
+        image.make_way()
         table = image.writable_slice(number)
         unmaps = bool(flags & MAY_UNMAP) and not image.settings.discard_no_unref
         change = self._zero_plain if self._words == 1 else self._zero_extended
@@ -345,7 +346,6 @@ class Zeroer(EntryChanger):
                 if entry & COPIED:
                     self._keep(entry, kept)
         change(number, table, low, high, unmaps)
-        image.pressure()
 
     def _zero_plain(self, number: int, table: array[int], first: int, last: int, unmaps: bool) -> None:
         image = self._image
@@ -394,6 +394,7 @@ class Zeroer(EntryChanger):
         if image.map.unmapped(first, last - first) >= last - first and (uncovers or image.driver.backing is None):
             return
         number = first >> self._slice_bits
+        image.make_way()
         table = image.writable_slice(number)
         hides = image.driver.backing is not None and not uncovers
         # Zeroes of subclusters may stay where zeroes are wanted.
@@ -420,4 +421,3 @@ class Zeroer(EntryChanger):
                 table[word] = zero
             if words == 2:
                 table[word + 1] = 0 if uncovers else ALL_ZERO
-        image.pressure()
