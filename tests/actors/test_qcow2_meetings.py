@@ -100,6 +100,12 @@ async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: 
         assert [refs.get(first) for first in gone] == [0, 1, 0, 1, 0]
 
 
+def _let_wait(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let no more runs of clusters than that wait to become free."""
+    for module in (image_module, writeback):
+        monkeypatch.setattr(module, "MOST_FREED", most)
+
+
 async def _filled(driver: Qcow2Driver, clusters: int) -> None:
     await write(driver, 0, b"x" * (clusters * CLUSTER))
     await call(driver, Op.FLUSH, 0, 0)
@@ -121,8 +127,7 @@ def _ended(nursery: trio.Nursery, driver: Qcow2Driver, op: Op, clusters: Iterabl
 @pytest.mark.parametrize("op", [Op.DISCARD, Op.WRITE_ZEROES])
 async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """Holes take a file long; meanwhile the image grew by what it had given up, without end."""
-    for module in (image_module, writeback):
-        monkeypatch.setattr(module, "MOST_FREED", 4)
+    _let_wait(monkeypatch, 4)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
         await _filled(driver, 16)
@@ -145,8 +150,7 @@ async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: py
 
 
 async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (image_module, writeback):
-        monkeypatch.setattr(module, "MOST_FREED", 2)
+    _let_wait(monkeypatch, 2)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file) as driver, trio.open_nursery() as nursery:
         await _filled(driver, 8)
@@ -164,8 +168,7 @@ async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytes
 
 async def test_discards_go_on_where_nothing_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """To wait would not help, and a node with requests that wait for ever could not even be closed."""
-    for module in (image_module, writeback):
-        monkeypatch.setattr(module, "MOST_FREED", 2)
+    _let_wait(monkeypatch, 2)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file) as driver:
         await _filled(driver, 16)
@@ -185,8 +188,7 @@ async def test_discards_go_on_where_nothing_can_be_given_up(monkeypatch: pytest.
 
 
 async def test_discards_that_wait_end_with_the_error_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (image_module, writeback):
-        monkeypatch.setattr(module, "MOST_FREED", 2)
+    _let_wait(monkeypatch, 2)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file) as driver:
         await _filled(driver, 16)
