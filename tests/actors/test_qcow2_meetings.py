@@ -77,6 +77,7 @@ async def test_marks_that_are_set_at_the_same_time_are_both_set(
 
 async def test_flush_does_not_wait_until_all_of_a_disk_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writeback, "SLICE_NS", 0)
+    monkeypatch.setattr(writeback, "TOGETHER", 1)
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file, pass_discard_request=True) as driver:
         image, refs = driver.image, driver.image.refs
@@ -172,17 +173,22 @@ async def test_discards_go_on_where_nothing_can_be_given_up(monkeypatch: pytest.
     file = SlowFile(new_image(Header(size=1 << 20)))
     async with opened_on(file) as driver:
         await _filled(driver, 16)
-        give_up = driver.writeback._give_up_run
+        refs, left = driver.image.refs, 1
+        add = refs.add
 
-        async def fail(*_freed: Any) -> None:
-            raise OSError(errno.EIO, "a refcount block cannot be read")
+        def fail(first: int, count: int, difference: int) -> list[tuple[int, int]]:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EIO, "a refcount block cannot be read")
+            return add(first, count, difference)
 
-        monkeypatch.setattr(driver.writeback, "_give_up_run", fail)
+        monkeypatch.setattr(refs, "add", fail)
         async with trio.open_nursery() as nursery:
             ended = _ended(nursery, driver, Op.DISCARD, range(1, 16, 2))
         assert len(ended) == 8
         await driver.wait_idle()
-        monkeypatch.setattr(driver.writeback, "_give_up_run", give_up)
+        monkeypatch.setattr(refs, "add", add)
         await driver.writeback.finish()
     assert not examine(bytes(file.data)).leaks
 

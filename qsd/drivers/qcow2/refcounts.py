@@ -144,6 +144,11 @@ class Refcounts:
         block = self.block(cluster >> self.block_bits)
         return 0 if block is None else block[cluster & (self.entries - 1)]
 
+    def are_one(self, first: int, count: int) -> bool:
+        """Whether the counts of clusters of one block are all 1. Raises Cold, OSError."""
+        block, low = self.block(first >> self.block_bits), first & (self.entries - 1)
+        return block is not None and block[low : low + count].count(1) == count
+
     # -- allocating -------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> tuple[int, int]:

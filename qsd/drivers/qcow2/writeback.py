@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2.dirty import L1_SECTOR
 from qsd.drivers.qcow2.image import MOST_FREED, Freed, Freeing
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2
 from qsd.drivers.qcow2.storing import write_all
 from qsd.errors import errno_text
+from qsd.messages import Op, Request
 
 if TYPE_CHECKING:
     from qsd.drivers.qcow2.image import Image
@@ -44,6 +46,8 @@ Done = Callable[[int], None]
 # Clusters of one run given up at once (10 ms), and the time between two chances for the next cycle.
 CLUSTERS: Final = 8192
 SLICE_NS: Final = 10_000_000
+# Runs that the file is told of at once.
+TOGETHER: Final = 16
 
 
 class WriteBack:
@@ -225,17 +229,23 @@ class WriteBack:
         self._is_stuck = False
         end = perf_counter_ns() + SLICE_NS
         while backlog:
-            freed = self._next_freed()
+            group, are_last_uses = await self._next_group()
             try:
-                await self._give_up_run(*freed)
+                if are_last_uses:
+                    await self._give_up_group(group)
+                else:
+                    await self._give_up_run(*group[0])
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno == errno.EINVAL:
+                    refused.append(error)
+                    del group[0]
+                else:
                     # They stay counted until the next cycle.
                     self._failures += 1
                     self._is_stuck = True
-                    backlog.appendleft(freed)
+                backlog.extendleft(reversed(group))
+                if self._is_stuck:
                     break
-                refused.append(error)
             self._relieve_in_time()
             if perf_counter_ns() >= end:
                 # All of a disk may have been discarded, which takes seconds.
@@ -255,6 +265,69 @@ class WriteBack:
         if freed.clusters > CLUSTERS:
             self._backlog.appendleft(Freed(freed.first + CLUSTERS, freed.clusters - CLUSTERS, freed.why))
         return Freed(freed.first, min(CLUSTERS, freed.clusters), freed.why)
+
+    async def _next_group(self) -> tuple[list[Freed], bool]:
+        """What is given up next: runs that the file is told of and that are free then (True), or any single one."""
+        group = [self._next_freed()]
+        if not await self._is_last_use(group[0]):
+            return group, False
+        while self._backlog and len(group) < TOGETHER:
+            following = self._backlog[0]
+            # In the order of the file: so no cluster is there twice.
+            is_behind = following.first >= group[-1].first + group[-1].clusters
+            if not is_behind or following.clusters > CLUSTERS or not await self._is_last_use(following):
+                break
+            group.append(self._backlog.popleft())
+        return group, True
+
+    async def _is_last_use(self, freed: Freed) -> bool:
+        """Whether the file is told that the clusters become free, and every one of them does."""
+        image, (first, count, why) = self._image, freed
+        if not image.passes_discard(why) or image.metadata.find(range(first, first + count)) is not None:
+            return False
+        entries, end = image.refs.entries, first + count
+        try:
+            # Block by block, however few there is room for.
+            while first < end:
+                stop = min(end, (first // entries + 1) * entries)
+                if not await self._driver.settled(image.refs.are_one, first, stop - first):
+                    return False
+                first = stop
+        except OSError:
+            return False
+        return True
+
+    async def _give_up_group(self, group: list[Freed]) -> None:
+        """Give up what the file is told of; what is done is taken out of the list. Raises OSError."""
+        image = self._image
+        for first, count, _why in group:
+            # Packed behind what was there, it would be discarded along with it.
+            image.refs.seal(first, count)
+        await self._discard(group)
+        while group:
+            await self._driver.settled(image.refs.add, group[0].first, group[0].clusters, -1)
+            del group[0]
+
+    async def _discard(self, group: list[Freed]) -> None:
+        """Tell the file of all at once: it waits for one hole at a time, and we for all of them."""
+        file, bits = self._image.file, self._image.geometry.cluster_bits
+        done = trio.Event()
+        left = len(group)
+
+        def ended(_request: Request) -> None:
+            # It is advice: where it fails, the clusters are free all the same.
+            nonlocal left
+            left -= 1
+            if not left:
+                done.set()
+
+        reply = Callback(ended)
+        batch = []
+        for first, count, _why in group:
+            length = max(0, min(count << bits, file.length - (first << bits)))
+            batch.append(Request(Op.DISCARD.value, first << bits, length, None, reply))
+        file.submit(batch)
+        await done.wait()
 
     async def _give_up_run(self, first: int, count: int, why: Freeing) -> None:
         image = self._image
