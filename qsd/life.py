@@ -22,8 +22,9 @@ from qsd.host.notify import notify
 from qsd.host.pidfile import PidFile
 from qsd.host.signals import Arrivals
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # For the ``host.signals.block`` of who calls ``run`` and ends with it.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (*_STOPPING, signal.SIGUSR1)
 
 
 @attrs.frozen
@@ -55,9 +56,8 @@ async def run(start: Start, process: Process) -> int:
         for held in pidfile:
             held.remove()
 
-    last_resort = LastResort(LONGEST_CLOSE, clean_up)
     try:
-        with Arrivals(SIGNALS) as arrivals:
+        with Arrivals(SIGNALS) as arrivals, LastResort(LONGEST_CLOSE, _STOPPING, clean_up) as last_resort:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_obey, arrivals, supervisor, name="signals")
                 nursery.start_soon(_arm, supervisor, last_resort, name="last resort")
@@ -67,7 +67,6 @@ async def run(start: Start, process: Process) -> int:
                     notify("STOPPING=1")
                 nursery.cancel_scope.cancel()
     finally:
-        last_resort.disarm()
         clean_up()
     return code
 

@@ -40,6 +40,18 @@ def mask_for_programs() -> set[int]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) if _inherited is None else _inherited
 
 
+def open_signalfd(numbers: Collection[int]) -> int:
+    """A descriptor that is readable while one of these signals, which are blocked, waits. Raises OSError."""
+    wanted = _SigSet()
+    for number in numbers:
+        _libc.sigaddset(wanted, number)
+    fd: int = _libc.signalfd(-1, wanted, os.O_CLOEXEC | os.O_NONBLOCK)  # SFD_CLOEXEC, SFD_NONBLOCK
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return fd
+
+
 class Arrivals:
     """The signals that come for the process or the thread that reads. Use as a context manager.
 
@@ -53,14 +65,7 @@ class Arrivals:
         self._fd = -1
 
     def __enter__(self) -> Arrivals:
-        wanted = _SigSet()
-        for number in self._numbers:
-            _libc.sigaddset(wanted, number)
-        fd = _libc.signalfd(-1, wanted, os.O_CLOEXEC | os.O_NONBLOCK)  # SFD_CLOEXEC, SFD_NONBLOCK
-        if fd < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self._fd = fd
+        self._fd = open_signalfd(self._numbers)
         self._before = set(signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers))
         return self
 

@@ -200,6 +200,10 @@ async def start(supervisor):
     await supervisor.start(Stuck("stuck"), Floor.CORE)
 
 def came_up():
+    if sys.argv[1] == "loop before":
+        sender = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM))
+        sender.start()
+        threading.Event().wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
 qsd.life.LONGEST_CLOSE = 0.0
@@ -208,7 +212,7 @@ sys.exit(trio.run(qsd.life.run, start, qsd.life.Process("pid", came_up, print)))
 """
 
 
-@pytest.mark.parametrize("where", ["start", "thread", "loop"])
+@pytest.mark.parametrize("where", ["start", "thread", "loop", "loop before"])
 def test_what_cannot_be_called_off_does_not_keep_the_process(where: str, tmp_path: Path) -> None:
     words = [sys.executable, "-c", HANGS, where]
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
