@@ -18,7 +18,6 @@ while much waits (``is_behind``) waits too: otherwise the image would grow by wh
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 from collections import deque
@@ -344,12 +343,7 @@ class WriteBack:
                         break
                     run += 1
                 if is_last:
-                    bits = image.geometry.cluster_bits
-                    # It is advice: where it fails, the clusters are free all the same.
-                    with contextlib.suppress(OSError):
-                        await image.file.discard(
-                            cluster << bits, min(run << bits, image.file.length - (cluster << bits))
-                        )
+                    await self._discard([Freed(cluster, run, why)])
                 cluster += run
         await self._driver.settled(image.refs.add, first, count, -1)
 
