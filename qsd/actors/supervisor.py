@@ -122,15 +122,25 @@ class Supervisor:
                     up = True
                     task_status.started()
 
-            try:
-                with place.scope:
-                    await actor.live(task_status=_Status())
-            except Exception as error:  # noqa: BLE001  # the supervisor is where crashes are caught
+            def failed(error: Exception) -> None:
                 if up:
                     self._crashed(actor, error)
                 else:
                     failure.append(_only(error))
                     task_status.started()
+
+            try:
+                with place.scope:
+                    await actor.live(task_status=_Status())
+            except Exception as error:  # noqa: BLE001  # the supervisor is where crashes are caught
+                failed(error)
+            except BaseExceptionGroup as group:
+                # Who starts it has been cancelled, and the actor, still a child of theirs, has crashed at that.
+                errors, others = group.split(Exception)
+                if errors is not None:
+                    failed(errors)
+                if others is not None:
+                    raise others from None
             finally:
                 del self._places[actor]
 

@@ -11,7 +11,7 @@ from whole_daemon import Whole, whole_daemon
 
 from qsd.actors.supervisor import Floor
 from qsd.errors import ActorStopped, QmpError
-from qsd.servers.nbd.server import NbdExport
+from qsd.servers.nbd.export import NbdExport
 
 
 async def prepare(whole: Whole) -> None:

@@ -94,3 +94,24 @@ async def test_descriptor_of_a_client_that_was_given_up_serves_the_next_at_once(
         await trio.testing.wait_all_tasks_blocked()
         assert not service._connections
         assert whole.supervisor.fatal is None
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_client_that_is_just_let_in_when_the_server_stops_stops_nobody(
+    turns: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its socket was closed before it began to negotiate, and the error ended the server, and the daemon."""
+    async with whole_daemon(tmp_path) as whole:
+        service = whole.actor("nbd server")
+        assert isinstance(service, NbdService)
+        for _ in range(10):
+            await whole.run("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}})
+            ((_family, port),) = ports(whole)
+            with socket.create_connection(("127.0.0.1", port)):
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                await whole.run("nbd-server-stop")
+            await trio.testing.wait_all_tasks_blocked()
+            assert not service._connections
+        assert whole.supervisor.fatal is None
+    assert not caplog.text

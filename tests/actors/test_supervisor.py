@@ -240,6 +240,28 @@ async def test_cancelled_start_leaves_nobody() -> None:
         assert log == ["slow"]
 
 
+async def test_crash_in_a_cancelled_start_is_the_actors_and_not_the_starters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """trio leaves a child whose start was cancelled with the starter, who got its error too."""
+
+    class Crashing(Member):
+        async def started(self) -> None:
+            nursery.cancel_scope.cancel()
+            self.spawn(self.boom, Boom(), name="boom")
+
+    crashes: list[Actor] = []
+    async with Supervisor({"member": lambda actor, _error: crashes.append(actor)}) as supervisor:
+        crashing = Crashing("crashing", [])
+        async with trio.open_nursery() as nursery:
+            await supervisor.start(crashing, Floor.CORE)
+        assert nursery.cancel_scope.cancelled_caught
+        assert crashes == [crashing]
+        assert supervisor.actors() == []
+        assert not supervisor.stop_requested.is_set()
+    assert "crashing crashed" in caplog.text
+
+
 async def test_nobody_starts_on_a_closing_floor() -> None:
     log: list[str] = []
 

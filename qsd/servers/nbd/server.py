@@ -1,4 +1,4 @@
-"""The NBD server: one listener set, its connections, and the exports they find."""
+"""The NBD server: one listener set, and its connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from qsd import trace
 from qsd.actors.core import Actor, Stop, receives
 from qsd.actors.edges import Edge
 from qsd.actors.supervisor import Floor, Supervisor
-from qsd.block.dirty import NamedBitmap
 from qsd.block.permissions import Perm
 from qsd.drivers.base import Limits
 from qsd.errors import ActorStopped, QmpError
@@ -25,14 +24,12 @@ from qsd.host import sockets
 from qsd.host.reactor import Reactor
 from qsd.servers.exports import Exports, Kind
 from qsd.servers.nbd.buffers import Pool
+from qsd.servers.nbd.export import NbdExport
 from qsd.servers.nbd.replies import Encoder
 from qsd.servers.nbd.transmission import Transmission
 from qsd.wire import modified_utf8
 from qsd.wire.nbd import constants as c
 from qsd.wire.nbd.handshake import (
-    ALLOCATION_DEPTH,
-    BASE_ALLOCATION,
-    DIRTY_BITMAP,
     ExportInfo,
     Negotiated,
     ServerHandshake,
@@ -43,8 +40,6 @@ log = logging.getLogger("qsd.nbd")
 NEGOTIATE_BEGIN = trace.event("nbd_negotiate_begin")
 NEGOTIATE_SUCCESS = trace.event("nbd_negotiate_success")
 
-# The number of the first bitmap's metadata context: base:allocation and qemu:allocation-depth are 0 and 1.
-FIRST_BITMAP = 2
 DEFAULT_MAX_CONNECTIONS = 100
 DEFAULT_HANDSHAKE_SECONDS = 10
 # Room for replies in the kernel: one send takes a whole burst of them.
@@ -54,103 +49,6 @@ HANDSHAKE_READ = 64 << 10
 BACKLOG = 128
 # How long a client may take to choose an export when others cannot come in because of it.
 PATIENCE_S = 0.5
-
-
-class NbdExport(Actor):
-    """One export: a view of a node under a name."""
-
-    kind = "export"
-    type_name = "nbd"
-
-    def __init__(
-        self,
-        identifier: str,
-        options: Any,
-        edge: Edge,
-        bitmaps: Sequence[NamedBitmap],
-        service: NbdService,
-        exports: Exports,
-    ) -> None:
-        super().__init__(f"export {identifier}")
-        self.id = identifier
-        self.edge = edge
-        self.export_name: str = edge.node_name if options.name is None else options.name
-        self.writethrough = bool(options.writethrough)
-        self._options = options
-        self._exports = exports
-        self._reactor = service.reactor
-        self._multi_conn = service.max_connections != 1
-        # By the number of their metadata context; the export keeps them from being changed.
-        self.bitmaps = dict(enumerate(bitmaps, FIRST_BITMAP))
-        for bitmap in bitmaps:
-            bitmap.is_busy = True
-        self.connections: set[NbdConnection] = set()
-        self._left = RepeatedEvent()
-
-    def describe(self) -> ExportInfo:
-        """The export as a client sees it now."""
-        limits = self.edge.limits
-        contexts = [(0, BASE_ALLOCATION)]
-        if self._options.allocation_depth:
-            contexts.append((1, ALLOCATION_DEPTH))
-        contexts.extend((number, f"{DIRTY_BITMAP}{bitmap.name}") for number, bitmap in self.bitmaps.items())
-        return ExportInfo(
-            name=self.export_name,
-            size=self.edge.length,
-            description=self._options.description or "",
-            read_only=not self._options.writable,
-            multi_conn=self._multi_conn,
-            min_block=limits.request_alignment,
-            max_block=min(limits.max_transfer or c.MAX_PAYLOAD, c.MAX_PAYLOAD),
-            contexts=tuple(contexts),
-            token=self,
-        )
-
-    def has_clients(self) -> bool:
-        """True while a client is connected."""
-        return bool(self.connections)
-
-    def clients(self) -> Sequence[NbdConnection]:
-        """The connections."""
-        return list(self.connections)
-
-    def resized(self) -> None:
-        """Cannot happen while it is exported: a client is told the length once."""
-
-    def joined(self, connection: NbdConnection) -> None:
-        """A client has chosen this export."""
-        self.connections.add(connection)
-
-    def left(self, connection: NbdConnection) -> None:
-        """A client has gone and nothing of it is in flight."""
-        self.connections.discard(connection)
-        self._left.set()
-
-    async def close(self) -> None:
-        """Drop the clients; return when nothing is in flight."""
-        for connection in list(self.connections):
-            connection.disconnect("export is going away")
-        while self.connections:
-            await self._left.wait()
-        for bitmap in self.bitmaps.values():
-            bitmap.is_busy = False
-        self.bitmaps = {}
-
-    async def started(self) -> None:
-        """Let the iothread it names rule the polling."""
-        self._reactor.use_policy(self, self._exports.policy_of(self._options))
-
-    async def stopping(self) -> None:
-        """End of the daemon, or of the export."""
-        self._reactor.use_policy(self, None)
-        try:
-            await self.close()
-        finally:  # where that was cut off, too
-            await self._exports.stopped(self.id)
-
-    def statistics(self) -> dict[str, Any]:
-        """The actor's facts, and its clients."""
-        return super().statistics() | {"name": self.export_name, "clients": len(self.connections)}
 
 
 class NbdConnection(Actor):
@@ -205,6 +103,8 @@ class NbdConnection(Actor):
         self._begin(export, result)
 
     async def _shake_hands(self) -> Negotiated | None:
+        if self._sock.fileno() < 0:  # disconnected before it could begin
+            return None
         stream = trio.socket.from_stdlib_socket(self._sock)
         handshake = ServerHandshake(self._service)
         if NEGOTIATE_BEGIN.enabled:
@@ -437,23 +337,31 @@ class NbdService(Actor):
 
     async def _accept(self, listener: socket.socket, scope: trio.CancelScope) -> None:
         with scope:
-            stream = trio.socket.from_stdlib_socket(listener)
-            if self._up is not None:
-                await self._up.wait()
-            while True:
-                await self._wait_for_room(stream)
-                try:
-                    accepted, _peer = await stream.accept()
-                except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                        # Out of descriptors: wait until one may be free, instead of spinning on the backlog.
-                        log.error("cannot accept NBD clients: %s", error.strerror)
-                        await trio.sleep(0.1)
-                        continue
-                    if error.errno in sockets.CLIENT_LOST:
-                        continue
+            try:
+                await self._let_in(listener)
+            except OSError:
+                # Stopped just when a client came: the task was awake already, and the listener is closed.
+                if not scope.cancel_called:
                     raise
-                await self._welcome(accepted)
+
+    async def _let_in(self, listener: socket.socket) -> None:
+        stream = trio.socket.from_stdlib_socket(listener)
+        if self._up is not None:
+            await self._up.wait()
+        while True:
+            await self._wait_for_room(stream)
+            try:
+                accepted, _peer = await stream.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    # Out of descriptors: wait until one may be free, instead of spinning on the backlog.
+                    log.error("cannot accept NBD clients: %s", error.strerror)
+                    await trio.sleep(0.1)
+                    continue
+                if error.errno in sockets.CLIENT_LOST:
+                    continue
+                raise
+            await self._welcome(accepted)
 
     async def _wait_for_room(self, listener: trio.socket.SocketType) -> None:
         """Return when one more client may come. For one that waits, the oldest half-open connection is given up.
