@@ -150,6 +150,26 @@ async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: py
     assert not examine(bytes(file.data)).leaks
 
 
+async def test_who_waits_to_free_goes_on_as_soon_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They waited until half of what may wait was given up: a second for 64 KiB clusters, eight for 512 bytes."""
+    _let_wait(monkeypatch, 4)
+    monkeypatch.setattr(writeback, "TOGETHER", 1)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
+        await _filled(driver, 16)
+        file.slow = frozenset({Op.DISCARD})
+        ended = _ended(nursery, driver, Op.DISCARD, range(1, 16, 2))
+        await trio.testing.wait_all_tasks_blocked()
+        before = len(ended)
+        file.end_one()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(ended) == before + 1
+        await file.end_all()
+        file.slow = frozenset()
+        await driver.writeback.finish()
+    assert not examine(bytes(file.data)).leaks
+
+
 async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     _let_wait(monkeypatch, 2)
     file = SlowFile(new_image(Header(size=1 << 20)))

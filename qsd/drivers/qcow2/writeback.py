@@ -92,12 +92,12 @@ class WriteBack:
         return self.freed >= MOST_FREED and not self._is_stuck
 
     def catch_up(self, done: Done) -> None:
-        """Call ``done(errno)`` when half of what may wait to become free does."""
+        """Call ``done(errno)`` when more may wait to become free."""
         self._behind.append(done)
         self.start()
 
     def _relieve_in_time(self) -> None:
-        if self._behind and (self._is_stuck or 2 * self.freed < MOST_FREED):
+        if self._behind and not self.is_behind:
             self._relieve()
 
     def _relieve(self, error: int = 0) -> None:
