@@ -164,6 +164,9 @@ class Aio(Protocol):
     def fsync(self, fd: int, done: Callable[[int], None]) -> None:
         """fdatasync."""
 
+    def punch_hole(self, fd: int, offset: int, length: int, done: Callable[[int], None]) -> None:
+        """Deallocate a range of a file."""
+
     def call(self, function: Callable[[], int], done: Callable[[int], None]) -> None:
         """Run a blocking function off the loop; its result, or minus the errno of its OSError, goes to done."""
 

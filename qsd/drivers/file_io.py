@@ -379,7 +379,7 @@ class FileIo:
         self._aio.fsync(self.fd, done)
         return True
 
-    def _blocking(self, request: Request, function: Callable[[], int], ended: Callable[[int], None]) -> bool:
+    def _blocking(self, function: Callable[[], int], ended: Callable[[int], None]) -> bool:
         self._driver.started()
 
         def done(result: int) -> None:
@@ -390,7 +390,14 @@ class FileIo:
         return True
 
     def _discard(self, request: Request) -> bool:
-        def ended(result: int) -> None:
+        offset, length = request.offset, self._inside(request)
+
+        def done(result: int) -> None:
+            self._driver.finished()
+            if result == -errno.EINTR:
+                self._discard(request)
+                self._aio.flush()
+                return
             self._generation += 1
             if result < 0:
                 self.discard_failed += 1
@@ -398,15 +405,17 @@ class FileIo:
                 self.discard_ok += 1
                 self.discard_bytes_ok += request.length
             # A discard is advice: a file system that cannot do it has not failed.
-            request.complete(0 if result in (0, -errno.EOPNOTSUPP) else -result)
+            request.complete(0 if -result in files.UNSUPPORTED else -result)
 
-        offset, length = request.offset, self._inside(request)
         if not length:
             request.complete(0)
             return False
-        return self._blocking(
-            request, lambda: files.punch_hole(self.fd, offset, length, is_device=self.is_device), ended
-        )
+        self._driver.started()
+        if self.is_device:
+            self._aio.call(partial(files.discard_sectors, self.fd, offset, length), done)
+        else:
+            self._aio.punch_hole(self.fd, offset, length, done)
+        return True
 
     def _write_zeroes(self, request: Request) -> bool:
         flags = request.flags
@@ -423,20 +432,15 @@ class FileIo:
             else:
                 request.complete(0)
 
-        def zero() -> int:
-            return files.zero_range(
-                self.fd,
-                request.offset,
-                request.length,
-                may_unmap=bool(flags & MAY_UNMAP),
-                no_fallback=bool(flags & NO_FALLBACK),
-                is_device=self.is_device,
-            )
-
         if not request.length:
             request.complete(0)
             return False
-        return self._blocking(request, zero, ended)
+        how = {
+            "may_unmap": bool(flags & MAY_UNMAP),
+            "no_fallback": bool(flags & NO_FALLBACK),
+            "is_device": self.is_device,
+        }
+        return self._blocking(partial(files.zero_range, self.fd, request.offset, request.length, **how), ended)
 
     def _write_zero_bytes(self, request: Request, done: int) -> None:
         chunk = min(ZERO_CHUNK, request.length - done)
@@ -475,16 +479,11 @@ class FileIo:
         return False
 
     def _cache(self, request: Request) -> bool:
-        offset, length = request.offset, request.length
-
-        def advise() -> int:
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
-            return 0
-
-        if self.direct or not length:
+        if self.direct or not request.length:
             request.complete(0)
             return False
-        return self._blocking(request, advise, lambda result: request.complete(max(0, -result)))
+        advise = partial(files.read_ahead, self.fd, request.offset, request.length)
+        return self._blocking(advise, lambda result: request.complete(max(0, -result)))
 
     def _inside(self, request: Request) -> int:
         """Bytes of the request that lie inside the file."""

@@ -16,6 +16,7 @@ import struct
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+PUNCH_HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 BLKSSZGET = 0x1268
 BLKGETSIZE64 = 0x80081272
@@ -30,7 +31,7 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 # What a file system or device says when it cannot do a thing at all.
-_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EPERM})
+UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EPERM})
 
 
 def _call(fd: int, mode: int, offset: int, length: int) -> int:
@@ -39,7 +40,7 @@ def _call(fd: int, mode: int, offset: int, length: int) -> int:
             return 0
         error = ctypes.get_errno()
         if error != errno.EINTR:
-            return -errno.EOPNOTSUPP if error in _UNSUPPORTED else -error
+            return -errno.EOPNOTSUPP if error in UNSUPPORTED else -error
 
 
 def _ioctl_range(fd: int, request: int, offset: int, length: int) -> int:
@@ -47,7 +48,7 @@ def _ioctl_range(fd: int, request: int, offset: int, length: int) -> int:
         fcntl.ioctl(fd, request, struct.pack("=QQ", offset, length))
     except OSError as error:
         number = error.errno or errno.EIO
-        return -errno.EOPNOTSUPP if number in _UNSUPPORTED else -number
+        return -errno.EOPNOTSUPP if number in UNSUPPORTED else -number
     return 0
 
 
@@ -75,13 +76,16 @@ def allocate(fd: int, offset: int, length: int) -> int:
     return _call(fd, 0, offset, length)
 
 
-def punch_hole(fd: int, offset: int, length: int, *, is_device: bool) -> int:
-    """Deallocate the range; of a device, the whole sectors inside it."""
-    if is_device:
-        sector = logical_sector_size(fd)
-        start, end = -(-offset // sector) * sector, (offset + length) // sector * sector
-        return _ioctl_range(fd, BLKDISCARD, start, end - start) if start < end else 0
-    return _call(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+def punch_hole(fd: int, offset: int, length: int) -> int:
+    """Deallocate a range of a file."""
+    return _call(fd, PUNCH_HOLE, offset, length)
+
+
+def discard_sectors(fd: int, offset: int, length: int) -> int:
+    """Tell a device that the whole sectors inside a range are not needed."""
+    sector = logical_sector_size(fd)
+    start, end = -(-offset // sector) * sector, (offset + length) // sector * sector
+    return _ioctl_range(fd, BLKDISCARD, start, end - start) if start < end else 0
 
 
 def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallback: bool, is_device: bool) -> int:
@@ -100,13 +104,19 @@ def zero_range(fd: int, offset: int, length: int, *, may_unmap: bool, no_fallbac
         inside = min(length, max(0, size - offset))
         result = 0
         if inside:
-            result = _call(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, inside)
+            result = punch_hole(fd, offset, inside)
     if result == -errno.EOPNOTSUPP:
         result = _call(fd, FALLOC_FL_ZERO_RANGE, offset, length)
     if result == 0 and offset + length > os.fstat(fd).st_size:
         # Not ftruncate(2): others may have made the file longer since.
         result = allocate(fd, offset + length - 1, 1)
     return result
+
+
+def read_ahead(fd: int, offset: int, length: int) -> int:
+    """Have the page cache read the range. Raises OSError."""
+    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+    return 0
 
 
 def allocated_size(fd: int) -> int:
@@ -291,5 +301,5 @@ def set_extent_size_hint(fd: int, hint: int) -> int:
         fcntl.ioctl(fd, FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | FS_XFLAG_EXTSIZE, hint, *rest))
     except OSError as error:
         number = error.errno or errno.EIO
-        return -errno.EOPNOTSUPP if number in _UNSUPPORTED else -number
+        return -errno.EOPNOTSUPP if number in UNSUPPORTED else -number
     return 0

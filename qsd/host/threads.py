@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from qsd.host import files
 from qsd.messages import Op, Request
 
 log = logging.getLogger("qsd.threads")
@@ -246,6 +247,10 @@ class ThreadAio:
             return 0
 
         self._pool.call(sync, done)
+
+    def punch_hole(self, fd: int, offset: int, length: int, done: Done) -> None:
+        """Deallocate a range of a file."""
+        self._pool.call(lambda: files.punch_hole(fd, offset, length), done)
 
     def call(self, function: Callable[[], int], done: Done) -> None:
         """Run a blocking function on a thread."""

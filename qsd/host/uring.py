@@ -1,4 +1,4 @@
-"""io_uring through ctypes: reads, writes and fdatasync that must not block the loop, one system call a batch.
+"""io_uring through ctypes: reads, writes, fdatasync, holes that must not block the loop, one system call a batch.
 
 Layouts and constants: io_uring(7), io_uring_setup(2), io_uring_enter(2), <linux/io_uring.h>. Buffers are named by
 address, so whoever lends one keeps it alive; the slot table holds a reference to it until the completion.
@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from qsd.host.files import PUNCH_HOLE
 from qsd.host.memory import address_of
 from qsd.host.threads import Places, ThreadPool, Transfers, transfer_singly
 from qsd.messages import Op, Request
@@ -34,6 +35,7 @@ _SETUP_COOP_TASKRUN = 1 << 8
 _REGISTER_PROBE = 8
 
 _OP_FSYNC = 3
+_OP_FALLOCATE = 17
 _OP_READ = 22
 _OP_WRITE = 23
 _FSYNC_DATASYNC = 1
@@ -170,6 +172,11 @@ class Uring:
     def fsync(self, fd: int, done: Done) -> None:
         """fdatasync."""
         self._queue(_OP_FSYNC, fd, 0, 0, 0, _FSYNC_DATASYNC, done, None)
+
+    def punch_hole(self, fd: int, offset: int, length: int, done: Done) -> None:
+        """Deallocate a range of a file."""
+        # The length is where others have their buffer's address, the mode where they have its length.
+        self._queue(_OP_FALLOCATE, fd, offset, length, PUNCH_HOLE, 0, done, None)
 
     def call(self, function: Callable[[], int], done: Done) -> None:
         """Run a blocking function on a thread."""

@@ -55,6 +55,9 @@ class Engine:
             result = -(error.errno or errno.EIO)
         done(result)
 
+    def punch_hole(self, _fd: int, _offset: int, _length: int, done: Callable[[int], None]) -> None:
+        self.under_way.append(lambda: done(self.error))
+
     def fsync(self, fd: int, done: Callable[[int], None]) -> None:
         self.syncs += 1
         self.under_way.append(lambda: done(self.error))
@@ -317,3 +320,27 @@ def test_direct_write_without_memory_to_align_it_fails(
     assert [request.error for request in batch] == [errno.ENOMEM] * 2
     assert not file.driver.in_flight
     assert not file.engine.under_way
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_that_cannot_have_holes_takes_discards(file: File, number: int) -> None:
+    file.engine.error = -number
+    request = file.request(Op.DISCARD, 4096)
+    file.engine.end_all()
+    assert request in file.replies.ready
+    assert not request.error
+    assert file.io.discard_failed == 1
+    assert not file.driver.in_flight
+
+
+@pytest.mark.parametrize("then", [0, errno.EIO])
+def test_a_hole_that_was_interrupted_is_made_again(file: File, then: int) -> None:
+    file.engine.error = -errno.EINTR
+    request = file.request(Op.DISCARD, 4096)
+    file.engine.end_one()
+    assert request not in file.replies.ready
+    file.engine.error = -then
+    file.engine.end_one()
+    assert request in file.replies.ready
+    assert request.error == then
+    assert not file.driver.in_flight

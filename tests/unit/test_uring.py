@@ -17,6 +17,7 @@ from qsd.host.uring import Uring
 
 BLOCK = 512
 MANY = 5000
+PAGE = 4096
 
 
 @pytest.fixture
@@ -39,6 +40,25 @@ def depth() -> int:
     while frame.f_back is not None:
         frame, count = frame.f_back, count + 1
     return count
+
+
+def test_holes_are_where_they_were_asked_for(ring: Uring, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (8 * PAGE))
+    results: list[int] = []
+    fd = os.open(path, os.O_RDWR)
+    try:
+        for at in (1, 4):
+            ring.punch_hole(fd, at * PAGE, 2 * PAGE, results.append)
+        ring.punch_hole(fd, 7 * PAGE, 0, results.append)
+        ring.flush()
+        while ring.in_flight:
+            ring.reap()
+    finally:
+        os.close(fd)
+    assert sorted(results) == [-errno.EINVAL, 0, 0]
+    full, empty = b"x" * PAGE, bytes(2 * PAGE)
+    assert path.read_bytes() == full + empty + full + empty + full + full
 
 
 def test_a_long_backlog_ends_and_is_looked_at_once(

@@ -46,7 +46,8 @@ async def _write_batch(child: Child, batch: list[Request]) -> None:
     for request in batch:
         request.reply = reply
     child.submit(batch)
-    await done.wait()
+    if left:
+        await done.wait()
     if failed:
         raise OSError(failed, "metadata could not be written")
 
