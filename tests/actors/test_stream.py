@@ -437,3 +437,30 @@ async def test_shutdown_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
         await house.execute("block-stream", job_id="j", device="top", speed=1)
         await settle()
     assert house.told[-4:] == ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+
+
+@pytest.mark.parametrize("wrong", [{"speed": -1}, {"filter_node_name": "top"}, {"filter_node_name": "1st"}])
+async def test_top_is_read_only_again_where_the_job_does_not_start(house: House, wrong: dict[str, Any]) -> None:
+    house.image("top")
+    await house.node("top", NULL, read_only=True)
+    await house.refusal("block-stream", job_id="j", device="top", **wrong)
+    assert house.graph.find("top").mode.read_only
+    await house.execute("block-stream", job_id="j", device="top")
+    await settle()
+    assert not house.graph.find("top").mode.read_only  # as after any stream
+
+
+async def test_top_stays_writable_for_who_writes_when_a_job_does_not_start(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.image("top")
+    await house.node("top", NULL, read_only=True)
+    create = house.jobs.create
+
+    async def meanwhile(*args: Any) -> None:
+        await create(*args)
+        await house.graph.attach("top", WRITE)
+
+    monkeypatch.setattr(house.jobs, "create", meanwhile)
+    await house.refusal("block-stream", job_id="j", device="top", speed=-1)
+    assert not house.graph.find("top").mode.read_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -12,6 +13,7 @@ from qsd.actors.edges import MAIN_NODE, Edge, check_not_in_job, info_of
 from qsd.actors.jobs.block_job import BlockJob, BlockJobOptions
 from qsd.actors.jobs.filter_node import FilterKind, open_filter, put_in, take_out
 from qsd.actors.jobs.pace import SMALLEST
+from qsd.actors.opening import shielded
 from qsd.actors.read_only import set_read_only
 from qsd.block.permissions import Perm
 from qsd.drivers.base import ChildRole
@@ -58,6 +60,8 @@ class StreamJob(BlockJob):
         super().__init__(options, graph)
         self._task = task
         self._is_unpinned = False
+        # The top is as it was before again if the job does not start.
+        self._was_read_only = False
         # What lies before is done; where a step failed, the extent that it failed in ends there.
         self._offset = 0
         self._failed_end = 0
@@ -83,12 +87,29 @@ class StreamJob(BlockJob):
         tools, top = self.graph.tools, self._task.top
         async with tools.topology.lock:
             self._check_chain()
+            self._was_read_only = top.mode.read_only
             await set_read_only(tools.topology, top, read_only=False)
             info_of(top).pins += 1
         try:
             self.filter = await open_filter(tools, FilterKind.STREAM, top, self.options.filter_name)
+        except BaseException:
+            await shielded(self._restore)
+            raise
         finally:
             await tools.opener.unpin(top)
+
+    def joined_graph(self) -> None:
+        """As for any job; and the top stays writable."""
+        super().joined_graph()
+        self._was_read_only = False
+
+    async def _restore(self) -> None:
+        topology, top = self.graph.tools.topology, self._task.top
+        async with topology.lock:
+            if self._was_read_only and topology.nodes.get(top.name) is top:
+                # Somebody may have begun to write there meanwhile.
+                with contextlib.suppress(QmpError):
+                    await set_read_only(topology, top, read_only=True)
 
     def _check_chain(self) -> None:
         """Somebody else may have had a turn since the nodes were found. Raises QmpError."""
@@ -100,10 +121,11 @@ class StreamJob(BlockJob):
             raise QmpError(f"The backing chain of '{task.top.name}' has changed")
 
     async def unstage(self) -> None:
-        """Give up the caller's pin on the filter."""
+        """Give up the caller's pin on the filter; a job that did not start leaves nothing."""
         if self.filter is not None and not self._is_unpinned:
             self._is_unpinned = True
             await self.graph.tools.opener.unpin(self.filter)
+            await self._restore()
 
     def describe_start(self, change: Change) -> None:
         """The filter goes above the top; nobody resizes it or changes the nodes below."""
