@@ -1,7 +1,8 @@
 """blockdev-reopen: new options for several nodes, all or none.
 
 An option left out goes back to its default, ``discard`` aside: who only exchanges the backing file, say, does not
-want the guest's discards to end. Children whose options stand inside the parent's are reopened with it.
+want the guest's discards to end. Several entries for one node are one, in which the later ones rule.
+Children whose options stand inside the parent's are reopened with it.
 A child given by name is exchanged when it is another node, else left as it is; but where its options stood inside
 the parent's, what is said now about the parent's cache and about read-only is said about the child, too.
 """
@@ -52,7 +53,7 @@ async def reopen(topology: Topology, wanted: Iterable[BlockdevOptions], truncate
     nodes: dict[Node, BlockdevOptions] = {}
     for options in wanted:
         node = _find(topology, options.node_name)
-        nodes[node] = options
+        nodes[node] = _joined(nodes[node], options) if node in nodes else options
     plan = _Plan()
     for node, options in nodes.items():
         _gather(topology, plan, truncate, node, options, None, ChildRole.DATA)
@@ -67,6 +68,14 @@ async def reopen(topology: Topology, wanted: Iterable[BlockdevOptions], truncate
         change.reopen(node, new)
     await change.run()
     return change.left_alone
+
+
+def _joined(first: Any, later: Any) -> Any:
+    """What is said about one node in two entries: the later one rules where both say something."""
+    if type(first) is not type(later) or not attrs.has(type(later)):
+        return first if later is None else later
+    names = [field.name for field in attrs.fields(type(later))]
+    return type(later)(**{name: _joined(getattr(first, name), getattr(later, name)) for name in names})
 
 
 def _find(topology: Topology, name: str | None) -> Node:

@@ -135,14 +135,14 @@ async def test_reopen_turns_a_chain_around_in_one_call(bench: Bench) -> None:
     assert (child_of(graph, "low"), child_of(graph, "high")) == ("high", "f")
 
 
-async def test_reopen_of_one_node_twice_takes_the_last(bench: Bench) -> None:
+async def test_reopen_of_one_node_twice_takes_what_is_said_last(bench: Bench) -> None:
     graph, _world = bench
     await graph.add(disk("f"))
     await graph.add(disk("g", filename="b"))
     await graph.add(raw("r", "f"))
     await graph.reopen((raw("r", "f", size=512), raw("r", "g")))
     assert child_of(graph, "r") == "g"
-    assert graph.find("r").length == 4096
+    assert graph.find("r").length == 512  # as in the reference: the second entry does not speak of it
 
 
 @pytest.mark.parametrize(("what", "who"), [("reopen", "b"), ("permissions", "f"), ("permissions", "b")])

@@ -251,7 +251,86 @@ _KEPT: Steps = [
     ),
 ]
 
+# An image fits into a window, or on a device, that is longer than it needs.
+_WINDOW = options("raw", "w", offset=4096, size=4 * MIB, file=file("big"))
+_QUICK = {"key-secret": "s", "iter-time": 1, "cipher-alg": "aes-128", "cipher-mode": "cbc"}
+_IN_WINDOWS: Steps = [
+    NEGOTIATE,
+    add(_WINDOW),
+    *made("qcow2", file="w", size=2 * MIB),
+    *made("qcow2", file="w", size=8 * MIB, **{"cluster-size": 4096}),
+    add(options("qcow2", "q", file="w")),
+    resize("q", 16 * MIB),
+    resize("q", MIB),
+    *made("luks", file="q", size=MIB // 2, **_QUICK),
+    *made("qcow2", file="q", size=MIB // 2, encrypt={"format": "luks", **_QUICK}),
+    resize("q", MIB),
+    *made("luks", file="q", size=MIB // 2, **_QUICK),
+    add(options("luks", "l", file="q", key_secret="s")),
+    NODES,
+    resize("l", MIB // 4),
+    delete("l"),
+    delete("q"),
+]
+_ON_A_DEVICE: Steps = [
+    NEGOTIATE,
+    add(options("host_device", "d", filename="LOOP")),
+    *made("luks", file="d", size=MIB // 4, **_QUICK),
+    add(options("luks", "l", file="d", key_secret="s")),
+    NODES,
+    delete("l"),
+    *not_made("luks", file="d", size=MIB, **_QUICK),
+]
+_SECRET = ("--object", "secret,id=s,data=pw")
+_MEASURED = frozenset({"iters", "master-key-iters", "uuid", "actual-size"})
+
+# Two entries for one node are one: the later rules where both say something.
+_Q = options("qcow2", "q", file="f-p", backing=None)
+_TWICE: Steps = [
+    NEGOTIATE,
+    *image("p"),
+    add(options("file", "f", filename="img")),
+    add(_Q),
+    *(
+        step
+        for one, other in (
+            ({"read-only": True}, {}),
+            ({}, {"read-only": True}),
+            ({"read-only": True}, {"read-only": False}),
+            ({"detect-zeroes": "on"}, {}),
+            ({"discard": "unmap"}, {"detect-zeroes": "unmap"}),
+            ({"detect-zeroes": "unmap"}, {"discard": "unmap"}),
+            ({"detect-zeroes": "unmap"}, {"discard": "ignore"}),
+            ({"cache": {"direct": True}}, {"cache": {"no-flush": True}}),
+            ({"cache": {"direct": True}}, {"cache": {"direct": False}}),
+            ({"cache-size": -1}, {"cache-size": 1}),
+            ({"overlap-check": "none"}, {"overlap-check": {"template": "all"}}),
+            ({"read-only": True, "force-share": True}, {}),
+            ({"driver": "raw"}, {}),
+        )
+        for step in (
+            call("blockdev-reopen", options=[{**_Q, **one}, {**_Q, **other}]),
+            NODES,
+            reopen({**_Q, "discard": "ignore"}),
+        )
+    ),
+    call("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "q", "backing": None}, _Q]),
+    call("blockdev-reopen", options=[_Q, {"driver": "qcow2", "node-name": "q", "file": "f-p"}]),
+    call(
+        "blockdev-reopen",
+        options=[
+            {**options("file", "f", filename="img"), "read-only": True},
+            _Q,
+            options("file", "f", filename="img"),
+        ],
+    ),
+    NODES,
+]
+
 SCRIPTS: dict[str, Script] = {
+    "images in windows": Script(_IN_WINDOWS, _SECRET, files={"big": bytes(8 * MIB)}, unseen=_MEASURED),
+    "luks on a device": Script(_ON_A_DEVICE, _SECRET, sector=512, unseen=_MEASURED),
+    "listed twice in a reopen": Script(_TWICE, unseen=_SIZES),
     "discard left out of a reopen": Script(_KEPT, files=_FILES),
     "several things wrong": Script(_WRONG),
     "images of odd sizes": Script(_ODD, files=_FILES, unseen=frozenset({"actual-size"})),

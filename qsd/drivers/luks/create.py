@@ -73,10 +73,10 @@ async def _format(host: CreateHost, options: BlockdevCreateOptionsLUKS, *, is_de
 
 
 async def _resize(host: CreateHost, node: Child, size: int, preallocation: str) -> None:
-    """Let a node have ``size`` bytes; what it holds within stays, space is taken for what is new."""
+    """Let a node have ``size`` bytes, a device at least; what it holds there stays, new space is taken."""
     old = node.length
     try:
-        await node.truncate(size)
+        await node.truncate(size, exact=False)
     except QmpError as error:
         if errno_text(errno.EFBIG) in error.desc:
             raise QmpError(TOO_LARGE) from None

@@ -19,6 +19,7 @@ from qsd.drivers.luks.amend import amend_volume
 from qsd.drivers.luks.header import Header
 from qsd.drivers.luks.sealed import SealedChild, Sealer
 from qsd.drivers.luks.volume import ChildArea, Volume, open_volume, read_again, volume_info
+from qsd.drivers.passing import cluster_size
 from qsd.errors import QmpError, errno_text
 from qsd.messages import BlockState, Extent, Op, Request
 
@@ -173,6 +174,10 @@ class LuksDriver(Driver):
     def format_specific(self) -> dict[str, Any] | None:
         """``ImageInfoSpecific`` of kind luks."""
         return {"type": "luks", "data": volume_info(self._volume)}
+
+    def image_facts(self) -> dict[str, Any]:
+        """The file's cluster size."""
+        return cluster_size(driver_of(self._file))
 
     def is_encrypted(self) -> bool:
         """It is."""
