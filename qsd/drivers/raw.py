@@ -122,10 +122,8 @@ class RawDriver(PassingDriver):
         return perm, shared & ~Perm.RESIZE if self._is_window else shared
 
     async def truncate(self, size: int, *, exact: bool = True) -> None:
-        """Resize the child, unless the size is fixed by an option: such a window is like a device."""
+        """Resize the child, unless the size is fixed by an option."""
         if self.options.size is not None:
-            if not exact and size <= self.length:
-                return
             raise QmpError("Cannot resize fixed-size raw disks")
         await self.children["file"].truncate(self._offset + size, exact=exact)
         self.refresh_length()

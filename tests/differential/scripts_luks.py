@@ -27,7 +27,7 @@ def amend(**more: Any) -> dict[str, Any]:
 def job(step: dict[str, Any], why: str = "") -> list[Step | Differs]:
     """A job to its end, and what the node says then; ``why`` it ends in another way."""
     end: Step | Differs = Differs(call("query-jobs"), why) if why else call("query-jobs")
-    return [step, "until j concluded", end, call("job-dismiss", id="j"), *LOOK]
+    return [step, "until j concluded", end, call("job-dismiss", id="j"), "until j null", *LOOK]
 
 
 def of_volume(**more: Any) -> dict[str, Any]:

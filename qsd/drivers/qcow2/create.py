@@ -176,9 +176,13 @@ def _is_same(file: Child, data: Child) -> bool:
 
 
 def _file_name(child: Child) -> str:
-    node: Any = child
-    name: str = node.node.driver.filename()
+    name: str = _driver(child).filename()
     return name
+
+
+def _driver(child: Child) -> Any:
+    edge: Any = child
+    return edge.node.driver
 
 
 async def _write(
@@ -190,8 +194,7 @@ async def _write(
 ) -> None:
     cluster = placement.header.cluster_size
     size = placement.header.size
-    await file.truncate(0, exact=False)
-    await file.truncate(placement.end * cluster, exact=False)
+    await _make_room(file, placement.end * cluster)
     # What stood there must not be taken for an image while this one is made.
     await file.write(0, bytes(cluster))
     await file.flush()
@@ -211,6 +214,16 @@ async def _write(
         await _give_space(host, target, start, end, is_full=mode == "full")
     if data is not None:
         await data.flush()
+
+
+async def _make_room(file: Child, size: int) -> None:
+    """Empty a file, and let it have ``size`` bytes. A window, which nobody resizes, has to be long enough."""
+    try:
+        await file.truncate(0, exact=False)
+        await file.truncate(size, exact=False)
+    except QmpError:
+        if file.length < size or not _driver(file).can_truncate:
+            raise
 
 
 async def _finish(file: Child, header: bytes) -> None:
