@@ -336,16 +336,25 @@ class Zeroer(EntryChanger):
         if not self._can_mark_zero and image.map.unmapped(first, last - first) >= last - first:
             return
         number = first >> self._slice_bits
-        image.make_way()
         table = image.writable_slice(number)
         unmaps = bool(flags & MAY_UNMAP) and not image.settings.discard_no_unref
         change = self._zero_plain if self._words == 1 else self._zero_extended
         low, high = first & self._slice_mask, (last - 1 & self._slice_mask) + 1
+        self._make_way(table, low, high, keeps=self._can_mark_zero and not unmaps)
         if flags & MAY_UNMAP and not unmaps:
             for entry in table[low * self._words : high * self._words : self._words]:
                 if entry & COPIED:
                     self._keep(entry, kept)
         change(number, table, low, high, unmaps)
+
+    def _make_way(self, table: array[int], low: int, high: int, *, keeps: bool) -> None:
+        """Before entries are changed: wait where that frees clusters and many are free already. Raises Cold.
+
+        ``keeps``: only packed ones are given up.
+        """
+        frees = COMPRESSED if keeps else COMPRESSED | OFFSET_MASK
+        if any(map(frees.__and__, table[low * self._words : high * self._words : self._words])):
+            self._image.make_way()
 
     def _zero_plain(self, number: int, table: array[int], first: int, last: int, unmaps: bool) -> None:
         image = self._image
@@ -394,7 +403,6 @@ class Zeroer(EntryChanger):
         if image.map.unmapped(first, last - first) >= last - first and (uncovers or image.driver.backing is None):
             return
         number = first >> self._slice_bits
-        image.make_way()
         table = image.writable_slice(number)
         hides = image.driver.backing is not None and not uncovers
         # Zeroes of subclusters may stay where zeroes are wanted.
@@ -404,8 +412,9 @@ class Zeroer(EntryChanger):
         if words == 1 and not uncovers and table[low:high].count(ZERO_FLAG) == high - low:
             # They read as zeroes and have nothing to give up: a whole disk of them may be discarded.
             return
-        image.dirty.touch(number, table, words * low, words * high)
         keeps = image.settings.discard_no_unref and not uncovers
+        self._make_way(table, low, high, keeps=keeps)
+        image.dirty.touch(number, table, words * low, words * high)
         zero = ZERO_FLAG if self._can_mark_zero and words == 1 and not uncovers else 0
         for word in range(words * low, words * high, words):
             entry = table[word]
