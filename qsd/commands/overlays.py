@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import trio
 
 from qsd.actors.jobs.create import JobCreateHost
+from qsd.drivers.file_create import remove_file
 from qsd.drivers.implicit import format_options, protocol_options
 from qsd.drivers.registry import CREATORS, DRIVERS
 from qsd.errors import QmpError
@@ -55,9 +57,16 @@ async def _create(services: Services, wanted: str, filename: str, node: Node, ba
         "backing-file": backing,
         "backing-fmt": node.driver.name,
     }
-    if file["driver"] in CREATORS:
-        await _make(host, {**file, "size": 0})
-    await _make(host, image)
+    if file["driver"] not in CREATORS:
+        await _make(host, image)
+        return
+    await _make(host, {**file, "size": 0})
+    try:
+        await _make(host, image)
+    except QmpError:
+        # On a full disk it would keep what space there was. The reference takes it away, too.
+        await trio.to_thread.run_sync(remove_file, file["filename"])
+        raise
 
 
 async def _make(host: JobCreateHost, tree: dict[str, Any]) -> None:

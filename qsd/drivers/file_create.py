@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from qsd.block.permissions import Perm
@@ -44,6 +45,13 @@ async def create_file(host: CreateHost, options: BlockdevCreateOptionsFile) -> N
         if hint:
             _set_hint(host, fd, hint)
         await _give_space(host, fd, options)
+
+
+def remove_file(filename: str) -> None:
+    """Take away what was made for an image that could not be written; a device stays."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(os.stat(filename).st_mode):
+            os.unlink(filename)
 
 
 def _set_hint(host: CreateHost, fd: int, hint: int) -> None:

@@ -6,7 +6,8 @@ no image, neither the new one nor what stood there.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -20,7 +21,7 @@ from qsd.drivers.qcow2.encryption import crypto_area
 from qsd.drivers.qcow2.extensions import Extension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import NewImage, Placement, header_cluster, metadata, place
-from qsd.errors import QmpError
+from qsd.errors import QmpError, errno_text
 from qsd.wire import modified_utf8
 
 if TYPE_CHECKING:
@@ -195,13 +196,15 @@ async def _write(
     cluster = placement.header.cluster_size
     size = placement.header.size
     await _make_room(file, placement.end * cluster)
-    # What stood there must not be taken for an image while this one is made.
-    await file.write(0, bytes(cluster))
-    await file.flush()
-    for offset, part in metadata(placement):
-        await file.write(offset, part)
-        # The page cache takes it on the spot, and where space is allocated there may be gigabytes.
-        await trio.lowlevel.checkpoint()
+    with _told_as("Could not write qcow2 header"):
+        # What stood there must not be taken for an image while this one is made.
+        await file.write(0, bytes(cluster))
+        await file.flush()
+    with _told_as("Could not write refcount table"):
+        for offset, part in metadata(placement):
+            await file.write(offset, part)
+            # The page cache takes it on the spot, and where space is allocated there may be gigabytes.
+            await trio.lowlevel.checkpoint()
     mode = options.preallocation.value if options.preallocation is not None else "off"
     target, start = file, placement.data * cluster
     end = start + size
@@ -228,11 +231,20 @@ async def _make_room(file: Child, size: int) -> None:
 
 async def _finish(file: Child, header: bytes) -> None:
     """Write the header: what makes it one arrives as a whole, for a disk writes sectors."""
-    if len(header) > SECTOR:
-        await file.write(SECTOR, header[SECTOR:])
-    await file.flush()
-    await file.write(0, header[:SECTOR])
-    await file.flush()
+    with _told_as("Could not write qcow2 header"):
+        if len(header) > SECTOR:
+            await file.write(SECTOR, header[SECTOR:])
+        await file.flush()
+        await file.write(0, header[:SECTOR])
+        await file.flush()
+
+
+@contextmanager
+def _told_as(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise QmpError(f"{what}: {errno_text(error.errno or 0)}") from None
 
 
 async def _give_space(host: CreateHost, child: Child, start: int, end: int, *, is_full: bool) -> None:
