@@ -8,12 +8,13 @@ from collections import Counter
 from typing import Final
 
 import attrs
+from qcow2_vault import luks_area
 
 from qsd.drivers.qcow2 import compressed, refcount_codec
 from qsd.drivers.qcow2.bitmap_layout import AUTO, DirectoryEntry, pack_directory
-from qsd.drivers.qcow2.extensions import BitmapsExtension
+from qsd.drivers.qcow2.extensions import BitmapsExtension, CryptoExtension
 from qsd.drivers.qcow2.geometry import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
-from qsd.drivers.qcow2.layout import BITMAPS, EXT_BITMAPS, Header, serialise_header
+from qsd.drivers.qcow2.layout import BITMAPS, CRYPT_LUKS, EXT_BITMAPS, EXT_CRYPTO, Header, serialise_header
 
 _SNAPSHOT: Final = struct.Struct(">QIHHIIQII")
 
@@ -165,6 +166,8 @@ def build(
         built.guest.append(seen)
         entries.append((entry, bitmap))
     _map(builder, entries, built, has_snapshot=has_snapshot)
+    if header.crypt_method == CRYPT_LUKS:
+        _add_luks(builder)
     if has_bitmap:
         _add_bitmap(builder)
     built.image, built.data = builder.finish(), bytes(data)
@@ -202,6 +205,13 @@ def _map(builder: Builder, entries: list[tuple[int, int]], built: Built, *, has_
         name = _SNAPSHOT.pack(built.snapshot_l1, len(l1), 1, 4, 0, 0, 0, 0, len(extra)) + extra + b"1snap"
         changes |= {"snapshots_offset": builder.put(name.ljust(-(-len(name) // 8) * 8, b"\0")), "snapshot_count": 1}
     builder.header = attrs.evolve(header, **changes)
+
+
+def _add_luks(builder: Builder) -> None:
+    """The LUKS header, in clusters of its own."""
+    area = luks_area()
+    extension = CryptoExtension(builder.put(area), len(area))
+    builder.header = builder.header.with_extension(EXT_CRYPTO, extension.serialise())
 
 
 def _add_bitmap(builder: Builder) -> None:

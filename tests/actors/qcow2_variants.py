@@ -34,6 +34,7 @@ _EXTENDED: Final = {"incompatible": layout.EXTENDED_L2}
 _DATA_FILE: Final = {"incompatible": layout.DATA_FILE}
 _DATA_FILE_RAW: Final = _DATA_FILE | {"autoclear": layout.DATA_FILE_RAW}
 _AES: Final = {"crypt_method": layout.CRYPT_AES}
+_LUKS: Final = {"crypt_method": layout.CRYPT_LUKS}
 # The smallest caches there are: tables are written back all the time.
 _TINY: Final = {"l2_cache_size": 1, "l2_cache_entry_size": 512, "refcount_cache_size": 1}
 
@@ -86,6 +87,15 @@ VARIANTS: Final[dict[str, Variant]] = {
     "aes": Variant(header=_AES, cluster_bits=14, clusters=30, is_empty=True),
     "aes-backing": Variant(header=_AES, cluster_bits=16, has_backing=True, is_empty=True),
     "aes-extended": Variant(header=_AES | _EXTENDED, cluster_bits=14, clusters=30, has_backing=True, is_empty=True),
+    "luks": Variant(header=_LUKS, cluster_bits=14, clusters=30, is_empty=True),
+    "luks-backing": Variant(header=_LUKS, cluster_bits=16, has_backing=True, is_empty=True),
+    "luks-extended": Variant(
+        header=_LUKS | _EXTENDED, cluster_bits=14, clusters=30, has_backing=True, is_empty=True
+    ),
+    "luks-512": Variant(
+        header=_LUKS | {"refcount_order": 6}, cluster_bits=9, clusters=400, is_empty=True, unit=512, options=_TINY
+    ),
+    "luks-v2-backing": Variant(header=_LUKS | {"version": 2}, has_backing=True, is_empty=True),
     "packed": Variant(is_packed=True),
     "packed-new": Variant(is_packed=True, is_empty=True, options=_TINY),
     "packed-512": Variant(is_packed=True, cluster_bits=9, clusters=400, is_empty=True),
@@ -189,7 +199,7 @@ def any_variant(rng: random.Random) -> Variant:
         header["refcount_order"] = rng.choice((4, 4, 4, 0, 1, 2, 3, 5, 6))
     if not has_data_file and happens(0.15):
         is_encrypted = True
-        header["crypt_method"] = layout.CRYPT_AES
+        header["crypt_method"] = rng.choice((layout.CRYPT_AES, layout.CRYPT_LUKS))
     can_share = not has_data_file and header.get("refcount_order", 4) > 0
     return Variant(
         clusters=_CLUSTERS[bits],

@@ -20,19 +20,32 @@ import trio.testing
 from guest import SECTOR as SECTOR
 from guest import Allowed, GuestOp, assert_shown
 from qcow2_fakes import extents_of, file_node
+from qcow2_vault import derive_on_the_spot
 
 from qsd.drivers.base import ChildRole, Limits, Mode
 from qsd.drivers.calls import SlowPath
 from qsd.drivers.gather import Callback
 from qsd.drivers.qcow2.check import Checker
 from qsd.drivers.qcow2.driver import Qcow2Driver
-from qsd.drivers.qcow2.layout import CRYPT_AES, parse_header
+from qsd.drivers.qcow2.layout import CRYPT_AES, CRYPT_LUKS, parse_header
 from qsd.drivers.qcow2.ledger import Findings
 from qsd.errors import QmpError
 from qsd.messages import Flag, Op, Request
 from qsd.qapi.core import NULL
 from qsd.qapi.schema.block import BlockdevDriver
-from qsd.qapi.schema.qcow2 import BlockdevOptionsQcow2, BlockdevQcow2EncryptionAes, BlockdevQcow2EncryptionFormat
+from qsd.qapi.schema.qcow2 import (
+    BlockdevOptionsQcow2,
+    BlockdevQcow2EncryptionAes,
+    BlockdevQcow2EncryptionFormat,
+    BlockdevQcow2EncryptionLuks,
+)
+
+derive_on_the_spot()
+
+_ENCRYPT: Final[dict[int, Any]] = {
+    CRYPT_AES: BlockdevQcow2EncryptionAes(format=BlockdevQcow2EncryptionFormat.AES, key_secret="s"),
+    CRYPT_LUKS: BlockdevQcow2EncryptionLuks(format=BlockdevQcow2EncryptionFormat.LUKS, key_secret="s"),
+}
 
 # What a discarded range of a disk reads as: whoever relies on it is found out.
 DISCARDED: Final = b"\xdb"
@@ -546,11 +559,11 @@ def make_driver(world: World, nursery: trio.Nursery, *, read_only: bool = False,
     if "data-file" in world.disks:
         options["data_file"] = "data-file"
     # Looked at as it is: the header may be one that nobody can read.
-    if world.disks["file"].data[32:36] == CRYPT_AES.to_bytes(4, "big"):
+    encrypt = _ENCRYPT.get(int.from_bytes(world.disks["file"].data[32:36]))
+    if encrypt is not None:
         pytest.importorskip("numpy")
         pytest.importorskip("cryptography.hazmat.primitives.ciphers")
-        kind = BlockdevQcow2EncryptionFormat.AES
-        options["encrypt"] = BlockdevQcow2EncryptionAes(format=kind, key_secret="s")
+        options["encrypt"] = encrypt
     asked = BlockdevOptionsQcow2(driver=BlockdevDriver.QCOW2, file="file", **options)
     host: Any = WorldHost(world, nursery)
     driver = Qcow2Driver("n", asked, Mode(read_only=read_only, discard_unmap=True), host)

@@ -36,7 +36,15 @@ LIVING: Final = (
     if EFFORT > 1
     else [
         *("new", "v2-backing", "backing-snapshot", "cluster-512-new", "refcount-2-snapshot", "extended-backing"),
-        *("data-file-backing", "data-file-raw", "lazy-snapshot", "no-unref", "aes-backing", "packed-snapshot"),
+        *(
+            "data-file-backing",
+            "data-file-raw",
+            "lazy-snapshot",
+            "no-unref",
+            "aes-backing",
+            "luks-extended",
+            "packed-snapshot",
+        ),
     ]
 )
 
