@@ -5,6 +5,9 @@ served in one round of plain calls, and trio pays for one wake-up per round inst
 round the loop polls a little before it sleeps (``PollPolicy``), because waking up costs more than the client needs
 to send its next request; it gives trio a turn every millisecond, and an idle daemon sleeps and uses no CPU.
 
+What a round brings may be what a task waits for (metadata that is written back, for one): then it is trio's turn at
+once. Tasks that are ready for any other reason wait for the end of the slice.
+
 A client with one request at a time sends the next as soon as it has its answer: its handler says so (``ready``
 returns True) and is called again without asking the kernel whether it is ready, which would cost as much as finding
 out (``_linger``).
@@ -70,8 +73,11 @@ class Mailbox(Protocol):
         """Deliver it."""
 
 
-class Reactor:
-    """See the module. ``run`` is the task; everything else may be called from any task of the same thread."""
+class Reactor(trio.abc.Instrument):
+    """See the module. ``run`` is the task; everything else may be called from any task of the same thread.
+
+    As an instrument of trio's it is told which tasks are ready.
+    """
 
     def __init__(self, policy: PollPolicy | None = None) -> None:
         self._epoll = select.epoll()
@@ -86,6 +92,8 @@ class Reactor:
         self._window = 0
         self._last_event = 0
         self._mail: Mailbox | None = None
+        # Tasks that something in a round has made ready, and that have not run since.
+        self._awaited: set[trio.lowlevel.Task] = set()
         self.rounds = 0
         self.events = 0
         self.sleeps = 0
@@ -115,6 +123,15 @@ class Reactor:
     def watch(self, mail: Mailbox) -> None:
         """Look into this while awake."""
         self._mail = mail
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """A task is ready (trio's instruments)."""
+        if self._in_round:
+            self._awaited.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """A task is about to run (trio's instruments)."""
+        self._awaited.discard(task)
 
     # -- registration -----------------------------------------------------------------------------------------
 
@@ -157,6 +174,13 @@ class Reactor:
 
     async def run(self) -> None:
         """Serve for ever."""
+        trio.lowlevel.add_instrument(self)
+        try:
+            await self._run()
+        finally:
+            trio.lowlevel.remove_instrument(self)
+
+    async def _run(self) -> None:
         clock = time.perf_counter_ns
         while True:
             if self._serve_slice():
@@ -189,6 +213,7 @@ class Reactor:
 
     def _serve_slice(self) -> bool:
         """Serve rounds until trio's turn (True) or until nothing came for the polling window (False)."""
+        awaited = self._awaited
         clock = time.perf_counter_ns
         poll = self._epoll.poll
         mail = self._mail
@@ -206,12 +231,12 @@ class Reactor:
                     self._linger(events[0][0])
                 now = clock()
                 self._last_event = now
-            elif now - self._last_event >= self._window:
+            elif not awaited and now - self._last_event >= self._window:
                 return False
-            else:
+            elif not awaited:
                 # The client may live on this very CPU: let it run.
                 os.sched_yield()
-            if now >= end:
+            if now >= end or awaited:
                 return True
 
     def _linger(self, fd: int) -> None:
@@ -219,7 +244,7 @@ class Reactor:
         clock = time.perf_counter_ns
         now = served = clock()
         end = now + LINGER_NS
-        while now < end and now - served < PATIENCE_NS:
+        while now < end and now - served < PATIENCE_NS and not self._awaited:
             registration = self._registrations.get(fd)
             if registration is None or registration.events != EPOLLIN:
                 return

@@ -14,10 +14,9 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import trio
-
 from qsd.drivers.base import Child
 from qsd.drivers.gather import Callback
+from qsd.drivers.prompt import PromptLock
 from qsd.drivers.qcow2 import compressed
 from qsd.drivers.qcow2.dirty import DirtyTables
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK, Geometry, empty_table
@@ -115,9 +114,9 @@ class Image:
         # An entry alone says where a cluster is, and how to read it.
         self.is_hot = geometry.words == 1
         self.header_changes = HeaderChanges(self)
-        self._extending = trio.Lock()
+        self._extending = PromptLock()
         # Held while tables are written or moved.
-        self.tables_lock = trio.Lock()
+        self.tables_lock = PromptLock()
 
     @property
     def is_encrypted(self) -> bool:
