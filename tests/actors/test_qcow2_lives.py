@@ -104,8 +104,7 @@ def test_life_survives_power_cuts(name: str) -> None:
 
 # Constants that decide how much is done at a time: with these, what takes thousands of clusters happens with a few.
 SMALL: Final[tuple[tuple[Any, str, int], ...]] = (
-    *((module, "MANY_FREED", 2) for module in (whole_image, internal_snapshots, resizing)),
-    *((module, "MOST_FREED", 3) for module in (whole_image, writeback)),
+    *((module, "MOST_FREED", 2) for module in (whole_image, internal_snapshots, resizing, writeback)),
     *((writeback, name, value) for name, value in (("CLUSTERS", 1), ("SLICE_NS", 0), ("TOGETHER", 2))),
     (storing, "PIECES", 1),
     *((writing, name, size) for name, size in (("ASSEMBLE", 4096), ("READ_THROUGH", 2048), ("ZERO_RANGE", 512))),

@@ -51,9 +51,8 @@ if TYPE_CHECKING:
 # How far the file is grown ahead of what is allocated: an eighth of it, within these bounds.
 GROW_MIN: Final = 1 << 20
 GROW_MAX: Final = 64 << 20
-# With this many runs of clusters waiting to become free an operation that frees more lets that happen first.
-MANY_FREED: Final = 4096
-# Runs that may wait to become free. With half of them a write-back begins that nobody has asked for.
+# Runs of clusters that may wait to become free: who would free more lets that happen first. With half of them a
+# write-back begins that nobody has asked for.
 MOST_FREED: Final = 2048
 
 

@@ -23,7 +23,7 @@ import trio
 from qsd.drivers.qcow2 import compressed, snapshot_table
 from qsd.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, big_endian, swap
 from qsd.drivers.qcow2.guarding import require_distinct
-from qsd.drivers.qcow2.image import MANY_FREED, Freeing
+from qsd.drivers.qcow2.image import MOST_FREED, Freeing
 from qsd.drivers.qcow2.layout import DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS, marking, unmarking
 from qsd.drivers.qcow2.loading import ENTRIES, read_table
 from qsd.drivers.qcow2.metadata_map import INACTIVE_L1, INACTIVE_L2, SNAPSHOT_TABLE
@@ -141,7 +141,7 @@ async def _release(driver: Qcow2Driver, gone: StoredSnapshot, l1: array[int]) ->
         image.metadata.forget(INACTIVE_L2, table)
         image.release(table, 1, Freeing.SNAPSHOT)
         await trio.lowlevel.checkpoint()
-        if len(image.pending) >= MANY_FREED:
+        if len(image.pending) >= MOST_FREED:
             await driver.writeback.finish()
     clusters = -(-gone.l1_size * 8 >> bits)
     if clusters:

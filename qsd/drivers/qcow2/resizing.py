@@ -22,7 +22,7 @@ import attrs
 from qsd.drivers.calls import call
 from qsd.drivers.qcow2.geometry import COPIED, OFFSET_MASK
 from qsd.drivers.qcow2.guarding import require_distinct
-from qsd.drivers.qcow2.image import MANY_FREED, Freeing
+from qsd.drivers.qcow2.image import MOST_FREED, Freeing
 from qsd.drivers.qcow2.layout import MAX_L1_BYTES
 from qsd.drivers.qcow2.settings import settings_of
 from qsd.drivers.qcow2.table_growth import grow_l1_table
@@ -172,7 +172,7 @@ async def _drop_table(driver: Qcow2Driver, index: int) -> None:
         image.dirty.touch_l1(index)
         image.metadata.remove(table, 1)
         image.release(table, 1, Freeing.ALWAYS)
-    if len(image.pending) >= MANY_FREED:
+    if len(image.pending) >= MOST_FREED:
         await _settle(driver)
 
 
