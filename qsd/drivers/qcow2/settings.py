@@ -1,7 +1,8 @@
 """The options a qcow2 node is opened with, checked against its image and with their defaults filled in.
 
-Pure. Rules and error texts are the reference's, with one difference on purpose: L2 tables of large clusters are
-cached in slices of 64 KiB unless told otherwise, so that a cold read does not fetch 2 MiB.
+Pure. Rules and error texts are the reference's, with two differences on purpose, unless told otherwise: L2 tables
+of large clusters are cached in slices of 64 KiB, so that a cold read does not fetch 2 MiB, and there is 1 MiB for
+refcounts, where the reference has four clusters: of 512 bytes each they count 512 KiB of the image.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from qsd.errors import QmpError
 DEFAULT_L2_CACHE: Final = 32 << 20
 MIN_L2_ENTRIES: Final = 2
 MIN_REFCOUNT_BLOCKS: Final = 4
+DEFAULT_REFCOUNT_CACHE: Final = 1 << 20
 DEFAULT_SLICE: Final = 64 << 10
 DEFAULT_CLEAN_INTERVAL: Final = 600
 MAX_INT: Final = (1 << 31) - 1
@@ -112,7 +114,7 @@ def _cache_sizes(options: Any, header: Header, slice_bytes: int) -> tuple[int, i
             refcounts = min(combined, least_refcounts)
             l2_cache = combined - refcounts
     l2_cache = min(_given(l2_cache, DEFAULT_L2_CACHE), most_l2)
-    refcounts = _given(refcounts, least_refcounts)
+    refcounts = _given(refcounts, DEFAULT_REFCOUNT_CACHE)
     if refcounts > MAX_INT * header.cluster_size:
         raise QmpError("Refcount cache size too big")
     return max(l2_cache, least_l2), max(refcounts, least_refcounts)

@@ -10,8 +10,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from qsd.drivers.runs import Cold
+
+# How many slices are looked at to find those that may go.
+LOOKS: Final = 16
 
 
 class Pins:
@@ -95,8 +99,9 @@ class SliceCache:
         return number in self._held or self._is_pinned(number)
 
     def _evict(self, keep: int = -1) -> None:
-        # Every slice is looked at once at most: with all of them pinned the cache grows until some are written.
-        for _ in range(len(self.young) + len(self.old)):
+        # With all of them pinned the cache grows until some are written; looking at each of them, every time, takes
+        # longer the more there are.
+        for _ in range(min(LOOKS, len(self.young) + len(self.old))):
             if not self.old:
                 self.young, self.old = self.old, self.young
             number = next(iter(self.old))
