@@ -194,6 +194,31 @@ async def test_zeroes_that_free_nothing_do_not_wait(monkeypatch: pytest.MonkeyPa
     assert not examine(bytes(file.data)).leaks
 
 
+async def test_new_clusters_are_those_that_wait_to_become_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image grew instead, and who freed more waited for holes that a file makes 500 times a second."""
+    _let_wait(monkeypatch, 4)
+    monkeypatch.setattr(writeback, "TOGETHER", 1)
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
+        await _filled(driver, 12)
+        first = file.data.index(b"x" * CLUSTER)
+        file.slow = frozenset({Op.DISCARD})
+        _ended(nursery, driver, Op.DISCARD, range(1, 12, 2))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(file.waiting) == 1
+        await write(driver, 12 * CLUSTER + 512, b"y")
+        assert await read(driver, 12 * CLUSTER, 1024) == bytes(512) + b"y" + bytes(511)
+        assert b"y" in file.data[first + 512 : first + 12 * CLUSTER : CLUSTER]
+        await file.end_all()
+        file.slow = frozenset()
+        await driver.writeback.finish()
+        assert await read(driver, 12 * CLUSTER + 512, 1) == b"y"
+        assert await read(driver, 10 * CLUSTER, 2 * CLUSTER) == b"x" * CLUSTER + bytes(CLUSTER)
+    found = examine(bytes(file.data))
+    assert not found.leaks
+    assert not found.corruptions
+
+
 async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     _let_wait(monkeypatch, 2)
     file = SlowFile(new_image(Header(size=1 << 20)))

@@ -287,7 +287,7 @@ class Image:
         Raises Cold, OSError.
         """
         virgin = self.virgin
-        first, got = self.refs.allocate(count)
+        first, got = self.driver.writeback.take(count) or self.refs.allocate(count)
         offset = first << self.geometry.cluster_bits
         return offset, got, offset >= virgin
 

@@ -58,6 +58,8 @@ class WriteBack:
         self._waiting: list[Done] = []
         # What no table in the file leads to any more, and who waits for it to become less.
         self._backlog: deque[Freed] = deque()
+        # Nothing is on its way to any of those any more.
+        self._is_at_rest = False
         self._behind: list[Done] = []
         # The last attempt to give something up has failed.
         self._is_stuck = False
@@ -189,6 +191,7 @@ class WriteBack:
                 return error.errno or errno.EIO
             dirty.frozen.clear()
             dirty.frozen_l1.clear()
+            self._is_at_rest = self._is_at_rest and not freed
             self._backlog.extend(_joined(freed))
             return 0
 
@@ -224,6 +227,7 @@ class WriteBack:
         await self._driver.caught_up()
         for child in {image.file, image.map.data}:
             await child.quiesce()
+        self._is_at_rest = True
         refused: list[OSError] = []
         self._is_stuck = False
         end = perf_counter_ns() + SLICE_NS
@@ -276,8 +280,36 @@ class WriteBack:
             is_behind = following.first >= group[-1].first + group[-1].clusters
             if not is_behind or following.clusters > CLUSTERS or not await self._is_last_use(following):
                 break
+            if not self._backlog or self._backlog[0] is not following:
+                # Somebody has it already.
+                break
             group.append(self._backlog.popleft())
         return group, True
+
+    def take(self, count: int) -> tuple[int, int] | None:
+        """At most ``count`` clusters that wait to become free, if many do: the first, and how many. Raises Cold.
+
+        They are new ones from now on, and nobody has to make a hole of them.
+        """
+        image, backlog = self._image, self._backlog
+        if 2 * self.freed < MOST_FREED or not backlog or not self._is_at_rest:
+            return None
+        first, clusters, why = backlog[-1]
+        count = min(count, clusters, image.refs.entries - first % image.refs.entries)
+        try:
+            is_last_use = image.refs.are_one(first, count)
+        except OSError:
+            is_last_use = False
+        if not is_last_use or image.metadata.find(range(first, first + count)) is not None:
+            return None
+        image.claim(first, count)
+        image.refs.seal(first, count)
+        backlog.pop()
+        if clusters > count:
+            backlog.append(Freed(first + count, clusters - count, why))
+        if self._behind:
+            self._driver.resume(self._relieve_in_time)
+        return first, count
 
     async def _is_last_use(self, freed: Freed) -> bool:
         """Whether the file is told that the clusters become free, and every one of them does."""
