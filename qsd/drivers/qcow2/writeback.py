@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("qsd.qcow2")
 
 Done = Callable[[int], None]
-# Clusters of one run given up at once (10 ms), and the time between two chances for the next cycle.
+# Clusters of one run given up at once (10 ms), and the nanoseconds between two chances for the next cycle.
 CLUSTERS: Final = 8192
-SLICE_NS: Final = 10_000_000
+SLICE_NS: Final = 2_000_000
 # Runs that the file is told of at once.
 TOGETHER: Final = 16
 
