@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Final
 
@@ -45,6 +47,15 @@ class ActorStopped(Exception):
 def errno_text(number: int) -> str:
     """The C library's text of a positive errno, as the reference prints it (``No such file or directory``)."""
     return _TEXTS.get(number) or f"Unknown error {number}"
+
+
+@contextmanager
+def failing(text: str) -> Iterator[None]:
+    """Name the step that failed: an OSError from within becomes a QmpError."""
+    try:
+        yield
+    except OSError as error:
+        raise QmpError(f"{text}: {errno_text(error.errno or 0)}") from None
 
 
 def _texts() -> dict[int, str]:

@@ -6,8 +6,7 @@ no image, neither the new one nor what stood there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -21,7 +20,7 @@ from qsd.drivers.qcow2.encryption import crypto_area
 from qsd.drivers.qcow2.extensions import Extension
 from qsd.drivers.qcow2.layout import Header
 from qsd.drivers.qcow2.new_image import NewImage, Placement, header_cluster, metadata, place
-from qsd.errors import QmpError, errno_text
+from qsd.errors import QmpError, failing
 from qsd.wire import modified_utf8
 
 if TYPE_CHECKING:
@@ -196,11 +195,11 @@ async def _write(
     cluster = placement.header.cluster_size
     size = placement.header.size
     await _make_room(file, placement.end * cluster)
-    with _told_as("Could not write qcow2 header"):
+    with failing("Could not write qcow2 header"):
         # What stood there must not be taken for an image while this one is made.
         await file.write(0, bytes(cluster))
         await file.flush()
-    with _told_as("Could not write refcount table"):
+    with failing("Could not write refcount table"):
         for offset, part in metadata(placement):
             await file.write(offset, part)
             # The page cache takes it on the spot, and where space is allocated there may be gigabytes.
@@ -231,20 +230,12 @@ async def _make_room(file: Child, size: int) -> None:
 
 async def _finish(file: Child, header: bytes) -> None:
     """Write the header: what makes it one arrives as a whole, for a disk writes sectors."""
-    with _told_as("Could not write qcow2 header"):
+    with failing("Could not write qcow2 header"):
         if len(header) > SECTOR:
             await file.write(SECTOR, header[SECTOR:])
         await file.flush()
         await file.write(0, header[:SECTOR])
         await file.flush()
-
-
-@contextmanager
-def _told_as(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise QmpError(f"{what}: {errno_text(error.errno or 0)}") from None
 
 
 async def _give_space(host: CreateHost, child: Child, start: int, end: int, *, is_full: bool) -> None:

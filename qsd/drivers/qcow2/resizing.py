@@ -26,7 +26,7 @@ from qsd.drivers.qcow2.image import MOST_FREED, Freeing
 from qsd.drivers.qcow2.layout import MAX_L1_BYTES
 from qsd.drivers.qcow2.settings import settings_of
 from qsd.drivers.qcow2.table_growth import grow_l1_table
-from qsd.errors import QmpError, errno_text
+from qsd.errors import QmpError, failing
 from qsd.messages import Flag, Op
 
 if TYPE_CHECKING:
@@ -54,15 +54,6 @@ async def resize(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
         await _shrink(driver, size, exact=exact)
 
 
-@contextmanager
-def _failing(text: str) -> Iterator[None]:
-    """Name the step that failed."""
-    try:
-        yield
-    except OSError as error:
-        raise QmpError(f"{text}: {errno_text(error.errno or 0)}") from None
-
-
 # -- growing ------------------------------------------------------------------------------------------------------
 
 
@@ -81,11 +72,11 @@ async def _grow(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
         raise QmpError("Failed to grow the L1 table: File too large")
     if hidden > first and geometry.version < 3:
         raise QmpError("Failed to zero out new clusters: Operation not supported")
-    with _failing("Failed to grow the L1 table"):
+    with failing("Failed to grow the L1 table"):
         await grow_l1_table(image, entries)
     if geometry.has_data_file:
         await driver.children["data-file"].truncate(size, exact=exact)
-    with _expecting(driver, size), _failing("Failed to zero out new clusters"):
+    with _expecting(driver, size), failing("Failed to zero out new clusters"):
         zeroer = driver.zeroer
         end = min(size, first << bits)
         if not await driver.settled(zeroer.reads_zero, old, end):
@@ -133,12 +124,12 @@ async def _shrink(driver: Qcow2Driver, size: int, *, exact: bool) -> None:
     first, last = -(-size >> geometry.cluster_bits), -(-driver.length >> geometry.cluster_bits)
     # L2 tables from this one on describe nothing that is left.
     tables = -(-first >> geometry.l2_bits)
-    with _failing("Failed to reduce the number of L2 tables"):
+    with failing("Failed to reduce the number of L2 tables"):
         await require_distinct(image.map.l1)
-    with _failing("Failed to discard cropped clusters"):
+    with failing("Failed to discard cropped clusters"):
         give_up = partial(driver.zeroer.discard_clusters, uncovers=True, why=Freeing.ALWAYS)
         await driver.zeroer.walk(first, min(last, tables << geometry.l2_bits), give_up)
-    with _failing("Failed to reduce the number of L2 tables"):
+    with failing("Failed to reduce the number of L2 tables"):
         for index in range(tables, len(image.map.l1)):
             if image.map.l1[index] & OFFSET_MASK:
                 await _drop_table(driver, index)
@@ -213,7 +204,7 @@ async def _end_of_use(driver: Qcow2Driver) -> int:
 
 async def _settle(driver: Qcow2Driver) -> None:
     """Return when the file has everything and nothing waits to become free. Raises QmpError."""
-    with _failing("Failed to write the tables of the image"):
+    with failing("Failed to write the tables of the image"):
         await driver.writeback.finish()
 
 
@@ -221,7 +212,7 @@ async def _take_size(driver: Qcow2Driver, size: int) -> None:
     """Write the size into the header and go on with it. Raises QmpError."""
     await _settle(driver)
     image = driver.image
-    with _failing("Failed to update the image size"):
+    with failing("Failed to update the image size"):
         await image.change_header(size=size)
     driver.length = size
     _limit_caches(driver, size)
