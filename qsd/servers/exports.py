@@ -19,7 +19,7 @@ from qsd.block.dirty import NamedBitmap
 from qsd.block.names import is_well_formed
 from qsd.block.permissions import Perm
 from qsd.errors import QmpError
-from qsd.host.reactor import PollPolicy
+from qsd.host.reactor import PollPolicy, Reactor
 
 
 class Export(Protocol):
@@ -221,3 +221,32 @@ class Exports:
             entry.is_shutting_down = True
             if entry.is_up:
                 await self._forget(entry)
+
+
+class ExportActor(Actor):
+    """What the actors of all exports have in common: their polling, and how they end."""
+
+    kind = "export"
+
+    def __init__(self, identifier: str, options: Any, exports: Exports, reactor: Reactor) -> None:
+        super().__init__(f"export {identifier}")
+        self.id = identifier
+        self._options = options
+        self._exports = exports
+        self._reactor = reactor
+
+    def rule_polling(self) -> None:
+        """Let the iothread it names rule the polling, until it ends."""
+        self._reactor.use_policy(self, self._exports.policy_of(self._options))
+
+    async def close(self) -> None:
+        """Drop clients; return when nothing is in flight."""
+        raise NotImplementedError
+
+    async def stopping(self) -> None:
+        """End of the daemon, or of the export."""
+        self._reactor.use_policy(self, None)
+        try:
+            await self.close()
+        finally:  # where that was cut off, too
+            await self._exports.stopped(self.id)

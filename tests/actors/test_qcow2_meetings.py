@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -112,6 +113,23 @@ async def _filled(driver: Qcow2Driver, clusters: int) -> None:
     await call(driver, Op.FLUSH, 0, 0)
 
 
+async def _end_all(file: SlowFile, driver: Qcow2Driver) -> None:
+    file.slow = frozenset()
+    await file.end_all()
+    await driver.writeback.finish()
+
+
+@asynccontextmanager
+async def _slow_to_free(clusters: int) -> AsyncIterator[tuple[SlowFile, Qcow2Driver, trio.Nursery]]:
+    """A disk with so many clusters of data, for which a test slows its file down; in the end nothing has leaked."""
+    file = SlowFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
+        await _filled(driver, clusters)
+        yield file, driver, nursery
+        await _end_all(file, driver)
+    assert not examine(bytes(file.data)).leaks
+
+
 def _ended(nursery: trio.Nursery, driver: Qcow2Driver, op: Op, clusters: Iterable[int]) -> list[int]:
     """Start requests, one for each cluster; the clusters of those that have ended, in that order."""
     ended: list[int] = []
@@ -129,9 +147,7 @@ def _ended(nursery: trio.Nursery, driver: Qcow2Driver, op: Op, clusters: Iterabl
 async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """Holes take a file long; meanwhile the image grew by what it had given up, without end."""
     _let_wait(monkeypatch, 4)
-    file = SlowFile(new_image(Header(size=1 << 20)))
-    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
-        await _filled(driver, 16)
+    async with _slow_to_free(16) as (file, driver, nursery):
         file.slow = frozenset({Op.DISCARD})
         ended = _ended(nursery, driver, op, range(1, 16, 2))
         await trio.testing.wait_all_tasks_blocked()
@@ -144,19 +160,13 @@ async def test_who_frees_more_than_can_be_given_up_waits(op: Op, monkeypatch: py
             file.end_one()
             await trio.testing.wait_all_tasks_blocked()
             assert driver.writeback.freed <= 4
-        file.slow = frozenset()
-        await file.end_all()
-        await driver.writeback.finish()
-    assert not examine(bytes(file.data)).leaks
 
 
 async def test_who_waits_to_free_goes_on_as_soon_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """They waited until half of what may wait was given up: a second for 64 KiB clusters, eight for 512 bytes."""
     _let_wait(monkeypatch, 4)
     monkeypatch.setattr(writeback, "TOGETHER", 1)
-    file = SlowFile(new_image(Header(size=1 << 20)))
-    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
-        await _filled(driver, 16)
+    async with _slow_to_free(16) as (file, driver, nursery):
         file.slow = frozenset({Op.DISCARD})
         ended = _ended(nursery, driver, Op.DISCARD, range(1, 16, 2))
         await trio.testing.wait_all_tasks_blocked()
@@ -164,18 +174,12 @@ async def test_who_waits_to_free_goes_on_as_soon_as_there_is_room(monkeypatch: p
         file.end_one()
         await trio.testing.wait_all_tasks_blocked()
         assert len(ended) == before + 1
-        await file.end_all()
-        file.slow = frozenset()
-        await driver.writeback.finish()
-    assert not examine(bytes(file.data)).leaks
 
 
 async def test_zeroes_that_free_nothing_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """They did: beside discards, clients that wrote zeroes had 25 answers a second of what had been 10000."""
     _let_wait(monkeypatch, 2)
-    file = SlowFile(new_image(Header(size=1 << 20)))
-    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
-        await _filled(driver, 16)
+    async with _slow_to_free(16) as (file, driver, nursery):
         file.slow = frozenset({Op.FLUSH})
         for wave in (range(0, 4, 2), range(4, 16, 2)):
             _ended(nursery, driver, Op.DISCARD, wave)
@@ -188,19 +192,13 @@ async def test_zeroes_that_free_nothing_do_not_wait(monkeypatch: pytest.MonkeyPa
             await trio.testing.wait_all_tasks_blocked()
             assert not free.child_tasks
         assert driver.writeback.is_behind
-        await file.end_all()
-        file.slow = frozenset()
-        await driver.writeback.finish()
-    assert not examine(bytes(file.data)).leaks
 
 
 async def test_new_clusters_are_those_that_wait_to_become_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """The image grew instead, and who freed more waited for holes that a file makes 500 times a second."""
     _let_wait(monkeypatch, 4)
     monkeypatch.setattr(writeback, "TOGETHER", 1)
-    file = SlowFile(new_image(Header(size=1 << 20)))
-    async with opened_on(file, pass_discard_request=True) as driver, trio.open_nursery() as nursery:
-        await _filled(driver, 12)
+    async with _slow_to_free(12) as (file, driver, nursery):
         first = file.data.index(b"x" * CLUSTER)
         file.slow = frozenset({Op.DISCARD})
         _ended(nursery, driver, Op.DISCARD, range(1, 12, 2))
@@ -209,14 +207,10 @@ async def test_new_clusters_are_those_that_wait_to_become_free(monkeypatch: pyte
         await write(driver, 12 * CLUSTER + 512, b"y")
         assert await read(driver, 12 * CLUSTER, 1024) == bytes(512) + b"y" + bytes(511)
         assert b"y" in file.data[first + 512 : first + 12 * CLUSTER : CLUSTER]
-        await file.end_all()
-        file.slow = frozenset()
-        await driver.writeback.finish()
+        await _end_all(file, driver)
         assert await read(driver, 12 * CLUSTER + 512, 1) == b"y"
         assert await read(driver, 10 * CLUSTER, 2 * CLUSTER) == b"x" * CLUSTER + bytes(CLUSTER)
-    found = examine(bytes(file.data))
-    assert not found.leaks
-    assert not found.corruptions
+    assert not examine(bytes(file.data)).corruptions
 
 
 async def test_writing_over_what_snapshots_have_waits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from qsd.errors import QmpError, errno_text
 from qsd.host import mount
 from qsd.host.reactor import Reactor
 from qsd.qapi.schema.exports import BlockExportOptionsFuse, FuseExportAllowOther
-from qsd.servers.exports import Exports, Kind
+from qsd.servers.exports import ExportActor, Exports, Kind
 from qsd.servers.fuse.buffers import MAX_TRANSFER, Pool
 from qsd.servers.fuse.file import NodeFile
 from qsd.servers.fuse.session import Session
@@ -45,23 +45,18 @@ async def _on_thread(function: Callable[..., T], *args: Any) -> T:
     return await trio.to_thread.run_sync(partial(function, *args), abandon_on_cancel=True)
 
 
-class FuseExport(Actor):
+class FuseExport(ExportActor):
     """One node as a file."""
 
-    kind = "export"
     type_name = "fuse"
 
     def __init__(
         self, identifier: str, options: BlockExportOptionsFuse, edge: RootEdge, service: FuseService
     ) -> None:
-        super().__init__(f"export {identifier}")
-        self.id = identifier
+        super().__init__(identifier, options, service.exports, service.reactor)
         self.edge = edge
         self.mountpoint: str = options.mountpoint
-        self._options = options
         self._service = service
-        self._exports = service.exports
-        self._reactor = service.reactor
         self.file = NodeFile(
             edge,
             writable=bool(options.writable),
@@ -93,7 +88,7 @@ class FuseExport(Actor):
             crashed=self._crashed,
         )
         self._session.start()
-        self._reactor.use_policy(self, self._exports.policy_of(self._options))
+        self.rule_polling()
         with trio.move_on_after(INIT_SECONDS):
             await self._is_ready.wait_value(True)
             return
@@ -181,14 +176,6 @@ class FuseExport(Actor):
                 await self._drained.wait()
         # Whoever still has the file open gets ENOTCONN from here on.
         os.close(mounted.fd)
-
-    async def stopping(self) -> None:
-        """End of the daemon, or of the export."""
-        self._reactor.use_policy(self, None)
-        try:
-            await self.close()
-        finally:  # where that was cut off, too
-            await self._exports.stopped(self.id)
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts, and the connection's."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from trio_util import RepeatedEvent
 
-from qsd.actors.core import Actor
 from qsd.actors.edges import Edge
 from qsd.block.dirty import NamedBitmap
-from qsd.servers.exports import Exports
+from qsd.servers.exports import ExportActor, Exports
 from qsd.wire.nbd import constants as c
 from qsd.wire.nbd.handshake import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, ExportInfo
 
@@ -21,10 +20,9 @@ if TYPE_CHECKING:
 FIRST_BITMAP: Final = 2
 
 
-class NbdExport(Actor):
+class NbdExport(ExportActor):
     """One export: a view of a node under a name."""
 
-    kind = "export"
     type_name = "nbd"
 
     def __init__(
@@ -36,14 +34,10 @@ class NbdExport(Actor):
         service: NbdService,
         exports: Exports,
     ) -> None:
-        super().__init__(f"export {identifier}")
-        self.id = identifier
+        super().__init__(identifier, options, exports, service.reactor)
         self.edge = edge
         self.export_name: str = edge.node_name if options.name is None else options.name
         self.writethrough = bool(options.writethrough)
-        self._options = options
-        self._exports = exports
-        self._reactor = service.reactor
         self._multi_conn = service.max_connections != 1
         # By the number of their metadata context; the export keeps them from being changed.
         self.bitmaps = dict(enumerate(bitmaps, FIRST_BITMAP))
@@ -103,15 +97,7 @@ class NbdExport(Actor):
 
     async def started(self) -> None:
         """Let the iothread it names rule the polling."""
-        self._reactor.use_policy(self, self._exports.policy_of(self._options))
-
-    async def stopping(self) -> None:
-        """End of the daemon, or of the export."""
-        self._reactor.use_policy(self, None)
-        try:
-            await self.close()
-        finally:  # where that was cut off, too
-            await self._exports.stopped(self.id)
+        self.rule_polling()
 
     def statistics(self) -> dict[str, Any]:
         """The actor's facts, and its clients."""
