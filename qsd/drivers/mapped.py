@@ -168,6 +168,11 @@ class MappedDriver(Driver):
         finally:
             self._sending = False
 
+    def send_resumed(self) -> None:
+        """``send``, if anybody has been resumed."""
+        if self._resumed:
+            self.send()
+
     async def _send_later(self) -> None:
         await trio.lowlevel.checkpoint()
         self.finished()

@@ -406,6 +406,55 @@ async def test_a_packed_cluster_is_fetched_before_its_place_is_somebody_elses(
         assert await read(driver, 0, CLUSTER) == bytes(CLUSTER)
 
 
+async def test_writers_without_room_for_their_slices_wait_for_those_who_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They wrote back what was clean, again and again, and never let those end whose slices they waited for."""
+    file = SlowFile(new_image(Header(size=64 << 20)))
+    async with opened_on(file, l2_cache_size=1, l2_cache_entry_size=512) as driver:
+        span = CLUSTER << driver.image.geometry.slice_bits
+        assert driver.image.cache.limit == 2
+        slices = range(5)
+        for number in slices:
+            await write(driver, number * span, b"table")
+        await call(driver, Op.FLUSH, 0, 0)
+        asked = 0
+
+        def submit(batch: list[Request]) -> None:
+            nonlocal asked
+            asked += len(batch)
+            assert asked < 200, "nobody asks again and again"
+            for request in batch:
+                # The guest's data takes its time, metadata does not.
+                file.slow = frozenset({Op.WRITE} if request.length == CLUSTER else ())
+                SlowFile.submit(file, [request])
+
+        monkeypatch.setattr(file, "submit", submit)
+        answers: list[Request] = []
+        reply = Callback(answers.append)
+        data = [memoryview(bytearray(bytes([number]) * CLUSTER)) for number in slices]
+        places = [number * span + CLUSTER for number in slices]
+        driver.submit(
+            [
+                Request(Op.WRITE.value, place, CLUSTER, buffer, reply)
+                for place, buffer in zip(places, data, strict=True)
+            ]
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(file.waiting) == 2, "as many as there is room for slices"
+        file.end_one()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(file.waiting) == 2, "the next one goes on at once"
+        monkeypatch.undo()
+        file.slow = frozenset()
+        while file.waiting:
+            file.end_one()
+            await trio.testing.wait_all_tasks_blocked()
+        assert [request.error for request in answers] == [0] * len(slices)
+        for place, buffer in zip(places, data, strict=True):
+            assert await read(driver, place, CLUSTER) == bytes(buffer)
+
+
 class _Threads:
     """Work that is done at once."""
 

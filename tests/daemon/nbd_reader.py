@@ -37,6 +37,9 @@ class NbdReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, DISC, 0, 0, 0))
+        if kind is None:
+            # Until the server has taken leave as well, the export is in use.
+            assert self._stream.read() == b"", "answers to nothing"
         self._stream.close()
         self.socket.close()
 

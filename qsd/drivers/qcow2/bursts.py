@@ -118,7 +118,7 @@ class Bursts(EntryChanger):
                 number = request.offset >> shift
                 if number not in burst.tables:
                     burst.tables[number] = image.writable_slice(number)
-                    image.dirty.pins.add(number)
+                    image.dirty.pin(number)
             burst.host, count, is_fresh = image.allocate(len(requests))
         except (Cold, OSError):
             self._unpin(burst)
@@ -253,7 +253,7 @@ class Bursts(EntryChanger):
 
     def _unpin(self, burst: Burst) -> None:
         for number in burst.tables:
-            self._image.dirty.pins.remove(number)
+            self._image.dirty.unpin(number)
 
     def _let_go(self, burst: Burst) -> None:
         """The entries are no longer about to change; who waited for that looks again."""

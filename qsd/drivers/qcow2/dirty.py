@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import attrs
@@ -34,27 +35,44 @@ class Frozen:
 
 
 class DirtyTables:
-    """See the module. ``number`` counts slices of L2 tables."""
+    """See the module. ``number`` counts slices of L2 tables; ``resume`` is the driver's."""
 
-    def __init__(self) -> None:
+    def __init__(self, resume: Callable[[Callable[[], None]], None]) -> None:
         self.slices: dict[int, tuple[int, int]] = {}
         self.l1: set[int] = set()
         self.frozen: dict[int, Frozen] = {}
         self.frozen_l1: dict[int, bytes] = {}
-        # Slices that are going to be changed.
-        self.pins = Pins()
+        # Slices that are going to be changed, and who waits for one of them to have been.
+        self._pins = Pins()
+        self._waiting: list[Callable[[int], None]] = []
+        self._resume = resume
 
     def __bool__(self) -> bool:
         return bool(self.slices or self.l1)
 
     def is_pinned(self, number: int) -> bool:
         """Whether a slice must stay in memory."""
-        return number in self.slices or number in self.frozen or number in self.pins
+        return number in self.slices or number in self.frozen or number in self._pins
 
     @property
     def pinned(self) -> int:
         """How many slices must stay in memory, at most."""
-        return len(self.slices) + len(self.frozen) + len(self.pins)
+        return len(self.slices) + len(self.frozen) + len(self._pins)
+
+    def pin(self, number: int) -> None:
+        """Keep a slice that is going to be changed."""
+        self._pins.add(number)
+
+    def unpin(self, number: int) -> None:
+        """End one ``pin``. Whoever calls this sees to ``send``."""
+        self._pins.remove(number)
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            self._resume(partial(done, 0))
+
+    def when_unpinned(self, done: Callable[[int], None]) -> None:
+        """Call ``done(0)`` after the next ``unpin``."""
+        self._waiting.append(done)
 
     def touch(self, number: int, table: array[int], first: int, last: int) -> None:
         """Words ``first`` to ``last`` (excluded) of a slice are about to change. Call before changing them."""

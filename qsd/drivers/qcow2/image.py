@@ -86,7 +86,7 @@ class Image:
         self.settings = settings
         self.file = file
         self.geometry = geometry = Geometry.of(header, settings.slice_bytes)
-        self.dirty = DirtyTables()
+        self.dirty = DirtyTables(driver.resume)
         self.cache = SliceCache(geometry.slice_bytes, settings.l2_cache, self.dirty.is_pinned)
         self.map = ClusterMap(geometry, l1, self.cache, file, driver.fetch, driver.corrupt)
         self.metadata = MetadataMap(geometry.cluster_bits, checks_of(options.overlap_check))
@@ -137,7 +137,7 @@ class Image:
         """The image is not used any more: free the tables at once, whoever still refers to it."""
         self.map.l1 = array("Q")
         self.cache.clear()
-        self.dirty = DirtyTables()
+        self.dirty = DirtyTables(self.driver.resume)
         self.metadata.clusters = {}
         self.snapshots = ()
         if hasattr(self, "refs"):
@@ -389,10 +389,17 @@ class Image:
             self._check_kind(self.map.slice_offset(number), ACTIVE_L2)
             if not self._holds_all:
                 if dirty.pinned >= self.cache.limit:
-                    raise Cold("write-back", self.driver.writeback.request)
+                    raise Cold("write-back", self._make_room)
                 if len(dirty.slices) >= self.cache.limit >> 1:
                     self.driver.writeback.start()
         return table
+
+    def _make_room(self, done: Callable[[int], None]) -> None:
+        if self.dirty.slices or self.dirty.frozen:
+            self.driver.writeback.request(done)
+        else:
+            # All have to stay for writes that are under way, and have nothing yet that could be written.
+            self.dirty.when_unpinned(done)
 
     @property
     def _holds_all(self) -> bool:

@@ -130,7 +130,7 @@ class Packer(EntryChanger):
             raise OSError(errno.EFBIG, str(error)) from None
         storing = Storing(self, part, number, table, entry)
         self._driver.in_flight += 1
-        image.dirty.pins.add(number)
+        image.dirty.pin(number)
         self._writer.busy[cluster] = storing
         self._driver.post(image.file, Request(WRITE, host, len(packed), memoryview(packed), storing))
 
@@ -148,13 +148,12 @@ class Packer(EntryChanger):
             storing.table[word] = storing.entry
             if self._words == 2:
                 storing.table[word + 1] = 0
-        image.dirty.pins.remove(storing.number)
+        image.dirty.unpin(storing.number)
         driver.finished()
         for waiting in storing.waiting:
             driver.resume(waiting)
         storing.part.complete(error)
-        if storing.waiting:
-            driver.send()
+        driver.send_resumed()
 
     def _give_back(self, host: int, length: int) -> None:
         first = host >> self._bits

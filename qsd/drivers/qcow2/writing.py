@@ -269,7 +269,7 @@ class Writer:
     def _begin(self, operation: Operation) -> None:
         plan, request = operation.plan, operation.request
         self._driver.in_flight += 1
-        self._image.dirty.pins.add(operation.number)
+        self._image.dirty.pin(operation.number)
         busy = self.busy
         for target in plan.targets:
             for cluster in range(target.cluster, target.cluster + target.count):
@@ -370,7 +370,7 @@ class Writer:
             self._link(operation)
         else:
             self._planner.give_back(plan)
-        self._image.dirty.pins.remove(operation.number)
+        self._image.dirty.unpin(operation.number)
         if (
             operation.buffer is not None
             and len(operation.buffer) <= KEPT_SIZE
@@ -382,8 +382,7 @@ class Writer:
             driver.resume(waiting)
         request.reply = operation.reply
         request.complete(operation.error)
-        if operation.waiting:
-            driver.send()
+        driver.send_resumed()
 
     def _take_buffer(self, size: int) -> bytearray:
         if self._buffers and len(self._buffers[-1]) >= size:
