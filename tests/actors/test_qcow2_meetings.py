@@ -455,6 +455,32 @@ async def test_writers_without_room_for_their_slices_wait_for_those_who_have_it(
             assert await read(driver, place, CLUSTER) == bytes(buffer)
 
 
+async def test_a_cluster_in_place_stays_its_writers_while_others_are_filled() -> None:
+    """It was discarded meanwhile and became another's, whose data the writer then overwrote."""
+    backing = SlowFile(b"b" * (1 << 20))
+    file = MemoryFile(new_image(Header(size=1 << 20)))
+    async with opened_on(file, backing=backing) as driver:
+        await write(driver, 0, b"old" * 1000)
+        await call(driver, Op.FLUSH, 0, 0)
+        backing.slow = frozenset({Op.READ})
+        answers: list[Request] = []
+        reply = Callback(answers.append)
+        data = memoryview(bytearray(b"x" * CLUSTER))
+        driver.submit([Request(Op.WRITE.value, CLUSTER // 2, CLUSTER, data, reply)])
+        assert backing.waiting, "the second cluster is being filled"
+        driver.submit([Request(Op.DISCARD.value, 0, CLUSTER, None, reply)])
+        await trio.testing.wait_all_tasks_blocked()
+        await call(driver, Op.FLUSH, 0, 0)
+        await trio.testing.wait_all_tasks_blocked()
+        await write(driver, 4 * CLUSTER, b"y" * CLUSTER)
+        await backing.end_all()
+        await driver.wait_idle()
+        assert [request.error for request in answers] == [0, 0]
+        backing.slow = frozenset()
+        assert await read(driver, 4 * CLUSTER, CLUSTER) == b"y" * CLUSTER
+        assert await read(driver, CLUSTER, CLUSTER) == b"x" * (CLUSTER // 2) + b"b" * (CLUSTER // 2)
+
+
 class _Threads:
     """Work that is done at once."""
 

@@ -71,6 +71,7 @@ class Operation(ReplyQueue):
 
     __slots__ = (
         "buffer",
+        "clusters",
         "error",
         "is_writing",
         "left",
@@ -85,12 +86,17 @@ class Operation(ReplyQueue):
         "writer",
     )
 
-    def __init__(self, writer: Writer, request: Request, number: int, table: array[int], plan: Plan) -> None:
+    def __init__(
+        self, writer: Writer, request: Request, clusters: range, number: int, table: array[int], plan: Plan
+    ) -> None:
         self.ready = []
         self.armed = True
         self.writer = writer
         self.request = request
         self.reply = request.reply
+        # The guest's clusters that are written to, those in place as well: while the others are being filled nobody
+        # may give one of them up, or what is written there later would be another's.
+        self.clusters = clusters
         self.number = number
         self.table = table
         self.plan = plan
@@ -172,7 +178,7 @@ class Writer:
         table = self._image.writable_slice(number)
         plan = self._planner.plan(table, first, last, offset, end)
         if plan.targets:
-            self._begin(Operation(self, request, number, table, plan))
+            self._begin(Operation(self, request, range(first, last + 1), number, table, plan))
         else:
             self._pass_on(request, plan)
 
@@ -270,10 +276,8 @@ class Writer:
         plan, request = operation.plan, operation.request
         self._driver.in_flight += 1
         self._image.dirty.pin(operation.number)
-        busy = self.busy
-        for target in plan.targets:
-            for cluster in range(target.cluster, target.cluster + target.count):
-                busy[cluster] = operation
+        for cluster in operation.clusters:
+            self.busy[cluster] = operation
         if not plan.head and not plan.tail and len(plan.runs) == 1:
             # The request itself is the one part.
             operation.is_writing = True
@@ -361,10 +365,8 @@ class Writer:
 
     def _finish(self, operation: Operation) -> None:
         driver, request, plan = self._driver, operation.request, operation.plan
-        busy = self.busy
-        for target in plan.targets:
-            for cluster in range(target.cluster, target.cluster + target.count):
-                del busy[cluster]
+        for cluster in operation.clusters:
+            del self.busy[cluster]
         if not operation.error or self._image.header.is_data_file_raw:
             # Some of a write that failed may be in a raw data file: there it has to be what the guest sees.
             self._link(operation)
