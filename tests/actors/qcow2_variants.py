@@ -11,6 +11,7 @@ from qcow2_world import Habits, World
 
 from qsd.drivers.qcow2 import layout
 from qsd.drivers.qcow2.layout import Header
+from qsd.messages import Op, Request
 from qsd.qapi.schema.qcow2 import Qcow2OverlapCheckMode
 
 
@@ -175,6 +176,30 @@ _MORE: Final[tuple[dict[str, Any], ...]] = (
     {"pass_discard_other": True, "pass_discard_snapshot": False},
     {"overlap_check": Qcow2OverlapCheckMode.ALL},
 )
+
+
+def is_no_large_write(request: Request) -> bool:
+    """Whether a request of a child touches the page cache only for a moment."""
+    return request.op != Op.WRITE or request.length <= 1024
+
+
+def any_habits(rng: random.Random, requests: int, failing: float = 0.0) -> Habits:
+    """A guest like no other, and disks that are slow in their own way."""
+    quick = rng.choice((is_no_large_write, lambda request: request.op == Op.READ, lambda _request: False))
+    weights = {
+        kind: rng.choice((1, 3, 20)) for kind in ("writes", "zeroes", "discards", "reads", "flushes", "packed")
+    }
+    return Habits(
+        requests=requests,
+        depth=rng.choice((2, 8, 16, 40)),
+        together=rng.choice(((1,), (1, 4, 12), (1, 1, 1, 4, 12))),
+        longest=rng.choice((0, 0.02, 0.15, 0.5)),
+        on_the_spot=rng.choice((0.0, 0.3, 0.8)),
+        slow=rng.choice((0.0, 0.1, 0.4)),
+        quick=quick,
+        failing=failing,
+        **weights,
+    )
 
 
 def any_variant(rng: random.Random) -> Variant:

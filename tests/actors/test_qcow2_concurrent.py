@@ -11,44 +11,20 @@ import attrs
 import pytest
 import trio
 from guest import GuestOp
-from qcow2_variants import VARIANTS, any_variant, make_world
+from qcow2_variants import VARIANTS, any_habits, any_variant, is_no_large_write, make_world
 from qcow2_world import Habits, World, check, make_driver, run_seeded
 from watching import noted
 
 from qsd.drivers.qcow2 import compressed, writing
 from qsd.drivers.qcow2.layout import DIRTY, parse_header
 from qsd.host.memory import AlignedPool
-from qsd.messages import Flag, Op, Request
+from qsd.messages import Flag, Op
 
 # More of everything when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
 FIRST: Final = int(os.environ.get("QSD_SEED", "0"))
 CROWD: Final = Habits(requests=120, depth=16, writes=6, zeroes=2, discards=3, reads=5, flushes=1, slow=0.3)
 FEW: Final = Habits(requests=14, depth=4, flushes=2)
-
-
-def is_no_large_write(request: Request) -> bool:
-    """Whether a request of a child touches the page cache only for a moment."""
-    return request.op != Op.WRITE or request.length <= 1024
-
-
-def any_habits(rng: random.Random, failing: float) -> Habits:
-    """A guest like no other, and disks that are slow in their own way."""
-    quick = rng.choice((is_no_large_write, lambda request: request.op == Op.READ, lambda _request: False))
-    weights = {
-        kind: rng.choice((1, 3, 20)) for kind in ("writes", "zeroes", "discards", "reads", "flushes", "packed")
-    }
-    return Habits(
-        requests=rng.choice((60, 150)),
-        depth=rng.choice((2, 8, 16, 40)),
-        together=rng.choice(((1,), (1, 4, 12), (1, 1, 1, 4, 12))),
-        longest=rng.choice((0, 0.02, 0.15, 0.5)),
-        on_the_spot=rng.choice((0.0, 0.3, 0.8)),
-        slow=rng.choice((0.0, 0.1, 0.4)),
-        quick=quick,
-        failing=failing,
-        **weights,
-    )
 
 
 async def use(world: World, options: dict[str, Any]) -> None:
@@ -123,7 +99,7 @@ def test_overlapping_requests_on_any_image(rate: float) -> None:
         variant = any_variant(random.Random(seed))
         with noted(f"seed {seed}, {variant}"):
             rng = random.Random(seed)
-            world, _built = make_world(variant, rng, any_habits(rng, rate))
+            world, _built = make_world(variant, rng, any_habits(rng, 120, rate))
             world.fails, world.fail_with = rate > 0, rng.choice((errno.EIO, errno.ENOSPC))
             run_seeded(seed, use, world, variant.options)
             judge(world)

@@ -18,14 +18,16 @@ import pytest
 import trio
 from qcow2_builder import Built
 from qcow2_mended import header_of, mend
-from qcow2_variants import VARIANTS, Variant, make_world
+from qcow2_variants import VARIANTS, Variant, any_habits, any_variant, make_world
 from qcow2_world import SECTOR, Habits, Replay, World, check, make_driver, run_seeded
+from watching import noted
 
 from qsd.drivers.qcow2.layout import DIRTY, parse_header, serialise_header
 from qsd.messages import Op
 
 # More of everything when somebody has the time (make soak).
 EFFORT: Final = int(os.environ.get("QSD_EFFORT", "1"))
+FIRST: Final = int(os.environ.get("QSD_SEED", "0"))
 HABITS: Final = Habits(requests=40, depth=4)
 CUTS: Final = 6
 BIG: Final = 4 << 20
@@ -105,10 +107,10 @@ def built_base(world: World) -> bytes:
     return world.first_base
 
 
-def cut_power(variant: Variant, seed: int) -> bytearray:
+def cut_power(variant: Variant, seed: int, habits: Habits = HABITS) -> bytearray:
     """One guest's day, with some power cuts; an image that one of them left."""
     rng = random.Random(seed)
-    world, built = make_world(variant, rng, HABITS)
+    world, built = make_world(variant, rng, habits)
     run_seeded(seed, work, world, variant.options)
     is_big = len(world.disks["file"].data) > BIG
     cuts = CUTS // 3 if is_big else CUTS
@@ -140,6 +142,15 @@ def agree(image: bytearray, path: Path) -> None:
     done = subprocess.run([program, "check", path], capture_output=True, text=True, timeout=60, check=False)
     # 3: leaked clusters.
     assert done.returncode in (0, 3), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_any_image_survives_power_cuts_whatever_its_guest_does(part: int, tmp_path: Path) -> None:
+    for seed in range(FIRST + part, FIRST + 8 * EFFORT, 4):
+        rng = random.Random(seed)
+        variant, habits = any_variant(rng), any_habits(rng, 60)
+        with noted(f"seed {seed}, {variant}, {habits}"):
+            agree(cut_power(variant, seed, habits), tmp_path / "cut.qcow2")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
