@@ -240,6 +240,20 @@ def assert_sound(data: bytes) -> None:
     assert found.corruptions <= flags or header.incompatible & DIRTY, found.problems
 
 
+async def test_name_in_a_header_that_may_be_there_is_not_written_over() -> None:
+    """Of a name that failed and arrived all the same the next one took the place: the file had half of each."""
+    names = [f"/{letter * 700}" for letter in "abc"]
+    file = Headless(new_image(Header(size=1 << 20, cluster_bits=12)))
+    async with opened_on(file) as driver:
+        await driver.change_backing_file(names[0], "raw")
+        file.before, file.times, file.arriving = 0, ALWAYS, 1
+        for name in names[1:]:
+            with pytest.raises(OSError, match="Input/output error"):
+                await driver.change_backing_file(name, "raw")
+            # The first that failed did arrive.
+            assert parse_header(bytes(file.data)).backing_file == names[1].encode()
+
+
 @pytest.mark.parametrize("length", [2, 200, 340, 341, 380, 900, 1023])
 async def test_header_of_more_than_a_sector_arrives_as_a_whole(length: int) -> None:
     """With a bitmap, the feature names of an overlay reached to where the backing file's name had been."""

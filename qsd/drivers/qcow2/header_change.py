@@ -53,10 +53,12 @@ class HeaderChanges:
         with shield():
             async with self._lock:
                 self._check()
+                # The file may have one header of several: none of their names could be written over.
+                await self._restore()
                 old = image.header
                 changes = revise(old)
                 before = await self._fitting(old, old)
-                header = await self._fitting(attrs.evolve(old, **changes), old)
+                header = await self._fitting(attrs.evolve(old, **changes), old, before)
                 has_name = header.backing_offset == old.backing_offset and "backing_file" not in changes
                 self.is_certain = False
                 try:
@@ -76,23 +78,29 @@ class HeaderChanges:
         if not self.is_certain:
             async with self._lock:
                 self._check()
-                if not self.is_certain:
-                    await self._write(self._image.header, has_name=False)
+                await self._restore()
+
+    async def _restore(self) -> None:
+        if not self.is_certain:
+            await self._write(self._image.header, has_name=False)
 
     def _check(self) -> None:
         if self._was_cut_off:
             raise OSError(errno.EIO, "a change of the header was cut off")
 
-    async def _fitting(self, new: Header, old: Header) -> Header:
-        """The new header with a place for its name, and made so that it arrives as a whole. Raises OSError."""
-        header = _placed(attrs.evolve(new, names_features=True), old)
+    async def _fitting(self, new: Header, *others: Header) -> Header:
+        """The new header with a place for its name, and made so that it arrives as a whole. Raises OSError.
+
+        ``others``: those that the file may have by then.
+        """
+        header = _placed(attrs.evolve(new, names_features=True), others)
         behind = _parts(header)[0][SECTOR:]
         file = self._image.file
         inside = max(0, min(len(behind), file.length - SECTOR))
         found = await file.read(SECTOR, inside) if inside else b""
         if found.ljust(len(behind), b"\0") == behind:
             return header
-        return _placed(attrs.evolve(new, names_features=False), old)
+        return _placed(attrs.evolve(new, names_features=False), others)
 
     async def _write(self, header: Header, *, has_name: bool) -> None:
         """``has_name``: the name of the backing file is in its place."""
@@ -109,23 +117,23 @@ class HeaderChanges:
         self.is_certain = True
 
 
-def _placed(new: Header, old: Header) -> Header:
-    """The new header with a place for its name that neither the old one's name nor anything else of it needs.
+def _placed(new: Header, others: tuple[Header, ...]) -> Header:
+    """The new header with a place for its name that neither another's name nor anything else of them needs.
 
     Where the cluster has no such place, it goes where it goes.
     """
-    front = len(_parts(new)[0])
-    # The old one may have the table of feature names.
-    old_front = len(_parts(attrs.evolve(old, names_features=True))[0])
-    at = place_name(new, front)
-    name, old_end = new.backing_file or b"", old.backing_offset + len(old.backing_file or b"")
-    if at + len(name) > SECTOR and (at, name) != (old.backing_offset, old.backing_file):
-        behind = max(front, old_front)
-        for free in (behind, max(behind, old_end)):
-            is_apart = free + len(name) <= old.backing_offset or free >= old_end
-            if is_apart and free + len(name) <= new.cluster_size:
-                at = free
-                break
+    # Any of them may have the table of feature names.
+    front = max(len(_parts(attrs.evolve(header, names_features=True))[0]) for header in (new, *others))
+    name = new.backing_file or b""
+    taken = [(each.backing_offset, each.backing_file or b"") for each in others]
+    at = place_name(new, len(_parts(new)[0]))
+    if at + len(name) <= SECTOR or (at, name) in taken:
+        return attrs.evolve(new, backing_offset=at)
+    for free in sorted((front, *(offset + len(other) for offset, other in taken))):
+        is_apart = all(free + len(name) <= offset or free >= offset + len(other) for offset, other in taken)
+        if is_apart and front <= free <= new.cluster_size - len(name):
+            at = free
+            break
     return attrs.evolve(new, backing_offset=at)
 
 
