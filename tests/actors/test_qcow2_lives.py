@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from qcow2_lives import Life, LifeReplay, look_into, mended
 from qcow2_mended import repaired
-from qcow2_variants import VARIANTS, Variant, any_variant
+from qcow2_variants import VARIANTS, Variant, any_habits, any_variant
 from qcow2_world import Habits, check, make_driver, run_seeded
 from watching import noted
 
@@ -86,10 +86,10 @@ async def cut(life: Life, rng: random.Random) -> None:
                 await look_into(life, replay, disks)
 
 
-def live_and_cut(variant: Variant, seed: int) -> Life:
+def live_and_cut(variant: Variant, seed: int, habits: Habits = HABITS) -> Life:
     """One life, with some power cuts."""
     rng = random.Random(seed)
-    life = Life(variant, rng, HABITS)
+    life = Life(variant, rng, habits)
     run_seeded(seed, live, life)
     run_seeded(seed, cut, life, rng)
     return life
@@ -174,10 +174,10 @@ class Told(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def live_badly_and_cut(variant: Variant, seed: int) -> Life:
+def live_badly_and_cut(variant: Variant, seed: int, habits: Habits = HABITS) -> Life:
     """One life with errors, and some power cuts."""
     rng = random.Random(seed)
-    life = Life(variant, rng, HABITS)
+    life = Life(variant, rng, habits)
     told = Told()
     log = logging.getLogger("qsd")
     log.addHandler(told)
@@ -203,10 +203,11 @@ def test_life_of_any_image(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Combinations that have no name among the variants."""
     monkeypatch.setattr(mending, "repaired", repaired)
     for seed in range(FIRST + part, FIRST + 4 * EFFORT, 4):
-        variant = any_variant(random.Random(seed))
-        with noted(f"seed {seed}, {variant}"):
-            live_and_cut(variant, seed)
-            live_badly_and_cut(variant, seed)
+        rng = random.Random(seed)
+        variant, habits = any_variant(rng), any_habits(rng, 8)
+        with noted(f"seed {seed}, {variant}, {habits}"):
+            live_and_cut(variant, seed, habits)
+            live_badly_and_cut(variant, seed, habits)
 
 
 async def give_up_step(life: Life, events: int) -> bool:
