@@ -14,6 +14,8 @@ import attrs
 from bench.workloads import KIB, Export, Tool, Unit, Workload
 
 EXPORT = "disk"
+# What fio calls the job that counts.
+MEASURED = "load"
 CLUSTER = 64 * KIB
 MEGA = 1_000_000
 
@@ -66,15 +68,18 @@ def fio_command(program: str, workload: Workload, load: Load, target: str) -> li
     else:
         runtime, ramp = (f"{round(seconds * 1000)}ms" for seconds in (load.seconds, load.ramp))
         length = ["--time_based", f"--runtime={runtime}", f"--ramp_time={ramp}"]
-    return [
-        *(program, "--name=load", "--output-format=json", *engine, "--group_reporting=1"),
-        *(f"--rw={workload.rw}", f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={load.size}"),
-        *(*length, "--norandommap", f"--numjobs={workload.clients}"),
-    ]
+    common = [*engine, f"--size={load.size}", *length, "--norandommap"]
+    words = [program, "--output-format=json", "--group_reporting=1", f"--name={MEASURED}", *common]
+    words += [f"--rw={workload.rw}", f"--bs={workload.block}", f"--iodepth={workload.depth}"]
+    words += [f"--numjobs={workload.clients}", *([f"--fsync={workload.fsync}"] if workload.fsync else [])]
+    for side in workload.beside:
+        words += ["--name=beside", "--new_group", *common, f"--rw={side.rw}", f"--bs={side.block}"]
+        words += [f"--iodepth={side.depth}", f"--rate_iops={side.rate},{side.rate},{side.rate}"]
+    return words
 
 
 def parse_fio(output: str, unit: Unit) -> float:
-    """Return what fio measured, all jobs and directions together, in ``unit``.
+    """Return what fio measured, both directions of what counts together, in ``unit``.
 
     fio prints lines of its own before and after the JSON object. Raises ClientError if there is no such object, if
     a job reports an error, or if nothing was done.
@@ -83,7 +88,9 @@ def parse_fio(output: str, unit: Unit) -> float:
     try:
         jobs = json.loads(output[start : end + 1])["jobs"]
         failed = [job["error"] for job in jobs if job["error"]]
-        sides: list[dict[str, Any]] = [job[side] for job in jobs for side in ("read", "write")]
+        sides: list[dict[str, Any]] = [
+            job[side] for job in jobs if job["jobname"] == MEASURED for side in ("read", "write")
+        ]
         total = sum(float(side["iops"]) if unit is Unit.IOPS else side["bw_bytes"] / MEGA for side in sides)
     except (ValueError, KeyError, TypeError) as error:
         raise ClientError(f"fio's output cannot be read ({error!r}): {output[-300:]!r}") from error

@@ -119,8 +119,12 @@ def nodes(setup: Setup, aio: str) -> list[str]:
         words += ["--blockdev", f"driver=file,node-name=f{number},filename={path},read-only=on{options}"]
         words += ["--blockdev", f"driver=qcow2,node-name=r{number},file=f{number},read-only=on{backing}"]
         backing = f",backing=r{number}"
-    words += ["--blockdev", f"driver=file,node-name=f0,filename={setup.image}{options}"]
-    words += ["--blockdev", f"driver={setup.kind.driver},node-name=r0,file=f0{setup.kind.options}{backing}"]
+    discard = ",discard=unmap" if setup.kind.discards else ""
+    words += ["--blockdev", f"driver=file,node-name=f0,filename={setup.image}{options}{discard}"]
+    words += [
+        "--blockdev",
+        f"driver={setup.kind.driver},node-name=r0,file=f0{setup.kind.options}{backing}{discard}",
+    ]
     return words
 
 

@@ -44,7 +44,7 @@ class Kind:
     """A kind of image: the driver, what follows it on the command line, the objects it needs.
 
     ``below`` names the kinds of the images it lies on, lowest first. ``scale`` makes the disk that many times
-    larger than others. One that is ``fresh`` is made anew for every use.
+    larger than others. One that is ``fresh`` is made anew for every use. What ``discards`` gives space back.
     """
 
     make: Callable[[Request], None]
@@ -54,6 +54,7 @@ class Kind:
     below: tuple[str, ...] = ()
     scale: int = 1
     fresh: bool = False
+    discards: bool = False
 
 
 def make_raw(image: Request) -> None:
@@ -140,6 +141,7 @@ KINDS = {
     "raw": Kind(make_raw, "raw"),
     "qcow2": Kind(make_filled),
     "fresh": Kind(make_empty, scale=16, fresh=True),
+    "trimmed": Kind(make_empty, scale=8, fresh=True, discards=True),
     "overlay": Kind(make_empty, below=("qcow2",), fresh=True),
     "zlib": Kind(make_compressed),
     **{f"layer{place}": Kind(make_layer, below=chain_below(place)) for place in range(1, LAYERS)},

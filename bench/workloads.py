@@ -39,12 +39,22 @@ class Unit(Enum):
 
 
 @attrs.frozen
+class Side:
+    """Load that is not measured: requests of ``block`` bytes, so many of each kind a second."""
+
+    rw: str
+    rate: int
+    depth: int
+    block: int = 64 * KIB
+
+
+@attrs.frozen
 class Workload:
     """One kind of load. ``block`` is in bytes; ``must`` and ``aim`` are ratios ours / reference.
 
     ``direct`` is about the image: how the daemon reads it. ``image`` is its kind (``bench.images.KINDS``). A
     workload that ``allocates`` ends after half as many requests as the image has clusters, so that most of them
-    meet a new one.
+    meet a new one. After every ``fsync`` writes comes a flush; ``beside`` is what other clients do meanwhile.
     """
 
     name: str
@@ -60,6 +70,8 @@ class Workload:
     export: Export = Export.NBD
     image: str = "raw"
     allocates: bool = False
+    fsync: int = 0
+    beside: tuple[Side, ...] = ()
 
     @property
     def is_writing(self) -> bool:
@@ -118,6 +130,16 @@ QCOW2_WORKLOADS = (
     Workload("zlib qcow2 read 1M QD8", 2.0, 3.0, rw="read", block=MIB, depth=8, unit=Unit.MBPS, image="zlib"),
     Workload("zlib qcow2 randread 64k QD8", 2.0, 3.0, block=64 * KIB, depth=8, image="zlib"),
     Workload("8 overlays randread 4k QD32", 1.5, 2.5, depth=32, image="chain"),
+    # How fast what is small and flushed gets on where others read, write and trim at a rate both daemons keep up.
+    Workload(
+        "flushed randwrite 4k beside others",
+        *(1.0, 1.5),
+        rw="randwrite",
+        depth=8,
+        fsync=16,
+        image="trimmed",
+        beside=(Side("randrw", 1500, 16), Side("randtrim", 1500, 4)),
+    ),
     Workload("nbdinfo --map of 1 TiB", 1.0, 2.0, tool=Tool.NBDINFO, unit=Unit.EXTENTS, image="fragmented"),
 )
 

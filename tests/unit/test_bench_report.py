@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.clients import ClientError, Load, fio_command, nbd_uri, parse_fio
+from bench.clients import MEASURED, ClientError, Load, fio_command, nbd_uri, parse_fio
 from bench.daemons import Placement, Setup, Side, daemon_command
 from bench.images import KINDS
 from bench.measures import Measure
@@ -139,6 +139,17 @@ def test_allocating_load_ends_by_count_and_other_tools_are_no_fio() -> None:
     assert {each.tool for each in QCOW2_WORKLOADS} == {Tool.FIO, Tool.NBDINFO}
 
 
+def test_what_goes_on_beside_is_not_counted() -> None:
+    (flushed,) = find_workloads("beside others", QCOW2_WORKLOADS)
+    words = fio_command("fio", flushed, Load(1.5, 0.2, 1 << 30), "nbd://x")
+    assert words.count("--uri=nbd://x") == words.count("--runtime=1500ms") == 3
+    assert "--fsync=16" in words[: words.index("--new_group")]
+    assert {"--rw=randtrim", "--rate_iops=1500,1500,1500"} <= set(words)
+    jobs = json.loads(fio_output(5, 0).partition("\n")[2].partition("\nbye")[0])["jobs"]
+    others = [{**job, "jobname": "beside"} for job in jobs]
+    assert parse_fio(json.dumps({"jobs": jobs + others}), Unit.IOPS) == 5
+
+
 def test_layers_are_opened_from_the_lowest_on() -> None:
     below = tuple(Path(f"/x/{each}") for each in KINDS["chain"].below)
     assert [path.name for path in below] == ["qcow2", *(f"layer{number}" for number in range(1, 8))]
@@ -161,6 +172,7 @@ def test_workloads_are_found_in_their_group() -> None:
 def fio_output(read_iops: float, write_bytes: float, *, error: int = 0) -> str:
     jobs = [
         {
+            "jobname": MEASURED,
             "error": error,
             "read": {"iops": read_iops, "bw_bytes": 0},
             "write": {"iops": 0.0, "bw_bytes": write_bytes},
