@@ -254,6 +254,21 @@ async def test_name_in_a_header_that_may_be_there_is_not_written_over() -> None:
             assert parse_header(bytes(file.data)).backing_file == names[1].encode()
 
 
+async def test_name_that_is_put_back_leaves_the_header_that_arrived_alone() -> None:
+    """The old name began before the end of the new header, in the same sector: no image was left in between."""
+    name = f"/{'a' * 600}"
+    file = Headless(new_image(Header(size=1 << 20, cluster_bits=12)))
+    async with opened_on(file) as driver:
+        await driver.change_backing_file(name, "")
+        file.before, file.times, file.arriving = 0, ALWAYS, 1
+        before = bytes(file.data)
+        file.log.clear()
+        with pytest.raises(OSError, match="Input/output error"):
+            await driver.change_backing_file("/b", "qcow2")
+    for image in cut(before, file.log):
+        assert parse_header(image[: 1 << 12]).backing_file in (name.encode(), b"/b")
+
+
 @pytest.mark.parametrize("length", [2, 200, 340, 341, 380, 900, 1023])
 async def test_header_of_more_than_a_sector_arrives_as_a_whole(length: int) -> None:
     """With a bitmap, the feature names of an overlay reached to where the backing file's name had been."""

@@ -8,8 +8,9 @@ A change that is cut off at the end of the daemon may reach the file at any mome
 is written: what is in the file goes with either header.
 
 A sector arrives as a whole, or not at all. What lies behind is there before the sector that needs it: the name of
-another backing file, which goes where the old one is not. Extensions that reach into the second sector have no
-other place: where they would change there, the table of feature names, which nobody needs, goes.
+another backing file, which goes where no other is; what of it is in the first sector comes with that. Extensions
+that reach into the second sector have no other place: where they would change there, the table of feature names,
+which nobody needs, goes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from qsd.drivers.qcow2.layout import SECTOR, Header, header_parts, place_name, serialise_header
+from qsd.drivers.qcow2.layout import SECTOR, Header, header_parts, place_name
 from qsd.errors import QmpError
 from qsd.host.shield import shield
 
@@ -107,12 +108,12 @@ class HeaderChanges:
         file = self._image.file
         data, name = _parts(header)
         at = place_name(header, len(data))
-        if at + len(name) <= SECTOR:
-            data = serialise_header(header)
-        elif not has_name:
-            await file.write(at, name)
+        # What of the name is in the first sector arrives with that.
+        inside = max(0, SECTOR - at)
+        if name[inside:] and not has_name:
+            await file.write(at + inside, name[inside:])
             await file.flush()
-        await file.write(0, data)
+        await file.write(0, data.ljust(at, b"\0") + name[:inside] if inside else data)
         await file.flush()
         self.is_certain = True
 
@@ -125,16 +126,22 @@ def _placed(new: Header, others: tuple[Header, ...]) -> Header:
     # Any of them may have the table of feature names.
     front = max(len(_parts(attrs.evolve(header, names_features=True))[0]) for header in (new, *others))
     name = new.backing_file or b""
-    taken = [(each.backing_offset, each.backing_file or b"") for each in others]
+    names = [(each.backing_offset, each.backing_file or b"") for each in others]
     at = place_name(new, len(_parts(new)[0]))
-    if at + len(name) <= SECTOR or (at, name) in taken:
+    if (at, name) in names:
         return attrs.evolve(new, backing_offset=at)
-    for free in sorted((front, *(offset + len(other) for offset, other in taken))):
-        is_apart = all(free + len(name) <= offset or free >= offset + len(other) for offset, other in taken)
-        if is_apart and front <= free <= new.cluster_size - len(name):
-            at = free
-            break
+    taken = [range(SECTOR, max(front, SECTOR)), *(_behind(offset, other) for offset, other in names)]
+    for free in (at, front, *sorted(each.stop for each in taken)):
+        wanted = _behind(free, name)
+        is_apart = all(wanted.stop <= each.start or each.stop <= wanted.start for each in taken)
+        if is_apart and (free == at or front <= free <= new.cluster_size - len(name)):
+            return attrs.evolve(new, backing_offset=free)
     return attrs.evolve(new, backing_offset=at)
+
+
+def _behind(offset: int, name: bytes) -> range:
+    """Where in the cluster stands what of a name is not in the first sector."""
+    return range(max(offset, SECTOR), max(offset + len(name), SECTOR))
 
 
 def _parts(header: Header) -> tuple[bytes, bytes]:
