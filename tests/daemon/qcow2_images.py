@@ -22,23 +22,28 @@ def find(name: str) -> str:
     return found
 
 
+def run_patiently(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of the reference's.
+
+    With LUKS it measures how fast it hashes, and gives up where others use the processor: then again.
+    """
+    for _ in range(100):
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=60, check=False)
+        if "Unable to get accurate CPU usage" not in done.stderr:
+            break
+    return done
+
+
 def img(*arguments: str | Path) -> str:
     """Run qemu-img; its output."""
-    done = subprocess.run(
-        [find("qemu-img"), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_patiently(find("qemu-img"), *arguments)
     assert done.returncode == 0, f"qemu-img {' '.join(map(str, arguments))}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
 def create(program: str | Path, *words: str | Path) -> None:
     """Run ``qemu-img create``, with a secret "abc" named s that images may be encrypted with."""
-    for _ in range(5):
-        command = [str(program), "create", "-q", "--object", "secret,id=s,data=abc", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        # It measures how fast it hashes, and gives up where others use the processor.
-        if "Unable to get accurate CPU usage" not in done.stderr:
-            break
+    done = run_patiently(program, "create", "-q", "--object", "secret,id=s,data=abc", *words)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import Qmp, RunningDaemon
 from nbd_reader import NbdError, NbdReader
-from qcow2_images import find
+from qcow2_images import find, run_patiently
 
 pytest.importorskip("numpy")
 pytest.importorskip("cryptography")
@@ -51,9 +51,7 @@ def with_secrets(daemon: Start, *arguments: str, **options: Any) -> RunningDaemo
 
 
 def run_tool(name: str, *arguments: str | Path, secret: str = "pw") -> str:
-    done = subprocess.run(
-        [find(name), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_patiently(find(name), *arguments)
     assert done.returncode == 0, f"{name} {' '.join(map(str, arguments))}: {done.stdout}{done.stderr}"
     assert "failed" not in done.stdout + done.stderr
     return done.stdout
@@ -68,12 +66,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     place = tmp_path_factory.mktemp("theirs")
     (place / "raw").write_bytes(DATA)
     kinds = {"xts": "", "essiv": ",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv"}
-    words = [find("qemu-img"), "convert", "-q", "-f", "raw", "-O", "luks", "--object", "secret,id=s,data=pw"]
-    running = [
-        subprocess.Popen([*words, "-o", f"key-secret=s,iter-time=10{more}", place / "raw", place / kind])
-        for kind, more in kinds.items()
-    ]
-    assert [process.wait(60) for process in running] == [0, 0]
+    words = ("convert", "-q", "-f", "raw", "-O", "luks", "--object", "secret,id=s,data=pw")
+    for kind, more in kinds.items():
+        run_tool("qemu-img", *words, "-o", f"key-secret=s,iter-time=10{more}", place / "raw", place / kind)
     return {kind: (place / kind).read_bytes() for kind in kinds}
 
 

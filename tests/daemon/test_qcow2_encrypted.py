@@ -16,7 +16,7 @@ from disk_model import Model
 from harness import Qmp, RunningDaemon
 from libnbd_model import run_model
 from nbd_reader import NbdError, NbdReader
-from qcow2_images import content, find, write_raw
+from qcow2_images import content, find, run_patiently, write_raw
 
 pytest.importorskip("numpy")
 pytest.importorskip("cryptography")
@@ -35,7 +35,7 @@ def tool(name: str, *words: str | Path) -> str:
     # qemu-img takes objects behind its command, qemu-io in front of all.
     first = 1 if name == "qemu-img" else 0
     command = [find(name), *words[:first], *OBJECTS, *map(str, words[first:])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run_patiently(*command)
     assert done.returncode == 0, f"{name} {' '.join(map(str, words))}: {done.stdout}{done.stderr}"
     assert "failed" not in done.stdout + done.stderr
     return done.stdout
