@@ -133,7 +133,8 @@ QCOW2_WORKLOADS = (
     # How fast what is small and flushed gets on where others read, write and trim at a rate both daemons keep up.
     Workload(
         "flushed randwrite 4k beside others",
-        *(1.0, 1.5),
+        must=1.0,
+        aim=1.5,
         rw="randwrite",
         depth=8,
         fsync=16,

@@ -231,9 +231,9 @@ class Reactor(trio.abc.Instrument):
                     self._linger(events[0][0])
                 now = clock()
                 self._last_event = now
-            elif not awaited and now - self._last_event >= self._window:
-                return False
             elif not awaited:
+                if now - self._last_event >= self._window:
+                    return False
                 # The client may live on this very CPU: let it run.
                 os.sched_yield()
             if now >= end or awaited:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
@@ -223,7 +224,7 @@ class Exports:
                 await self._forget(entry)
 
 
-class ExportActor(Actor):
+class ExportActor(Actor, ABC):
     """What the actors of all exports have in common: their polling, and how they end."""
 
     kind = "export"
@@ -239,9 +240,9 @@ class ExportActor(Actor):
         """Let the iothread it names rule the polling, until it ends."""
         self._reactor.use_policy(self, self._exports.policy_of(self._options))
 
+    @abstractmethod
     async def close(self) -> None:
         """Drop clients; return when nothing is in flight."""
-        raise NotImplementedError
 
     async def stopping(self) -> None:
         """End of the daemon, or of the export."""

@@ -7,11 +7,21 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 import attrs
 import pytest
 
 SIZE = 6 << 20
+# Tables are thrown out and written back all the time. The sizes fit every variant; slices are as large as the
+# smallest cluster.
+TINY_CACHES: Final = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
+
+
+def node_options(image: Path, node: str, **more: Any) -> dict[str, Any]:
+    """What ``blockdev-add`` takes for a qcow2 image in a file that hears of discards."""
+    file = {"driver": "file", "filename": str(image)}
+    return {"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file, **more}
 
 
 def find(name: str) -> str:

@@ -16,11 +16,10 @@ import attrs
 from disk_model import Model
 from harness import Qmp
 from nbd_reader import NbdReader
-from qcow2_images import img, write_raw
+from qcow2_images import TINY_CACHES, img, write_raw
 from soak import SECRET
 
 GRANULARITY: Final = 65536
-TINY_CACHES: Final = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
 OBJECTS: Final = ("--object", SECRET, "--object", "secret,id=t,data=other")
 # Fast to make and to open.
 QUICK: Final = {"iter-time": 10}

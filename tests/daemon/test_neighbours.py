@@ -12,12 +12,10 @@ import pytest
 from disk_model import Model
 from harness import RunningDaemon
 from nbd_reader import NbdReader
-from qcow2_images import VARIANTS, assert_clean, img, write_raw
+from qcow2_images import TINY_CACHES, VARIANTS, assert_clean, img, node_options, write_raw
 
 Start = Callable[..., RunningDaemon]
 NAMES: Final = ("plain", "cluster-512", "extended-16k", "zlib", "chain-4k", "chain-extended", "data-file", "lazy")
-# Tables are thrown out and written back all the time.
-TINY_CACHES: Final = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
 CROWD: Final = 4
 STEPS: Final = 60
 
@@ -37,7 +35,7 @@ class Part:
 
 
 def meddle(path: Path, seed: int, end: int) -> None:
-    """Write, zero, discard and read what others do that to at the same time."""
+    """Write, zero, discard and flush where others do that at the same time."""
     rng = random.Random(seed)
     with NbdReader(path, "d") as client:
         for _ in range(STEPS):
@@ -76,9 +74,7 @@ def test_who_keeps_to_himself_is_not_harmed_by_others(
     middle = size // 2 // 512 * 512 + 512
     running = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock")
     qmp = running.qmp()
-    file = {"driver": "file", "filename": str(made.path)}
-    node = {"driver": "qcow2", "node-name": "n", "discard": "unmap", "file": file, **caches}
-    qmp.execute_raw("blockdev-add", node)
+    qmp.execute_raw("blockdev-add", node_options(made.path, "n", **caches))
     qmp.execute("block-export-add", type="nbd", id="e", node_name="n", name="d", writable=True)
     path = tmp_path / "nbd.sock"
     with ThreadPoolExecutor(CROWD + 1) as pool:

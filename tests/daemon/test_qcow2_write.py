@@ -11,16 +11,9 @@ import pytest
 from disk_model import Model
 from harness import RunningDaemon
 from nbd_reader import NbdReader
-from qcow2_images import VARIANTS, assert_clean, find, img, write_raw
+from qcow2_images import TINY_CACHES, VARIANTS, assert_clean, find, img, node_options, write_raw
 
 Start = Callable[..., RunningDaemon]
-
-TINY_CACHES = {"l2-cache-size": 1, "l2-cache-entry-size": 512, "refcount-cache-size": 1}
-
-
-def options(image: Path, node: str, **more: Any) -> dict[str, Any]:
-    file = {"driver": "file", "filename": str(image)}
-    return {"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file, **more}
 
 
 @pytest.mark.parametrize(
@@ -39,8 +32,7 @@ def test_random_operations_on_every_variant(
         place.mkdir()
         made = VARIANTS[name](place)
         model = Model(made.data, number)
-        # Cache sizes fit every variant; slices as large as the smallest cluster.
-        qmp.execute_raw("blockdev-add", options(made.path, f"n{number}", **caches))
+        qmp.execute_raw("blockdev-add", node_options(made.path, f"n{number}", **caches))
         export = {"type": "nbd", "id": name, "node-name": f"n{number}", "name": name, "writable": True}
         qmp.execute_raw("block-export-add", export)
         with NbdReader(tmp_path / "nbd.sock", name) as client:
@@ -58,7 +50,7 @@ def test_random_operations_on_every_variant(
 
 def reopen(qmp: Any, image: Path, **more: Any) -> str:
     """Reopen ``n`` with those options; the error's text, or nothing."""
-    answer = qmp.command("blockdev-reopen", {"options": [options(image, "n", **more)]})
+    answer = qmp.command("blockdev-reopen", {"options": [node_options(image, "n", **more)]})
     text: str = answer.get("error", {}).get("desc", "")
     return text
 
@@ -79,7 +71,7 @@ def test_reopened_images_go_on_as_they_are_told(daemon: Start, tmp_path: Path, v
     named = {"chain": ["backing"], "data-file": ["data-file"]}.get(variant, [])
     model = Model(made.data, 5)
     qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
-    qmp.execute_raw("blockdev-add", options(made.path, "n"))
+    qmp.execute_raw("blockdev-add", node_options(made.path, "n"))
     info = next(each for each in qmp.execute("query-named-block-nodes") if each["node-name"] == "n")
     children = {each["child"]: each["node-name"] for each in info["children"] if each["child"] in named}
     more: dict[str, Any] = {}
@@ -126,7 +118,7 @@ def test_image_that_was_not_closed_is_repaired_when_it_is_opened(daemon: Start, 
     data = bytearray(made.data)
     running = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock")
     qmp = running.qmp()
-    qmp.execute_raw("blockdev-add", options(made.path, "n"))
+    qmp.execute_raw("blockdev-add", node_options(made.path, "n"))
     export(qmp)
     with NbdReader(tmp_path / "nbd.sock", "d") as client:
         client.write_zeroes(0, 2 << 20, may_unmap=True)
@@ -144,7 +136,7 @@ def test_image_that_was_not_closed_is_repaired_when_it_is_opened(daemon: Start, 
 
     qmp = daemon("--nbd-server", "addr.type=unix,addr.path=nbd.sock").qmp()
     # To be read it may stay as it is.
-    qmp.execute_raw("blockdev-add", options(made.path, "n", **{"read-only": True}))
+    qmp.execute_raw("blockdev-add", node_options(made.path, "n", **{"read-only": True}))
     assert qmp.execute("query-named-block-nodes")[0]["image"]["dirty-flag"] is True
     assert reopen(qmp, made.path) == ""
     assert qmp.execute("query-named-block-nodes")[0]["image"]["dirty-flag"] is False

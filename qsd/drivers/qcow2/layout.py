@@ -4,8 +4,8 @@ Pure. Follows the qcow2 specification (interop/qcow2, "Header" and "Header exten
 specification (table sizes, cluster sizes) and the error texts are the reference's. All numbers are big endian.
 
 To open: read ``PROBE_LENGTH`` bytes, ``probe_cluster_size`` of them, read that many bytes, ``parse_header``. To
-change: ``attrs.evolve`` the header, write ``serialise_header`` of it over the start of the file. Header extensions
-nobody here knows and header fields of later versions survive that.
+change: ``attrs.evolve`` the header, write ``serialise_header`` of it over the start of the file (``header_change``
+where the image is in use). Header extensions nobody here knows and header fields of later versions survive that.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Writer:
         self._slice_mask = geometry.slice_mask
         self._planner = Planner(driver, image)
         self._link = self._link_plain if geometry.words == 1 else self._link_extended
-        # Guest cluster -> what is going to change its entry.
+        # Guest cluster -> what is going to change its entry, or to write where that leads.
         self.busy: dict[int, Changing] = {}
         self._claims: list[Claim] = []
         self._is_hot = image.is_hot
